@@ -1,0 +1,20 @@
+// Picks the kernels for this machine and checks what they are given to read.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace moestro {
+
+// The kernels in use: the fastest that the machine has, unless use_kernels() has picked others.
+const KernelTable &kernels();
+// All that this machine can run, fastest first.
+std::vector<const KernelTable *> available_kernels();
+// Returns false when this machine has no kernels of that name.
+bool use_kernels(const char *name);
+
+// Throws std::invalid_argument when a row's sequence, position or block lies outside the table or the pool.
+void run_attention(const AttentionArgs &args);
+
+} // namespace moestro

@@ -1,0 +1,70 @@
+"""Compiled CPU kernels (csrc/). Addresses and strides are not checked here: `moestro.kernels.cpu` does that."""
+
+def linear(
+    x: int,
+    x_stride: int,
+    weight: int,
+    weight_type: int,
+    bias: int,
+    bias_type: int,
+    out: int,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    /,
+) -> None: ...
+def attention(
+    query: int,
+    query_row_stride: int,
+    query_head_stride: int,
+    keys: int,
+    key_block_stride: int,
+    key_head_stride: int,
+    key_position_stride: int,
+    values: int,
+    value_block_stride: int,
+    value_head_stride: int,
+    value_position_stride: int,
+    block_table: int,
+    row_sequence: int,
+    row_position: int,
+    sinks: int,
+    out: int,
+    rows: int,
+    heads: int,
+    heads_kv: int,
+    key_dim: int,
+    value_dim: int,
+    blocks: int,
+    block_size: int,
+    sequences: int,
+    max_blocks: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    /,
+) -> None:
+    """Raises ValueError when a row's sequence, position or block lies outside the table or the pool."""
+
+def set_threads(threads: int) -> None:
+    """Size of the process-wide pool, the caller included (1 to 1024, else ValueError). Waits for a running kernel."""
+
+def get_threads() -> int: ...
+def available_isas() -> list[str]:
+    """Instruction sets that this machine has kernels for, fastest first."""
+
+def set_isa(name: str) -> None:
+    """Use one instruction set's kernels in the whole process; ValueError when this machine has none of that name."""
+
+def get_isa() -> str: ...
+def linear_scratch_bytes() -> int:
+    """Most bytes of scratch that `linear` keeps per thread."""
+
+def attention_scratch_bytes(positions: int, value_dim: int) -> int:
+    """Most bytes of scratch that `attention` keeps per thread for rows that attend to up to `positions` positions."""
+
+def scratch_bytes() -> int:
+    """Bytes of scratch that the threads hold now: the most that any call has needed."""
+
+def sum_words(address: int, nbytes: int) -> int:
+    """Sum, modulo 2^64, of the whole 8-byte words at an address: a plain read on all threads, to compare with."""

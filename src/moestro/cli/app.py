@@ -1,0 +1,60 @@
+"""The command line as a whole: which commands there are, and what is set up before any of them runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Annotated
+
+import typer
+
+import moestro
+from moestro.cli.boundary import DebugFlag, guarded, say
+from moestro.cli.demo import demo
+from moestro.cli.generate import generate
+from moestro.cli.inspect import inspect
+from moestro.cli.options import spread_options
+from moestro.cli.pack import pack
+from moestro.cli.plan import plan
+
+app = typer.Typer(
+    help="Run mixture-of-experts language models that are larger than memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _command in (generate, pack, inspect, plan, demo):
+    app.command()(guarded(spread_options(_command)))
+
+
+class _Notes(logging.Handler):
+    """Warnings of the rooms below become `note: ...` on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say("note", record.getMessage())
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moestro {moestro.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def before(
+    ctx: typer.Context,
+    debug: DebugFlag = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Run mixture-of-experts language models that are larger than memory."""
+    ctx.obj = debug
+    logger = logging.getLogger("moestro")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes(logging.WARNING))
+        logger.propagate = False
+    # What transformers has to say is about its own loaders, which moestro does not use.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

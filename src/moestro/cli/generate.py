@@ -1,0 +1,87 @@
+"""`moestro generate`: answer one prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moestro.cli.arguments import AsJson, Model
+from moestro.cli.console import print_json
+from moestro.cli.opening import open_llm
+from moestro.cli.picture import check_picture_path, draw_experts
+from moestro.cli.report import summary, to_json
+from moestro.config import RuntimeOptions, SamplingParams
+from moestro.errors import RequestError
+
+if TYPE_CHECKING:
+    from moestro import LLM, Completion
+
+
+def generate(
+    model: Model,
+    options: RuntimeOptions,
+    sampling: SamplingParams,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to go on from.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="A UTF-8 file with the prompt, taken as it is; `-` is standard input.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    as_json: AsJson = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of which experts each layer used.", show_default=False)
+    ] = None,
+) -> None:
+    """Answer a prompt; the text streams to standard output, everything else goes to standard error."""
+    text = _read_prompt(prompt, prompt_file)
+    if picture is not None:
+        check_picture_path(picture)
+    with open_llm(model, options) as llm:
+        if chat:
+            text = llm.chat_prompt([{"role": "user", "content": text}])
+        completion = _answer(llm, text, sampling, show=not as_json)
+        stats = llm.stats()
+        if picture is not None:
+            draw_experts(
+                llm.expert_counts(),
+                picture,
+                title="Which experts each layer used",
+                subtitle=f"{model}, {completion.prompt_tokens + len(completion.token_ids)} tokens",
+            )
+    if as_json:
+        print_json(to_json(completion, stats))
+    else:
+        sys.stderr.write(summary(completion, stats) + "\n")
+
+
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt's text from whichever of the two flags was given. Raises RequestError, OSError."""
+    if (prompt is None) == (prompt_file is None):
+        raise RequestError("Give the prompt with either --prompt TEXT or --prompt-file FILE (- for standard input).")
+    text = prompt if prompt is not None else _read_file(str(prompt_file))
+    if not text:
+        raise RequestError("The prompt is empty. Expected at least one character of text.")
+    return text
+
+
+def _read_file(name: str) -> str:
+    raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"The prompt in {name} is not UTF-8 text ({error}).") from error
+
+
+def _answer(llm: LLM, text: str, sampling: SamplingParams, *, show: bool) -> Completion:
+    completion = None
+    for delta in llm.stream(text, sampling):
+        completion = delta.completion
+        if show:
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+    assert completion is not None
+    if show and sys.stdout.isatty():
+        sys.stdout.write("\n")
+    return completion

@@ -1,0 +1,89 @@
+"""`moestro inspect`: what a store or a checkpoint holds, and whether it is undamaged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moestro.cli.arguments import AsJson, Model
+from moestro.cli.boundary import EXIT_USER_ERROR, say
+from moestro.cli.console import Row, print_json, print_table, progress_bar
+from moestro.errors import StoreError
+from moestro.memory.budget import format_bytes
+
+if TYPE_CHECKING:
+    from moestro.cli.subject import Subject
+
+
+def inspect(
+    model: Model,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a store or a checkpoint holds; --verify reads every byte of a store."""
+    from moestro.cli.subject import Subject
+
+    subject = Subject.open(model)
+    problems = _verify(subject) if verify else None
+    if as_json:
+        print_json({**_facts(subject), "problems": problems})
+    else:
+        _draw(subject, problems)
+    for problem in problems or ():
+        say("error", f"{problem}. Copy the file again from where it was whole, or pack the model again.")
+    if problems:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def _verify(subject: Subject) -> list[str]:
+    if subject.store is None:
+        raise StoreError(
+            f"{subject.path} is a checkpoint, which has no checksums to verify. Make a store of it with `moestro pack`, "
+            "or leave --verify out."
+        )
+    with progress_bar("verifying") as report:
+        return subject.store.verify(lambda step: report(step.done_bytes, step.total_bytes))
+
+
+def _facts(subject: Subject) -> dict[str, Any]:
+    """The object of `inspect --json`. Keys, once published, stay."""
+    config, shape = subject.skeleton.config, subject.shape
+    return {
+        "kind": "checkpoint" if subject.store is None else "store",
+        "path": str(subject.path),
+        "architecture": config.architectures[0] if config.architectures else type(subject.skeleton.model).__name__,
+        "model_type": config.model_type,
+        "layers": config.num_hidden_layers,
+        "moe_layers": len(shape.experts),
+        "experts": max(shape.experts),
+        "active_experts": max(subject.experts_per_token),
+        "dtypes": list(subject.dtypes),
+        "levels": list(subject.levels),
+        "dense_bytes": shape.dense_bytes,
+        "expert_bytes": shape.expert_bytes,
+        "bytes_per_expert": max(shape.slot_bytes),
+        "files": dict(subject.files()),
+    }
+
+
+def _draw(subject: Subject, problems: list[str] | None) -> None:
+    facts = _facts(subject)
+    remark = "" if subject.store else "sizes are those that its store would have"
+    experts = (
+        f"{facts['experts']} in each of {facts['moe_layers']} MoE layers, {facts['active_experts']} active per token"
+    )
+    rows: list[Row] = [
+        ("kind", facts["kind"], remark),
+        ("architecture", facts["architecture"]),
+        ("layers", str(facts["layers"])),
+        ("experts", experts),
+        ("dtype", ", ".join(facts["dtypes"])),
+        ("levels", ", ".join(map(str, facts["levels"]))),
+        ("dense weights", format_bytes(facts["dense_bytes"])),
+        ("experts' weights", format_bytes(facts["expert_bytes"]), f"{format_bytes(facts['bytes_per_expert'])} each"),
+    ]
+    if problems is not None:
+        rows.append(("verified", "every byte is as it was packed" if not problems else f"{len(problems)} problem(s)"))
+    print_table(facts["path"], rows)
+    print_table("files", [(name, format_bytes(size)) for name, size in facts["files"].items()])

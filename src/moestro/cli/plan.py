@@ -1,0 +1,56 @@
+"""`moestro plan`: what would be placed where under a number of bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from moestro.cli.arguments import AsJson, Model
+from moestro.cli.console import Row, print_json, print_table
+from moestro.cli.options import Only
+from moestro.cli.report import share
+from moestro.config import RuntimeOptions
+from moestro.memory.budget import format_bytes
+
+if TYPE_CHECKING:
+    from moestro.runtime.plan import Plan
+
+
+def plan(
+    model: Model,
+    options: Annotated[RuntimeOptions, Only("memory", "context", "max_sequences")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be placed where, and the least memory that works; needs the config only, not the weights."""
+    from moestro.cli.subject import Subject
+
+    planned = Subject.open(model).plan(options)
+    if as_json:
+        print_json(_to_json(model, planned))
+    elif planned.fits:
+        _draw(model, planned)
+    planned.require_fit()
+
+
+def _to_json(model: str, planned: Plan) -> dict[str, Any]:
+    return {"model": model, **planned.to_dict()}
+
+
+def _draw(model: str, planned: Plan) -> None:
+    given = planned.memory_bytes
+    parts = [
+        ("dense weights", planned.dense_bytes, ""),
+        ("expert arena", planned.arena_bytes, f"{planned.arena_experts} of {planned.total_experts} experts"),
+        ("KV cache", planned.kv_bytes, f"{planned.max_sequences} x {planned.context} tokens"),
+        ("activations", planned.activation_bytes, f"steps of up to {planned.step_rows} tokens"),
+        ("staging", planned.staging_bytes, "read buffers, block tables"),
+    ]
+    unused = given - sum(size for _, size, _ in parts)
+    rows: list[Row] = [(name, format_bytes(size), remark) for name, size, remark in (*parts, ("unused", unused, ""))]
+    print_table(f"{model} in {format_bytes(given)}", rows)
+    facts: list[Row] = [
+        ("model", format_bytes(planned.model_bytes), f"{share(given, planned.model_bytes)} of it is the memory given"),
+        ("least memory that works", format_bytes(planned.least_bytes), f"{planned.least_bytes} bytes"),
+        ("read per token", format_bytes(planned.expected_bytes_per_token), "if every expert were equally likely"),
+        ("process floor", format_bytes(planned.floor_bytes), "Python with torch; comes on top of the memory given"),
+    ]
+    print_table("", facts)

@@ -1,0 +1,88 @@
+"""What a run did, in words and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from moestro.cli.console import Row
+from moestro.memory.budget import format_bytes
+
+if TYPE_CHECKING:
+    from moestro import Completion, Stats
+
+
+def to_json(completion: Completion, stats: Stats) -> dict[str, Any]:
+    """The object of `generate --json`. Keys, once published, stay."""
+    return {**asdict(completion), "stats": asdict(stats)}
+
+
+def summary(completion: Completion, stats: Stats) -> str:
+    """Two lines for standard error."""
+    timings = completion.timings
+    used = stats.hits + stats.misses
+    return (
+        f"{len(completion.token_ids)} tokens ({completion.finish_reason}), "
+        f"{timings.decode_tokens_per_s:.1f} tokens/s, first after {timings.ttft_s:.2f} s, "
+        f"prompt of {completion.prompt_tokens} at {timings.prefill_tokens_per_s:.1f} tokens/s, "
+        f"opened in {timings.load_s:.1f} s\n"
+        f"{format_bytes(stats.memory_bytes)} given of {format_bytes(stats.model_bytes)}, "
+        f"peak resident {format_bytes(stats.peak_rss_bytes)} with a process floor of "
+        f"{format_bytes(stats.process_floor_bytes)}; experts {share(stats.hits, used)} hits, "
+        f"{format_bytes(stats.bytes_read)} read, waited {stats.stall_s:.2f} s for the disk"
+    )
+
+
+def memory_rows(stats: Stats) -> list[Row]:
+    """Bytes given and bytes used."""
+    return [
+        ("model", format_bytes(stats.model_bytes), f"{format_bytes(stats.expert_bytes)} of it experts"),
+        ("memory given", format_bytes(stats.memory_bytes), _placement(stats)),
+        ("process floor", format_bytes(stats.process_floor_bytes), "Python with torch, before any weight"),
+        ("peak resident", format_bytes(stats.peak_rss_bytes), f"the most allowed: {_allowed(stats)}"),
+    ]
+
+
+def cache_rows(stats: Stats) -> list[Row]:
+    """What the expert cache did."""
+    used = stats.hits + stats.misses
+    return [
+        ("hits", str(stats.hits), share(stats.hits, used)),
+        ("misses", str(stats.misses), share(stats.misses, used)),
+        ("bytes read", format_bytes(stats.bytes_read), _how_read(stats)),
+    ]
+
+
+def time_rows(stats: Stats, elapsed_s: float) -> list[Row]:
+    """Where the time of a run of `elapsed_s` seconds went."""
+    dense = stats.compute_s - stats.expert_s
+    other = max(0.0, elapsed_s - stats.compute_s - stats.stall_s)
+    parts = (
+        ("compute, dense layers", dense),
+        ("compute, experts", stats.expert_s),
+        ("waiting for the disk", stats.stall_s),
+        ("other", other),
+    )
+    return [(name, f"{seconds:.2f} s", share(seconds, elapsed_s)) for name, seconds in parts]
+
+
+def share(part: float, whole: float) -> str:
+    """`part` as a percentage of `whole`."""
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def _placement(stats: Stats) -> str:
+    return (
+        f"arena {format_bytes(stats.arena_bytes)} ({share(stats.arena_bytes, stats.expert_bytes)} of the experts), "
+        f"dense weights {format_bytes(stats.dense_bytes)}, KV cache {format_bytes(stats.kv_bytes)}, "
+        f"activations {format_bytes(stats.activation_bytes)}"
+    )
+
+
+def _allowed(stats: Stats) -> str:
+    return f"{format_bytes(stats.process_floor_bytes + stats.memory_bytes)} (floor + memory given)"
+
+
+def _how_read(stats: Stats) -> str:
+    reads = "direct reads" if stats.direct_io else "reads through the page cache"
+    return f"{reads} into {'huge' if stats.huge_pages else 'ordinary'} pages"

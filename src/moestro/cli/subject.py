@@ -1,0 +1,98 @@
+"""What `inspect` and `plan` look at: a store, or a checkpoint that has not been packed, of which only shapes are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moestro.config import RuntimeOptions
+from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load_config
+from moestro.memory.budget import parse_memory, resident_bytes
+from moestro.runtime.open import shape_of_store
+from moestro.runtime.plan import ModelShape, Plan, make_plan, probe_for, resolve_context
+from moestro.runtime.probe import probe
+from moestro.store.dtypes import STORED_FLOATS, dtype_name
+from moestro.store.layout import Layout, raw_layout
+from moestro.store.locate import locate_shapes
+from moestro.store.manifest import MANIFEST_NAME
+from moestro.store.pack_plan import planned_dense_bytes
+from moestro.store.reader import Store
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model's shapes. `store` is None for a checkpoint; sizes are then those that its store would have."""
+
+    path: Path
+    store: Store | None
+    skeleton: Skeleton
+    layouts: tuple[Layout, ...]
+    shape: ModelShape
+
+    @classmethod
+    def open(cls, model: str) -> Subject:
+        """Look at a store, a checkpoint folder, a hub id or the built-in model. Raises MoestroError."""
+        path = locate_shapes(model)
+        return cls._of_store(Store.open(path)) if (path / MANIFEST_NAME).is_file() else cls._of_checkpoint(path)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The element types of the experts' tensors."""
+        return tuple(sorted({t.dtype for layout in self.layouts for plane in layout.planes for t in plane.tensors}))
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels that experts can be computed at."""
+        return tuple(sorted({plane.level for layout in self.layouts for plane in layout.planes}))
+
+    @property
+    def experts_per_token(self) -> tuple[int, ...]:
+        """How many experts each MoE layer runs for a token."""
+        return probe(self.skeleton, rows=2, history=2, logit_rows=1).experts_per_token
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """The names and sizes of the files in the folder."""
+        for path in sorted(self.path.iterdir()):
+            if path.is_file():
+                yield path.name, path.stat().st_size
+
+    def plan(self, options: RuntimeOptions) -> Plan:
+        """What would be placed where. Raises BudgetError for a memory that cannot be parsed, not for too little."""
+        floor_bytes = resident_bytes()
+        return make_plan(
+            self.shape,
+            probe_for(self.skeleton, options),
+            options,
+            context=resolve_context(self.skeleton.config, options.context),
+            memory_bytes=parse_memory(options.memory).resolve(floor_bytes),
+            floor_bytes=floor_bytes,
+        )
+
+    @classmethod
+    def _of_store(cls, store: Store) -> Subject:
+        skeleton = build_skeleton(config_from_dict(store.config_dict))
+        layouts = tuple(layer.layout for layer in store.layers)
+        return cls(store.path, store, skeleton, layouts, shape_of_store(store))
+
+    @classmethod
+    def _of_checkpoint(cls, folder: Path) -> Subject:
+        skeleton = build_skeleton(load_config(folder))
+        dtype = _checkpoint_dtype(skeleton)
+        layouts = tuple(raw_layout(layer.params, dtype) for layer in skeleton.expert_layers)
+        shape = ModelShape(
+            name=folder.name,
+            dense_bytes=planned_dense_bytes(skeleton, dtype),
+            slot_bytes=tuple(layout.nbytes for layout in layouts),
+            experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
+        )
+        return cls(folder, None, skeleton, layouts, shape)
+
+
+def _checkpoint_dtype(skeleton: Skeleton) -> str:
+    """The type that packing would store: the checkpoint's own, BF16 where it says nothing or is quantised."""
+    dtype = getattr(skeleton.config, "dtype", None)
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else "BF16"
+    return name if name in STORED_FLOATS else "BF16"

@@ -1,0 +1,79 @@
+"""The loop that turns waiting requests into tokens, one packed forward pass a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+
+from moestro.config import SamplingParams
+from moestro.engine.sampling import Sampler
+from moestro.engine.scheduler import Scheduler
+from moestro.engine.sequence import Sequence
+from moestro.errors import RequestError
+from moestro.runtime.runner import ModelRunner
+
+
+class Engine:
+    """Requests in, tokens out. Knows no text and no planes. Not thread-safe."""
+
+    def __init__(
+        self, *, runner: ModelRunner, max_sequences: int, step_rows: int, context: int, end_ids: frozenset[int], vocabulary: int
+    ) -> None:
+        self._runner = runner
+        self._scheduler = Scheduler(kv=runner.kv, max_sequences=max_sequences, step_rows=step_rows)
+        self._context = context
+        self._end_ids = end_ids
+        self._vocabulary = vocabulary
+        self._submitted = 0
+
+    def submit(self, prompt_ids: List[int], sampling: SamplingParams) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context.
+        """
+        self._check(prompt_ids, sampling)
+        sequence = Sequence(
+            number=self._submitted, prompt_ids=list(prompt_ids), sampling=sampling, sampler=Sampler(sampling)
+        )
+        self._submitted += 1
+        self._scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> list[Sequence]:
+        """One forward pass; returns the requests that got a token or ended. An error drops the requests of the step.
+
+        Raises:
+            PlaneReadError: a plane that the step needs could not be read.
+        """
+        batch, sampled = self._scheduler.next_step()
+        logits_SV = self._runner.forward(batch)
+        for sequence, logits_V in zip(sampled, logits_SV, strict=True):
+            sequence.append(sequence.sampler.pick(logits_V), self._end_ids)
+        self._scheduler.retire()
+        return sampled
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Take a request out at any moment and free what it holds."""
+        self._scheduler.drop(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or runs."""
+        return self._scheduler.busy
+
+    def _check(self, prompt_ids: List[int], sampling: SamplingParams) -> None:
+        if not prompt_ids:
+            raise RequestError("The prompt is empty. Expected at least one token of text.")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocabulary:
+            raise RequestError(f"The prompt holds token ids outside the model's vocabulary (0 to {self._vocabulary - 1}).")
+        if len(prompt_ids) >= self._context:
+            raise RequestError(
+                f"The prompt has {len(prompt_ids)} tokens and the context holds {self._context}, of which at least one "
+                "is for the answer. Shorten the prompt, or give a longer context if the model has one."
+            )
+        if len(prompt_ids) + sampling.max_tokens > self._context:
+            raise RequestError(
+                f"The prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}, together more than "
+                f"the context of {self._context}. Ask for at most {self._context - len(prompt_ids)} new tokens, or give "
+                "a longer context if the model has one."
+            )

@@ -1,0 +1,217 @@
+"""The Python API: open a model under a budget of bytes, generate text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as List
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from moestro.config import RuntimeOptions, SamplingParams
+from moestro.engine.detokenize import Detokenizer
+from moestro.engine.engine import Engine
+from moestro.engine.results import Completion, Delta, Stats, Timings
+from moestro.engine.sequence import Sequence
+from moestro.engine.tokenizer import load_tokenizer
+from moestro.errors import RequestError
+from moestro.memory.budget import peak_resident_bytes
+from moestro.runtime.open import open_model
+from moestro.store.locate import locate
+from moestro.store.pack import PackProgress
+from moestro.store.reader import Store
+
+Prompt = str | List[int]
+
+
+class LLM:
+    """A mixture-of-experts model within a budget of bytes.
+
+    `model` is a store, a checkpoint folder, a Hugging Face id or the name of the built-in model; what is not a store is
+    packed once into a cache folder. Options are the fields of `RuntimeOptions`: `LLM("path", memory="512MiB")`.
+    Not thread-safe.
+
+    Raises:
+        MoestroError: one of its subclasses, with what to do about it.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        options: RuntimeOptions | None = None,
+        progress: Callable[[PackProgress], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        started = time.perf_counter()
+        self.options = replace(options or RuntimeOptions(), **settings)
+        store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, progress=progress))
+        # Before the model is opened, so that what it holds counts as the process's floor.
+        self.tokenizer = load_tokenizer(store)
+        self._open = open_model(store, self.options)
+        self.plan = self._open.plan
+        config = self._open.skeleton.config
+        self._engine = Engine(
+            runner=self._open.runner,
+            max_sequences=self.options.max_sequences,
+            step_rows=self.plan.step_rows,
+            context=self.plan.context,
+            end_ids=_end_ids(self._open.store.path, config),
+            vocabulary=int(config.vocab_size),
+        )
+        self._load_s = time.perf_counter() - started
+
+    def generate(
+        self, prompts: Prompt | List[Prompt], sampling: SamplingParams | List[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Answer one prompt or several, in their order. Prompts are texts or lists of token ids.
+
+        Several prompts share forward passes, `max_sequences` of them at a time; each gets the tokens that it would get
+        alone.
+
+        Raises:
+            RequestError: a prompt or a sampling parameter is not valid; nothing has been generated then.
+            PlaneReadError: a plane could not be read.
+        """
+        batch = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
+        params = _params_for(batch, sampling)  # type: ignore[arg-type]
+        sequences: list[Sequence] = []
+        try:
+            for prompt, one in zip(batch, params, strict=True):
+                sequences.append(self._engine.submit(self._encode(prompt), one))  # type: ignore[arg-type]
+            while self._engine.busy:
+                self._engine.step()
+        finally:
+            for sequence in sequences:
+                self._engine.cancel(sequence)
+        return [self._complete(sequence, self._decode(sequence)) for sequence in sequences]
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer one prompt piece by piece. Closing the iterator cancels the request.
+
+        Raises:
+            RequestError, PlaneReadError: as `generate`.
+        """
+        sequence = self._engine.submit(self._encode(prompt), sampling or SamplingParams())
+        detokenizer = Detokenizer(self.tokenizer)
+        shown = 0
+        try:
+            while sequence.finish_reason is None:
+                self._engine.step()
+                new_ids = sequence.token_ids[shown:]
+                shown = len(sequence.token_ids)
+                text = "".join(detokenizer.push(token) for token in new_ids)
+                if sequence.finish_reason is None and new_ids:
+                    yield Delta(text, new_ids)
+            text += detokenizer.finish()
+            yield Delta(text, new_ids, sequence.finish_reason, self._complete(sequence, detokenizer.text))
+        finally:
+            self._engine.cancel(sequence)
+
+    def chat_prompt(self, messages: List[Mapping[str, str]]) -> str:
+        """The text that the model's chat template makes of `messages` ({"role": ..., "content": ...}).
+
+        Raises:
+            RequestError: the model has no chat template, or it does not take these messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise RequestError(f"{self._open.store.path} has no chat template. Give the prompt as plain text instead.")
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are programs of the model's authors and raise what they like
+            raise RequestError(f"The model's chat template does not take these messages: {error}") from error
+        return text
+
+    def stats(self) -> Stats:
+        """What was placed where, and what happened since the model was opened."""
+        plan, planes, runner = self.plan, self._open.runner.planes.stats, self._open.runner.stats
+        return Stats(
+            hits=planes.hits,
+            misses=planes.misses,
+            evictions=planes.evictions,
+            bytes_read=planes.bytes_read,
+            stall_s=planes.stall_seconds,
+            compute_s=runner.forward_s - planes.stall_seconds,
+            expert_s=runner.experts_s - planes.stall_seconds,
+            peak_rss_bytes=peak_resident_bytes(),
+            process_floor_bytes=plan.floor_bytes,
+            memory_bytes=plan.memory_bytes,
+            model_bytes=plan.model_bytes,
+            dense_bytes=plan.dense_bytes,
+            expert_bytes=plan.expert_bytes,
+            arena_bytes=plan.arena_bytes,
+            kv_bytes=plan.kv_bytes,
+            activation_bytes=plan.activation_bytes,
+            level=self._open.store.manifest.exact_level,
+            policy=self.options.policy,
+            direct_io=self._open.transfers.direct,
+            huge_pages=self._open.arena_buffer.huge_pages,
+        )
+
+    def expert_counts(self) -> np.ndarray:
+        """Tokens routed to each expert since the model was opened: int64 [MoE layers, experts]."""
+        return self._open.runner.expert_counts_LE.copy()
+
+    def close(self) -> None:
+        """Stop the transfer threads and give the memory back. The model cannot be used any more."""
+        self._open.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        token_ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        return token_ids
+
+    def _decode(self, sequence: Sequence) -> str:
+        detokenizer = Detokenizer(self.tokenizer)
+        for token in sequence.token_ids:
+            detokenizer.push(token)
+        detokenizer.finish()
+        return detokenizer.text
+
+    def _complete(self, sequence: Sequence, text: str) -> Completion:
+        assert sequence.finish_reason and sequence.first_token_at and sequence.finished_at
+        prefill_s = sequence.first_token_at - sequence.started_at
+        decode_s = sequence.finished_at - sequence.first_token_at
+        decoded = sequence.sampled - 1
+        return Completion(
+            text=text,
+            token_ids=list(sequence.token_ids),
+            finish_reason=sequence.finish_reason,
+            prompt_tokens=len(sequence.prompt_ids),
+            timings=Timings(
+                load_s=self._load_s,
+                ttft_s=sequence.first_token_at - sequence.submitted_at,
+                decode_tokens_per_s=decoded / decode_s if decoded and decode_s else 0.0,
+                prefill_tokens_per_s=len(sequence.prompt_ids) / prefill_s if prefill_s else 0.0,
+            ),
+        )
+
+
+def _end_ids(store: Path, config: Any) -> frozenset[int]:
+    """End-of-text tokens: of generation_config.json where there is one, else of the model's config."""
+    path = store / "generation_config.json"
+    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    ids = config.eos_token_id if ids is None else ids
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def _params_for(
+    prompts: List[Prompt], sampling: SamplingParams | List[SamplingParams] | None
+) -> list[SamplingParams]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * len(prompts)
+    if len(sampling) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts came with {len(sampling)} sampling parameters. Expected one each.")
+    return list(sampling)

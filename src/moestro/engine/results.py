@@ -1,0 +1,66 @@
+"""What a request gives back, and what a model can tell about itself. The fields are part of the published interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timings:
+    """`load_s` opening the model, `ttft_s` from submission to the first token; rates in tokens per second."""
+
+    load_s: float
+    ttft_s: float
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request. `finish_reason` is "stop" (end-of-text token) or "length" (max_tokens reached)."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a streamed answer; the last one carries the whole completion."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    completion: Completion | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts since the model was opened. Sizes in bytes, times in seconds.
+
+    `stall_s` is time in which nothing could be computed because planes had not arrived; `compute_s` is time in forward
+    passes without it, of which `expert_s` went into experts.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    bytes_read: int
+    stall_s: float
+    compute_s: float
+    expert_s: float
+    peak_rss_bytes: int
+    process_floor_bytes: int
+    memory_bytes: int
+    model_bytes: int
+    dense_bytes: int
+    expert_bytes: int
+    arena_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    level: int
+    policy: str
+    direct_io: bool
+    huge_pages: bool

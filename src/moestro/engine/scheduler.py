@@ -1,0 +1,74 @@
+"""Which tokens of which requests go into the next step: decoding rows first, then prompts, up to the step's rows."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from moestro.engine.sequence import Sequence
+from moestro.runtime.batch import PackedBatch, Segment
+from moestro.runtime.kv import KVPool, blocks_for
+
+
+class Scheduler:
+    """First come, first served. A request starts when its whole KV room is free, so that it can never starve midway."""
+
+    def __init__(self, *, kv: KVPool, max_sequences: int, step_rows: int) -> None:
+        self._kv = kv
+        self._max_sequences = max_sequences
+        self._step_rows = step_rows
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def next_step(self) -> tuple[PackedBatch, list[Sequence]]:
+        """The packed batch of the next step, and the requests that get a new token from it, in order of logits."""
+        self._admit()
+        segments: list[Segment] = []
+        sampled: list[Sequence] = []
+        room = self._step_rows
+        for sequence in sorted(self._running, key=_prefill_last):
+            tokens = sequence.pending(room)
+            if not tokens:
+                continue
+            complete = sequence.is_complete_after(len(tokens))
+            segments.append(Segment(sequence.number, tokens, sequence.cached, sequence.blocks, complete))
+            if complete:
+                sampled.append(sequence)
+            sequence.cached += len(tokens)
+            room -= len(tokens)
+        return PackedBatch(segments), sampled
+
+    def retire(self) -> None:
+        """Free what ended requests held."""
+        for sequence in [sequence for sequence in self._running if sequence.finish_reason is not None]:
+            self.drop(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a request out, whether it has ended or not."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._kv.release(sequence.blocks)
+            sequence.blocks = []
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._max_sequences:
+            needed = blocks_for(self._waiting[0].most_tokens)
+            if needed > self._kv.free_blocks:
+                return
+            sequence = self._waiting.popleft()
+            sequence.blocks = self._kv.allocate(needed)
+            sequence.started_at = time.perf_counter()
+            self._running.append(sequence)
+
+
+def _prefill_last(sequence: Sequence) -> bool:
+    return not sequence.token_ids

@@ -1,0 +1,64 @@
+"""One request on its way: its tokens, how far its prompt is processed, why it ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from moestro.config import SamplingParams
+from moestro.engine.sampling import Sampler
+
+
+@dataclass
+class Sequence:
+    """A request in flight. `cached` counts tokens whose KV rows are written, `sampled` also an end-of-text token."""
+
+    number: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    sampler: Sampler
+    token_ids: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    finish_reason: str | None = None
+    submitted_at: float = field(default_factory=time.perf_counter)
+    started_at: float = 0.0
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    sampled: int = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Rows of KV cache that the request can come to need; the last token is never fed back."""
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
+    def pending(self, limit: int) -> list[int]:
+        """The next tokens to feed, at most `limit`: the rest of the prompt, or the last token."""
+        known = len(self.prompt_ids) + len(self.token_ids)
+        end = min(known, self.cached + limit)
+        return [self._token(position) for position in range(self.cached, end)]
+
+    def is_complete_after(self, rows: int) -> bool:
+        """Whether feeding `rows` more tokens reaches the last known one, so that the next can be sampled."""
+        return self.cached + rows == len(self.prompt_ids) + len(self.token_ids)
+
+    def append(self, token: int, end_ids: frozenset[int]) -> None:
+        """Take a sampled token and decide whether the request ends with it."""
+        now = time.perf_counter()
+        self.sampled += 1
+        if self.first_token_at is None:
+            self.first_token_at = now
+        if token in end_ids and not self.sampling.ignore_eos:
+            self._finish("stop", now)
+            return
+        self.token_ids.append(token)
+        if len(self.token_ids) >= self.sampling.max_tokens:
+            self._finish("length", now)
+
+    def _finish(self, reason: str, now: float) -> None:
+        self.finish_reason = reason
+        self.finished_at = now
+
+    def _token(self, position: int) -> int:
+        prompt = len(self.prompt_ids)
+        return self.prompt_ids[position] if position < prompt else self.token_ids[position - prompt]

@@ -1,0 +1,33 @@
+"""Errors that a user can cause and mend.
+
+Every message is one paragraph: it names the thing, says what was expected, and says what to do. The command line prints
+it without a traceback and exits with code 2 (`--debug` shows the traceback). Broken invariants are `assert`s instead.
+"""
+
+
+class MoestroError(ValueError):
+    """Base of all errors that are the user's (or the machine's) to mend, not a bug of moestro."""
+
+
+class UnsupportedModelError(MoestroError):
+    """The model is of a kind that moestro does not run: not a mixture of experts, encoder-decoder, recurrent, ..."""
+
+
+class CheckpointError(MoestroError):
+    """A source checkpoint is incomplete, damaged or of an unsupported file format."""
+
+
+class StoreError(MoestroError):
+    """A store is missing, incomplete, damaged or of another format version."""
+
+
+class BudgetError(MoestroError):
+    """The memory given cannot be parsed or is below the least number that would do."""
+
+
+class RequestError(MoestroError):
+    """A request cannot be served as asked: prompt too long, bad sampling parameter, ..."""
+
+
+class PlaneReadError(MoestroError):
+    """A plane could not be read from disk, or what was read does not match its checksum."""

@@ -1,0 +1,96 @@
+"""The kernels in plain torch: any device, the oracle of the others.
+
+Not for serving: torch's matrix products sum in an order that depends on the number of rows, so the last bits do too. On
+the meta device only shapes are computed, which is how memory is planned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+class ReferenceKernels:
+    """See `Kernels`. Stateless."""
+
+    name = "reference"
+
+    def linear(self, x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        return functional.linear(x_TK, weight_NK.to(x_TK.dtype), None if bias_N is None else bias_N.to(x_TK.dtype))
+
+    def attention(
+        self,
+        query_THD: torch.Tensor,
+        key_pool: torch.Tensor,
+        value_pool: torch.Tensor,
+        block_table: torch.Tensor,
+        row_sequence: torch.Tensor,
+        row_position: torch.Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out_THDv = query_THD.new_empty((*query_THD.shape[:2], value_pool.shape[3]))
+        if query_THD.is_meta:
+            return out_THDv
+        _check_rows(block_table, row_sequence, row_position, block_size=key_pool.shape[2])
+        for sequence in sorted(set(row_sequence.tolist())):
+            rows = (row_sequence == sequence).nonzero().squeeze(1)
+            position_R = row_position[rows].long()
+            kv_length = int(position_R.max()) + 1
+            first_R = (position_R - window + 1).clamp_min(0) if window else torch.zeros_like(position_R)
+            start = int(first_R.min())
+            kv_J = torch.arange(start, kv_length, device=query_THD.device)
+            probability_RHJ = _probabilities(
+                _scores(query_THD[rows], _gather(key_pool, block_table[sequence], kv_J), scale=scale, softcap=softcap),
+                visible_RJ=(kv_J >= first_R[:, None]) & (kv_J <= position_R[:, None]),
+                sinks_H=sinks_H,
+            )
+            value_JGDv = _gather(value_pool, block_table[sequence], kv_J)
+            out_THDv[rows] = _weighted_values(probability_RHJ, value_JGDv)
+        return out_THDv
+
+
+def _check_rows(
+    block_table: torch.Tensor, row_sequence: torch.Tensor, row_position: torch.Tensor, *, block_size: int
+) -> None:
+    sequences, max_blocks = block_table.shape
+    for row, (sequence, position) in enumerate(zip(row_sequence.tolist(), row_position.tolist(), strict=True)):
+        if not 0 <= sequence < sequences:
+            raise ValueError(f"attention row {row}: sequence {sequence} is not in [0, {sequences})")
+        if not 0 <= position < max_blocks * block_size:
+            raise ValueError(f"attention row {row}: position {position} is not in [0, {max_blocks * block_size})")
+
+
+def _gather(pool: torch.Tensor, table: torch.Tensor, kv_J: torch.Tensor) -> torch.Tensor:
+    """The pool's rows of positions kv_J, as [J, heads_kv, D]."""
+    block_size = pool.shape[2]
+    block_J = table[kv_J // block_size].long()
+    if bool(((block_J < 0) | (block_J >= pool.shape[0])).any()):
+        raise ValueError(f"attention: a block of {block_J.tolist()} is not in [0, {pool.shape[0]})")
+    return pool[block_J, :, kv_J % block_size]
+
+
+def _scores(query_RHD: torch.Tensor, key_JGD: torch.Tensor, *, scale: float, softcap: float) -> torch.Tensor:
+    rows, heads, dim = query_RHD.shape
+    heads_kv = key_JGD.shape[1]
+    query_RGQD = query_RHD.reshape(rows, heads_kv, heads // heads_kv, dim)
+    score_RHJ = torch.einsum("rgqd,jgd->rgqj", query_RGQD, key_JGD).reshape(rows, heads, -1) * scale
+    return softcap * torch.tanh(score_RHJ / softcap) if softcap else score_RHJ
+
+
+def _probabilities(score_RHJ: torch.Tensor, *, visible_RJ: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
+    score_RHJ = score_RHJ.masked_fill(~visible_RJ[:, None], float("-inf"))
+    if sinks_H is None:
+        return score_RHJ.softmax(-1)
+    sink_RH1 = sinks_H.to(score_RHJ.dtype)[None, :, None].expand(score_RHJ.shape[0], -1, 1)
+    return torch.cat((score_RHJ, sink_RH1), -1).softmax(-1)[..., :-1]
+
+
+def _weighted_values(probability_RHJ: torch.Tensor, value_JGDv: torch.Tensor) -> torch.Tensor:
+    rows, heads, length = probability_RHJ.shape
+    heads_kv = value_JGDv.shape[1]
+    probability_RGQJ = probability_RHJ.reshape(rows, heads_kv, heads // heads_kv, length)
+    return torch.einsum("rgqj,jgd->rgqd", probability_RGQJ, value_JGDv).reshape(rows, heads, -1)

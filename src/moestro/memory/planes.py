@@ -1,0 +1,105 @@
+"""What the plane cache keeps about its planes: one record per plane held, the counters, the policy's view."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from moestro.keys import PlaneKey
+from moestro.memory.arena import Arena, Slot
+from moestro.memory.transfer import Ticket
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Counts since the cache was made.
+
+    `hits` + `misses` is the number of distinct keys that streams asked for; a late prefetch (the read was under way
+    when the plane was asked for) is a miss. `evictions`: planes that left to make room; `wasted_prefetches`: of these,
+    the prefetched ones that nothing had asked for. `stall_seconds`: time a consumer waited for data with no plane at
+    hand. `bytes_read` counts the bytes of planes that arrived, `wasted_bytes` those of wasted prefetches.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    late_prefetches: int = 0
+    prefetches: int = 0
+    wasted_prefetches: int = 0
+    failed_prefetches: int = 0
+    evictions: int = 0
+    bytes_read: int = 0
+    wasted_bytes: int = 0
+    stall_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class HeldPlane:
+    """A plane that has a slot: loading while it has a ticket, else resident. Leases count who may not lose it."""
+
+    key: PlaneKey
+    slot: Slot
+    nbytes: int
+    asked_for: bool
+    leases: int = 0
+    ticket: Ticket | None = None
+
+    @property
+    def evictable(self) -> bool:
+        return self.leases == 0 and self.ticket is None
+
+
+class Planes:
+    """All planes held, by key and by place."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.by_key: dict[PlaneKey, HeldPlane] = {}
+        self._arena = arena
+        self._by_offset: dict[int, HeldPlane] = {}
+
+    def add(self, plane: HeldPlane) -> None:
+        self.by_key[plane.key] = plane
+        self._by_offset[plane.slot.offset] = plane
+
+    def remove(self, plane: HeldPlane) -> None:
+        del self.by_key[plane.key], self._by_offset[plane.slot.offset]
+
+    def sharing_extent(self, plane: HeldPlane) -> list[HeldPlane]:
+        """The planes in the extent of this plane, itself among them."""
+        return [self._by_offset[slot.offset] for slot in self._arena.taken(plane.slot.extent)]
+
+    def to_evict_for(self, nbytes: int, victim: HeldPlane) -> list[HeldPlane]:
+        """What must leave so that the victim's place can serve a plane of `nbytes`; empty when that cannot be.
+
+        A victim of the same slot class leaves alone; of another class, its whole extent must leave, to be reassigned.
+        """
+        if not victim.evictable:
+            return []
+        if victim.slot.nbytes == self._arena.slot_bytes(nbytes):
+            return [victim]
+        if not self._arena.slots_per_extent(victim.slot.extent, nbytes):
+            return []
+        neighbours = self.sharing_extent(victim)
+        return neighbours if all(plane.evictable for plane in neighbours) else []
+
+
+class EvictableView:
+    """`policy.Evictable` for a need of `nbytes`; keys in `keep` are withheld."""
+
+    def __init__(self, planes: Planes, nbytes: int, keep: Container[PlaneKey]) -> None:
+        self._planes = planes
+        self._nbytes = nbytes
+        self._keep = keep
+
+    def __contains__(self, key: object) -> bool:
+        plane = self._planes.by_key.get(key)  # type: ignore[call-overload]
+        return plane is not None and not self._kept(plane)
+
+    def __iter__(self) -> Iterator[PlaneKey]:
+        return (plane.key for plane in tuple(self._planes.by_key.values()) if not self._kept(plane))
+
+    def nbytes(self, key: PlaneKey) -> int:
+        return self._planes.by_key[key].slot.nbytes
+
+    def _kept(self, plane: HeldPlane) -> bool:
+        leaving = self._planes.to_evict_for(self._nbytes, plane)
+        return not leaving or any(other.key in self._keep for other in leaving)

@@ -1,0 +1,87 @@
+"""A packed batch: the tokens of all requests of one step in a single row, and who owns which.
+
+Shapes: T rows (tokens) of the batch, S sequences in it, M blocks of the longest table, R rows of all histories together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from moestro.runtime.kv import BLOCK_ROWS, RowAddress
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's share of a step: its new tokens, where they start, its KV blocks, whether logits are wanted.
+
+    `request` is the request's number, by which traces know it.
+    """
+
+    request: int
+    token_ids: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    wants_logits: bool
+
+    @property
+    def end(self) -> int:
+        """Length of the sequence after this step."""
+        return self.start + len(self.token_ids)
+
+
+class PackedBatch:
+    """`segments` back to back: rows of segment i follow those of segment i - 1."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        assert segments and all(segment.token_ids for segment in segments)
+        self.segments = tuple(segments)
+        lengths = [len(segment.token_ids) for segment in segments]
+        self.rows = sum(lengths)
+        self.token_ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
+        positions_T = np.concatenate([np.arange(segment.start, segment.end) for segment in segments])
+        sequence_T = np.repeat(np.arange(len(segments)), lengths)
+        self.positions_T = torch.from_numpy(positions_T)
+        self.sequence_T = torch.from_numpy(sequence_T.astype(np.int32))
+        self.position32_T = torch.from_numpy(positions_T.astype(np.int32))
+        self.block_table_SM = _block_table(segments)
+        self.new_rows = _row_address(self.block_table_SM.numpy(), sequence_T, positions_T)
+        ends = np.cumsum(lengths) - 1
+        self.logit_rows = torch.from_numpy(
+            np.array([end for end, segment in zip(ends, segments, strict=True) if segment.wants_logits], dtype=np.int64)
+        )
+
+    @cached_property
+    def history(self) -> RowAddress:
+        """Every cached row of every sequence, sequence after sequence (R rows), this step's rows included."""
+        lengths = [segment.end for segment in self.segments]
+        sequence_R = np.repeat(np.arange(len(lengths)), lengths)
+        positions_R = np.concatenate([np.arange(length) for length in lengths])
+        return _row_address(self.block_table_SM.numpy(), sequence_R, positions_R)
+
+    @cached_property
+    def history_table(self) -> torch.Tensor:
+        """Block table of gathered histories when each row counts as a block of its own: int32 [S, longest history]."""
+        lengths = [segment.end for segment in self.segments]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        table = np.zeros((len(lengths), max(lengths)), dtype=np.int32)
+        for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            table[index, :length] = np.arange(start, start + length)
+        return torch.from_numpy(table)
+
+
+def _block_table(segments: Sequence[Segment]) -> torch.Tensor:
+    table = np.zeros((len(segments), max(len(segment.blocks) for segment in segments)), dtype=np.int32)
+    for index, segment in enumerate(segments):
+        assert len(segment.blocks) * BLOCK_ROWS >= segment.end, "a sequence outgrew its KV blocks"
+        table[index, : len(segment.blocks)] = segment.blocks
+    return torch.from_numpy(table)
+
+
+def _row_address(table_SM: np.ndarray, sequence_T: np.ndarray, positions_T: np.ndarray) -> RowAddress:
+    blocks_T = table_SM[sequence_T, positions_T // BLOCK_ROWS].astype(np.int64)
+    return RowAddress(torch.from_numpy(blocks_T), torch.from_numpy(positions_T % BLOCK_ROWS))

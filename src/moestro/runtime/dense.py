@@ -1,0 +1,102 @@
+"""Dense weights: placed once, kept in their stored type, computed with by our kernels.
+
+Shapes: N out, K in, T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moestro.kernels.base import Kernels
+from moestro.runtime.narrow import guard
+
+_CONVERSIONS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float)
+_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+class DenseWeight(torch.Tensor):
+    """A matrix that behaves as an fp32 tensor but stays in its stored type (bf16, fp16 or fp32).
+
+    Every linear map and embedding of a model meets its weight through `F.linear` or `F.embedding`, in routers that call
+    them by hand too. Both are taken over here, so that any architecture runs on kernels that follow the one numeric
+    rule, without a line of code per family. What else is done with the weight sees an fp32 copy.
+    """
+
+    kernels: Kernels
+
+    @classmethod
+    def over(cls, stored_NK: torch.Tensor, kernels: Kernels) -> DenseWeight:
+        """Wrap a stored matrix without copying it."""
+        weight: DenseWeight = stored_NK.as_subclass(cls)
+        weight.kernels = kernels
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
+        if func in _CONVERSIONS and _converts_to_fp32(args[1:], kwargs):
+            return args[0]
+        if func == _DTYPE:
+            return torch.float32
+        with torch._C.DisableTorchFunctionSubclass():
+            if func.__name__ in ("__get__", "size", "dim", "numel", "data_ptr", "stride", "is_contiguous"):
+                return func(*args, **kwargs)
+            return func(*(_as_fp32(arg) for arg in args), **{key: _as_fp32(arg) for key, arg in kwargs.items()})
+
+
+def place_dense(model: nn.Module, tensors: Mapping[str, torch.Tensor], kernels: Kernels) -> None:
+    """Put the stored dense tensors into the model in place of its meta parameters and buffers."""
+    replaced: dict[int, torch.Tensor] = {}
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        replaced[id(named[name])] = _placed(tensor, kernels)
+    for name, old in named.items():
+        if id(old) in replaced:
+            _replace(model, name, replaced[id(old)])
+
+
+def _placed(tensor: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return DenseWeight.over(tensor, kernels) if tensor.ndim == 2 else tensor.float()
+
+
+def _replace(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        # Not wrapped in nn.Parameter, which insists that detach() keeps the type: nothing here is ever trained.
+        module._parameters[leaf] = tensor  # type: ignore[assignment]
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _linear(input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+    assert isinstance(weight, DenseWeight), "a dense weight was used as the input of a linear map"
+    with torch._C.DisableTorchFunctionSubclass():
+        rows_TK = input.reshape(-1, input.shape[-1]).to(torch.float32).contiguous()
+        result_TN = weight.kernels.linear(rows_TK, weight, bias)
+        return guard(result_TN.view(*input.shape[:-1], weight.shape[0]))
+
+
+def _embedding(input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight[input].to(torch.float32)
+
+
+def _converts_to_fp32(args: Any, kwargs: Any) -> bool:
+    dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+    return all(dtype == torch.float32 for dtype in dtypes)
+
+
+def _as_fp32(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor).float() if isinstance(value, DenseWeight) else value

@@ -1,0 +1,157 @@
+"""From a store and options to a runner: plan first, allocate once, place the dense weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from moestro.config import RuntimeOptions
+from moestro.errors import StoreError
+from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
+from moestro.kernels import make_kernels
+from moestro.kernels.base import Kernels
+from moestro.memory.arena import Arena
+from moestro.memory.budget import parse_memory, resident_bytes
+from moestro.memory.pages import HostBuffer
+from moestro.memory.plane_cache import PlaneCache
+from moestro.memory.transfer import TransferEngine
+from moestro.policy import make_policy
+from moestro.runtime.dense import place_dense
+from moestro.runtime.dense_file import read_dense
+from moestro.runtime.kv import KVPool
+from moestro.runtime.plan import ModelShape, Plan, make_plan, probe_for, resolve_context
+from moestro.runtime.probe import Probe
+from moestro.runtime.runner import ModelRunner
+from moestro.runtime.slots import SlotViews
+from moestro.store.reader import Store
+
+
+@dataclass
+class OpenModel:
+    """A model ready to run, and the memory it holds until it is closed."""
+
+    store: Store
+    skeleton: Skeleton
+    plan: Plan
+    runner: ModelRunner
+    transfers: TransferEngine
+    arena_buffer: HostBuffer
+    buffers: tuple[HostBuffer, ...]
+
+    def close(self) -> None:
+        """Stop the transfer threads and give the memory back."""
+        self.transfers.close()
+        for buffer in self.buffers:
+            buffer.close()
+
+    def __enter__(self) -> OpenModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def shape_of_store(store: Store) -> ModelShape:
+    """The sizes that a plan needs, from a store."""
+    return ModelShape(
+        name=store.path.name,
+        dense_bytes=store.dense_file.stat().st_size,
+        slot_bytes=tuple(sum(plane.nbytes for plane in layer.layout.planes) for layer in store.layers),
+        experts=tuple(layer.num_experts for layer in store.layers),
+    )
+
+
+def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
+    """Open `store` within the memory that `options` give.
+
+    Raises:
+        BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
+        UnsupportedModelError, StoreError: the store is of a model that cannot be run, or is damaged.
+    """
+    request = parse_memory(options.memory)
+    skeleton = build_skeleton(config_from_dict(store.config_dict))
+    _check_layers(store, skeleton)
+    probed = probe_for(skeleton, options)
+    kernels = make_kernels("auto", threads=options.threads or available_cores())
+    _warm_up(kernels)
+    floor = resident_bytes()
+    plan = make_plan(
+        shape_of_store(store),
+        probed,
+        options,
+        context=resolve_context(skeleton.config, options.context),
+        memory_bytes=request.resolve(floor),
+        floor_bytes=floor,
+    )
+    plan.require_fit()
+    return _assemble(store, skeleton, plan, probed, options, kernels)
+
+
+def _assemble(
+    store: Store,
+    skeleton: Skeleton,
+    plan: Plan,
+    probed: Probe,
+    options: RuntimeOptions,
+    kernels: Kernels,
+) -> OpenModel:
+    policy = make_policy(options.policy)
+    dense_buffer, tensors = read_dense(store)
+    place_dense(skeleton.model, tensors, kernels)
+    arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
+    transfers = TransferEngine()
+    layouts = [layer.layout for layer in store.layers]
+    planes = PlaneCache(
+        arena=Arena(
+            plan.arena_bytes,
+            plan.extent_bytes,
+            sorted({plane.nbytes for layout in layouts for plane in layout.planes}),
+        ),
+        buffer=arena_buffer,
+        engine=transfers,
+        policy=policy,
+        locate=store.plane,
+    )
+    runner = ModelRunner(
+        skeleton=skeleton,
+        kernels=kernels,
+        kv=KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor),
+        planes=planes,
+        views=SlotViews(arena_bytes=arena_buffer.tensor, layouts=layouts),
+    )
+    return OpenModel(
+        store=store,
+        skeleton=skeleton,
+        plan=plan,
+        runner=runner,
+        transfers=transfers,
+        arena_buffer=arena_buffer,
+        buffers=(dense_buffer, arena_buffer, kv_buffer),
+    )
+
+
+def _check_layers(store: Store, skeleton: Skeleton) -> None:
+    stored = [(layer.module, layer.num_experts) for layer in store.layers]
+    wanted = [(layer.module, layer.num_experts) for layer in skeleton.expert_layers]
+    if stored != wanted or set(store.dense) != set(skeleton.dense):
+        raise StoreError(
+            f"The tensors in {store.path} are not those that the installed transformers builds for this model. "
+            "It was packed with another version: pack it again."
+        )
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _warm_up(kernels: Kernels) -> None:
+    """Load what torch and the kernels load lazily, so that it counts as the process's floor."""
+    ones = torch.ones(8, 64)
+    kernels.linear(ones, torch.ones(16, 64, dtype=torch.bfloat16), None)
+    for _ in range(2):
+        torch.softmax(ones, -1).topk(4).values.cumsum(-1).sort(-1)
+        (ones.pow(2).mean(-1, keepdim=True).rsqrt() * ones).sigmoid().cos().sin().clone()

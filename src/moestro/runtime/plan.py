@@ -1,0 +1,192 @@
+"""What the one number of bytes buys: dense weights, expert arena, KV cache, staging and activations.
+
+A plan needs a model's shapes only, so it can be made before anything is packed, downloaded or allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from moestro.config import RuntimeOptions
+from moestro.errors import BudgetError
+from moestro.hf.skeleton import Skeleton
+from moestro.memory.arena import extent_bytes_for
+from moestro.memory.budget import format_bytes
+from moestro.memory.pages import PAGE, round_up
+from moestro.runtime.kv import block_bytes, blocks_for
+from moestro.runtime.probe import Probe, probe
+
+STEP_ROWS = 512
+"""Most tokens in one forward pass. It never depends on the memory given, so that results cannot either."""
+
+DEFAULT_CONTEXT = 4096
+STAGING_BYTES = 2 << 20
+"""Allowance for block tables, request state and the read buffers of the dense weights' unaligned ends."""
+
+_ACTIVATION_MARGIN = 1.25
+"""Room for what an allocator keeps beside the live tensors that the probe counts."""
+
+_LEAST_SLOTS = 2
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model, from a store or from a skeleton: `slot_bytes[i]` is one expert of MoE layer i."""
+
+    name: str
+    dense_bytes: int
+    slot_bytes: tuple[int, ...]
+    experts: tuple[int, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(size * count for size, count in zip(self.slot_bytes, self.experts, strict=True))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is placed where. All sizes in bytes; `floor_bytes` (the process itself) is not part of `memory_bytes`."""
+
+    memory_bytes: int
+    floor_bytes: int
+    model_bytes: int
+    dense_bytes: int
+    expert_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    staging_bytes: int
+    arena_bytes: int
+    whole_arena_bytes: int
+    extent_bytes: int
+    arena_experts: int
+    total_experts: int
+    least_bytes: int
+    expected_bytes_per_token: int
+    context: int
+    max_sequences: int
+    kv_blocks: int
+    step_rows: int
+    fits: bool
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is needed beside the expert arena."""
+        return self.dense_bytes + self.kv_bytes + self.activation_bytes + self.staging_bytes
+
+    def bytes_for_experts(self, share: float) -> int:
+        """The memory to give so that the arena holds `share` (0 to 1) of all experts, at least the least."""
+        return max(self.least_bytes, self.fixed_bytes + round_up(int(share * self.whole_arena_bytes), PAGE))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    def require_fit(self) -> None:
+        """Raise BudgetError, naming the least number that would do, when the memory given is too little."""
+        if self.fits:
+            return
+        raise BudgetError(
+            f"{format_bytes(self.memory_bytes)} is too little for this model: {format_bytes(self.least_bytes)} "
+            f"({self.least_bytes} bytes) is the least that works with a context of {self.context} tokens and "
+            f"{self.max_sequences} sequence(s) at once. It holds the dense weights ({format_bytes(self.dense_bytes)}), "
+            f"the KV cache ({format_bytes(self.kv_bytes)}), activations ({format_bytes(self.activation_bytes)}) and "
+            "room for two experts. Give more memory, or ask for a shorter context."
+        )
+
+
+def resolve_context(config: PreTrainedConfig, asked: int) -> int:
+    """The longest prompt plus answer, in tokens: as asked, else the model's own limit or DEFAULT_CONTEXT.
+
+    Raises:
+        BudgetError: more than the model was made for.
+    """
+    limit = int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CONTEXT)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") == "longrope":
+        # Long-range factors would depend on the longest sequence in the batch: stay inside the short range.
+        limit = min(limit, int(scaling.get("original_max_position_embeddings") or limit))
+    if asked < 0 or asked > limit:
+        raise BudgetError(f"A context of {asked} tokens was asked for. This model takes 1 to {limit} (0: by itself).")
+    return asked or min(limit, DEFAULT_CONTEXT)
+
+
+def probe_for(skeleton: Skeleton, options: RuntimeOptions) -> Probe:
+    """The probe of a step as `options` allow it."""
+    if not 1 <= options.max_sequences <= STEP_ROWS:
+        raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
+    context = resolve_context(skeleton.config, options.context)
+    return probe(
+        skeleton,
+        rows=min(STEP_ROWS, context * options.max_sequences),
+        history=context * options.max_sequences,
+        logit_rows=options.max_sequences,
+    )
+
+
+def make_plan(
+    shape: ModelShape, probed: Probe, options: RuntimeOptions, *, context: int, memory_bytes: int, floor_bytes: int
+) -> Plan:
+    """Divide `memory_bytes`. What is not needed for anything else goes to the expert arena."""
+    kv_blocks = blocks_for(context) * options.max_sequences
+    kv_bytes = kv_blocks * block_bytes(probed.kv_layers)
+    activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
+    fixed = shape.dense_bytes + kv_bytes + activation_bytes + STAGING_BYTES
+    extent = extent_bytes_for(sorted(set(shape.slot_bytes)))
+    whole = _whole_arena(shape, extent)
+    least_arena = min(whole, _LEAST_SLOTS * max(shape.slot_bytes))
+    arena = max(0, min(whole, (memory_bytes - fixed) // PAGE * PAGE))
+    arena_experts = _experts_in(shape, arena, extent)
+    return Plan(
+        memory_bytes=memory_bytes,
+        floor_bytes=floor_bytes,
+        model_bytes=shape.dense_bytes + shape.expert_bytes,
+        dense_bytes=shape.dense_bytes,
+        expert_bytes=shape.expert_bytes,
+        kv_bytes=kv_bytes,
+        activation_bytes=activation_bytes,
+        staging_bytes=STAGING_BYTES,
+        arena_bytes=arena,
+        whole_arena_bytes=whole,
+        extent_bytes=extent,
+        arena_experts=arena_experts,
+        total_experts=sum(shape.experts),
+        least_bytes=fixed + least_arena,
+        expected_bytes_per_token=_expected_bytes_per_token(shape, probed, arena_experts),
+        context=context,
+        max_sequences=options.max_sequences,
+        kv_blocks=kv_blocks,
+        step_rows=probed.rows,
+        fits=arena >= least_arena,
+    )
+
+
+def _whole_arena(shape: ModelShape, extent: int) -> int:
+    """Bytes of an arena in which all experts have a slot: extents hold slots of one size each."""
+    counts: dict[int, int] = {}
+    for size, experts in zip(shape.slot_bytes, shape.experts, strict=True):
+        counts[size] = counts.get(size, 0) + experts
+    if len(counts) == 1:
+        ((size, count),) = counts.items()
+        full, rest = divmod(count, extent // size)
+        return full * extent + rest * size
+    return sum(-(-count // (extent // size)) * extent for size, count in counts.items())
+
+
+def _experts_in(shape: ModelShape, arena: int, extent: int) -> int:
+    """Experts that the arena holds; of several sizes, in the proportion in which they occur."""
+    total = sum(shape.experts)
+    if len(set(shape.slot_bytes)) > 1:
+        return total * arena // _whole_arena(shape, extent)
+    size = shape.slot_bytes[0]
+    return min(total, arena // extent * (extent // size) + arena % extent // size)
+
+
+def _expected_bytes_per_token(shape: ModelShape, probed: Probe, arena_experts: int) -> int:
+    """Bytes read per decoded token if all experts were equally likely: real routing has locality and reads less."""
+    absent = 1 - arena_experts / sum(shape.experts)
+    used: Sequence[int] = probed.experts_per_token
+    return int(absent * sum(size * k for size, k in zip(shape.slot_bytes, used, strict=True)))

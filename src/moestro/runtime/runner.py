@@ -1,0 +1,193 @@
+"""One forward pass of the model over a packed batch, its experts computed from planes in the arena.
+
+Shapes: T rows of the batch, S rows whose logits are wanted, H hidden or heads, K experts per token, V vocabulary,
+L MoE layers, E experts a layer.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moestro.hf.bridge import Cache
+from moestro.hf.skeleton import Skeleton, is_experts_module
+from moestro.kernels.base import Kernels
+from moestro.memory.plane_cache import PlaneCache
+from moestro.runtime import hooks
+from moestro.runtime.batch import PackedBatch
+from moestro.runtime.context import AttentionCall, forward_pass
+from moestro.runtime.expert_mlp import expert_mlp
+from moestro.runtime.kv import KVPool
+from moestro.runtime.slots import SlotViews
+
+
+@dataclass
+class RunnerStats:
+    """Seconds spent in forward passes, and of those in experts (waiting for planes included)."""
+
+    forward_s: float = 0.0
+    experts_s: float = 0.0
+    rows: int = 0
+
+
+class ModelRunner:
+    """The model with its hooks. Not thread-safe: one forward pass at a time."""
+
+    def __init__(
+        self, *, skeleton: Skeleton, kernels: Kernels, kv: KVPool, planes: PlaneCache, views: SlotViews
+    ) -> None:
+        self.stats = RunnerStats()
+        self.kv = kv
+        self.planes = planes
+        self.expert_counts_LE = np.zeros(
+            (len(skeleton.expert_layers), max(layer.num_experts for layer in skeleton.expert_layers)), dtype=np.int64
+        )
+        self._model = skeleton.model
+        self._kernels = kernels
+        self._views = views
+        self._batch: PackedBatch | None = None
+        self._cache = _PackedCache(self)
+        self._layer_of = {
+            id(module): layer
+            for layer, module in enumerate(module for module in self._model.modules() if is_experts_module(module))
+        }
+        hooks.install(self._model)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Logits [S, V] in fp32 of the segments that want them, in their order. Appends the batch's rows to the KV cache.
+
+        Raises:
+            PlaneReadError: a plane that this batch needs could not be read.
+        """
+        started = time.perf_counter()
+        self._batch = batch
+        torch_threads = torch.get_num_threads()
+        # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode(), forward_pass(self):
+                output = self._model(
+                    input_ids=batch.token_ids_T.unsqueeze(0),
+                    position_ids=batch.positions_T.unsqueeze(0),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=batch.logit_rows,
+                )
+        finally:
+            self._batch = None
+            torch.set_num_threads(torch_threads)
+            self.stats.forward_s += time.perf_counter() - started
+        self.stats.rows += batch.rows
+        logits_SV: torch.Tensor = output.logits[0]
+        return logits_SV.float()
+
+    @property
+    def batch(self) -> PackedBatch:
+        """The batch of the forward pass under way."""
+        assert self._batch is not None
+        return self._batch
+
+    def check_mask(self, mask_function: Any, window: int) -> None:
+        """The probe has checked the family's masks already."""
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Attention of the batch's rows over their own sequences' histories: [T, H, V]."""
+        batch = self.batch
+        layer = int(call.module.layer_idx)  # type: ignore[arg-type]
+        if self.kv.layers[layer].gathered:
+            # One row per block: the histories lie back to back.
+            keys = call.key[0].transpose(0, 1).unsqueeze(2)
+            values = call.value[0].transpose(0, 1).unsqueeze(2)
+            table = batch.history_table
+        else:
+            keys, values = self.kv.pools(layer)
+            table = batch.block_table_SM
+        return self._kernels.attention(
+            call.query[0].transpose(0, 1),
+            keys,
+            values,
+            table,
+            batch.sequence_T,
+            batch.position32_T,
+            scale=call.scale,
+            window=call.window,
+            softcap=call.softcap,
+            sinks_H=call.sinks_H,
+        )
+
+    def cache_rows(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the batch's rows; hand whole histories back to families that build their keys from them."""
+        self.kv.write(layer, keys[0], values[0], self.batch.new_rows)
+        if self.kv.layers[layer].gathered:
+            return self.kv.gather(layer, self.batch.history)
+        return keys, values
+
+    def experts(
+        self, module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Routed experts of one layer: each expert's tokens are one call, outputs are added in (token, k) order."""
+        started = time.perf_counter()
+        layer = self._layer_of[id(module)]
+        experts = int(module.num_experts)  # type: ignore[arg-type]
+        index = index_TK.numpy()
+        outputs_TKH = torch.zeros((*index.shape, hidden_TH.shape[1]), dtype=torch.float32)
+        rows_by_expert = _rows_by_expert(index, experts)
+        self.expert_counts_LE[layer] += np.bincount(
+            index.ravel(), minlength=self.expert_counts_LE.shape[1]
+        )[: self.expert_counts_LE.shape[1]]
+        flat_outputs = outputs_TKH.view(-1, hidden_TH.shape[1])
+        with self.planes.stream([(layer, expert, 0) for expert in rows_by_expert]) as arrivals:
+            for (_, expert, _), offset in arrivals:
+                places = rows_by_expert[expert]
+                rows = torch.from_numpy(places // index.shape[1])
+                output = expert_mlp(self._kernels, module, self._views.at(layer, offset), hidden_TH[rows])
+                flat_outputs[torch.from_numpy(places)] = output
+        combined_TH = _combine(outputs_TKH, weights_TK)
+        self.stats.experts_s += time.perf_counter() - started
+        return combined_TH
+
+
+class _PackedCache(Cache):  # type: ignore[misc]
+    """The face that transformers sees of the KV pool."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(layers=[])
+        self._runner = runner
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **extras: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._runner.cache_rows(key_states, value_states, layer_idx)
+
+
+def _rows_by_expert(index_TK: np.ndarray, experts: int) -> dict[int, np.ndarray]:
+    """Flat (token, k) places of each used expert, ascending; the busiest experts first, so that they load first."""
+    flat = index_TK.ravel()
+    order = np.argsort(flat, kind="stable")
+    used, starts = np.unique(flat[order], return_index=True)
+    groups = dict(zip(used.tolist(), np.split(order, starts[1:]), strict=True))
+    # Ids at or above the number of experts are "no expert" marks of expert-parallel routers.
+    return dict(sorted(((e, g) for e, g in groups.items() if e < experts), key=lambda item: -len(item[1])))
+
+
+def _combine(outputs_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """Weighted sum over k in ascending order: the same additions for a token whatever else is in the batch."""
+    weights_TK1 = weights_TK.to(torch.float32).unsqueeze(-1)
+    total_TH = outputs_TKH[:, 0] * weights_TK1[:, 0]
+    for k in range(1, outputs_TKH.shape[1]):
+        total_TH += outputs_TKH[:, k] * weights_TK1[:, k]
+    return total_TH

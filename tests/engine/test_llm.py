@@ -1,0 +1,142 @@
+"""The Python API on the built-in model: what is generated, alone and packed, streamed and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moestro import LLM, MoestroError, SamplingParams
+from moestro.errors import BudgetError, RequestError
+from moestro.store.locate import locate_source
+from moestro.store.pack import pack
+
+PROMPTS = ["def main(argv):\n    ", "The dictionary", "Der Befehl", "1 + 2 ="]
+GREEDY = SamplingParams(max_tokens=24)
+RANDOM = [SamplingParams(max_tokens=20, temperature=0.9, top_p=0.9, seed=seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shipped") / "store"
+    pack(locate_source("tiny-qwen3moe-28m"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(store: Path) -> Iterator[LLM]:
+    with LLM(store, memory="48MiB", context=256, max_sequences=3) as opened:
+        yield opened
+
+
+def test_packed_requests_get_the_tokens_they_get_alone(llm: LLM) -> None:
+    for sampling in ([GREEDY] * 4, RANDOM):
+        packed = llm.generate(PROMPTS, sampling)
+        alone = [llm.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, sampling, strict=True)]
+        assert [one.token_ids for one in packed] == [one.token_ids for one in alone]
+        assert [one.text for one in packed] == [one.text for one in alone]
+
+
+def test_stream_is_the_whole_in_pieces(llm: LLM) -> None:
+    whole = llm.generate(PROMPTS[0], GREEDY)[0]
+    deltas = list(llm.stream(PROMPTS[0], GREEDY))
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+    assert deltas[-1].completion is not None
+    assert deltas[-1].completion.token_ids == whole.token_ids
+    assert all(delta.finish_reason is None for delta in deltas[:-1])
+    assert deltas[-1].finish_reason == whole.finish_reason == "length"
+
+
+def test_text_is_what_the_tokenizer_makes_of_the_tokens(llm: LLM) -> None:
+    # Japanese takes several tokens a character: pieces must never show half of one.
+    deltas = list(llm.stream("このマニュアル", SamplingParams(max_tokens=60)))
+    last = deltas[-1].completion
+    assert last is not None
+    assert last.text == llm.tokenizer.decode(last.token_ids, skip_special_tokens=True)
+    assert not any("\ufffd" in delta.text for delta in deltas[:-1])
+
+
+def test_end_of_text_stops_and_can_be_ignored(llm: LLM) -> None:
+    # Greedy text that ends early is not to be had from every prompt: sample until one request does.
+    params = [SamplingParams(max_tokens=150, temperature=1.2, seed=seed) for seed in range(24)]
+    ended = [
+        (one, done)
+        for one, done in zip(params, llm.generate([PROMPTS[1]] * 24, params), strict=True)
+        if done.finish_reason == "stop"
+    ]
+    assert ended, "no sample ended by itself"
+    one, done = ended[0]
+    assert llm.tokenizer.eos_token_id not in done.token_ids
+    going_on = SamplingParams(max_tokens=150, temperature=1.2, seed=one.seed, ignore_eos=True)
+    longer = llm.generate(PROMPTS[1], going_on)[0]
+    assert longer.token_ids[: len(done.token_ids)] == done.token_ids
+    assert (len(longer.token_ids), longer.finish_reason) == (150, "length")
+
+
+def test_closing_a_stream_frees_its_place(llm: LLM) -> None:
+    for _ in range(5):
+        stream = llm.stream(PROMPTS[0], GREEDY)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    assert len(llm.generate(PROMPTS, GREEDY)) == 4
+
+
+def test_counts_and_stats_add_up(store: Path) -> None:
+    with LLM(store, memory="32MiB", context=128) as llm:
+        done = llm.generate(PROMPTS[0], SamplingParams(max_tokens=10))[0]
+        counts, stats = llm.expert_counts(), llm.stats()
+        fed = done.prompt_tokens + 9
+        assert counts.shape == (8, 32)
+        assert (counts.sum(axis=1) == 4 * fed).all()
+        assert stats.hits + stats.misses >= 8 * 4
+        assert stats.bytes_read == stats.misses * 196608
+        assert stats.arena_bytes + stats.dense_bytes + stats.kv_bytes + stats.activation_bytes <= stats.memory_bytes
+        assert 0 < done.timings.ttft_s and 0 < done.timings.decode_tokens_per_s
+        assert 0 <= stats.stall_s and 0 < stats.expert_s < stats.compute_s
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "says"),
+    [
+        ("", GREEDY, "empty"),
+        ("word " * 400, GREEDY, "context holds 256"),
+        ("word", SamplingParams(max_tokens=256), "at most 25[0-9] new tokens"),
+        ([5, 4096], GREEDY, "outside the model's vocabulary"),
+    ],
+)
+def test_bad_requests(llm: LLM, prompt: str | list[int], sampling: SamplingParams, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        llm.generate([PROMPTS[0], prompt], sampling)
+    assert len(llm.generate(PROMPTS[0], GREEDY)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"memory": "banana"}, "banana"),
+        ({"memory": "1MiB"}, "is the least that works"),
+        ({"memory": "48MiB", "context": 100_000}, "takes 1 to 1024"),
+        ({"memory": "48MiB", "max_sequences": 0}, "max_sequences"),
+        ({"memory": "48MiB", "policy": "astrology"}, "astrology"),
+    ],
+)
+def test_bad_options(store: Path, options: dict[str, object], says: str) -> None:
+    with pytest.raises(MoestroError, match=says):
+        LLM(store, **options)
+
+
+def test_the_least_memory_named_by_the_error_works(store: Path) -> None:
+    with pytest.raises(BudgetError) as refusal:
+        LLM(store, memory="1MiB", context=64)
+    least = int(str(refusal.value).split("(")[1].split(" ")[0])
+    with LLM(store, memory=str(least), context=64) as llm:
+        assert np.count_nonzero(llm.generate(PROMPTS[0], SamplingParams(max_tokens=5))[0].token_ids) == 5
+    with pytest.raises(BudgetError):
+        LLM(store, memory=str(least - 4096), context=64)
+
+
+def test_chat_prompt_goes_through_the_template(llm: LLM) -> None:
+    assert llm.chat_prompt([{"role": "user", "content": "Hello"}]) == "Hello\n"

@@ -1,0 +1,75 @@
+"""Sampling: what temperature, top-k, top-p and the seed promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moestro.config import SamplingParams
+from moestro.engine.sampling import Sampler
+from moestro.errors import RequestError
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
+
+
+def _draws(count: int, logits: torch.Tensor = LOGITS, **params: float) -> list[int]:
+    sampler = Sampler(SamplingParams(**params))  # type: ignore[arg-type]
+    return [sampler.pick(logits) for _ in range(count)]
+
+
+def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:
+    assert _draws(3) == [1, 1, 1]
+    assert _draws(1, torch.tensor([0.0, 5.0, 5.0])) == [1]
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    draws = np.bincount(_draws(20_000, temperature=1.5), minlength=5) / 20_000
+    expected = torch.softmax(LOGITS / 1.5, -1).numpy()
+    assert np.abs(draws - expected).max() < 0.015
+
+
+def test_top_k_and_top_p_cut_the_tail() -> None:
+    assert set(_draws(500, temperature=2.0, top_k=2)) == {1, 2}
+    probabilities = torch.softmax(LOGITS, -1)
+    just_two = float(probabilities[1] + probabilities[2]) - 1e-4
+    assert set(_draws(500, temperature=1.0, top_p=just_two)) == {1, 2}
+    assert set(_draws(500, temperature=1.0, top_p=just_two + 2e-4)) == {0, 1, 2}
+    assert set(_draws(50, temperature=1.0, top_p=1e-9)) == {1}
+
+
+def test_the_seed_decides() -> None:
+    assert _draws(50, temperature=1.0, seed=3) == _draws(50, temperature=1.0, seed=3)
+    assert _draws(50, temperature=1.0, seed=3) != _draws(50, temperature=1.0, seed=4)
+
+
+@given(
+    st.lists(st.floats(min_value=-50, max_value=50, width=32), min_size=1, max_size=40),
+    st.floats(min_value=0.01, max_value=10),
+    st.integers(min_value=0, max_value=50),
+    st.floats(min_value=0.001, max_value=1.0),
+)
+def test_every_draw_is_among_the_allowed(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
+    row = torch.tensor(logits)
+    token = _draws(1, row, temperature=temperature, top_k=top_k, top_p=top_p)[0]
+    rank = int((row > row[token]).sum())
+    assert rank < (top_k or len(logits))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"seed": -1},
+    ],
+)
+def test_parameters_out_of_range_are_refused_by_name(bad: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=next(iter(bad))):
+        SamplingParams(**bad)  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""Opening tiny stores for tests: by share of experts in memory, all options explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moestro.config import RuntimeOptions
+from moestro.hf.skeleton import build_skeleton, config_from_dict
+from moestro.runtime.batch import PackedBatch, Segment
+from moestro.runtime.kv import blocks_for
+from moestro.runtime.open import OpenModel, open_model, shape_of_store
+from moestro.runtime.plan import Plan, make_plan, probe_for, resolve_context
+from moestro.store.reader import Store
+
+
+def plan_of(folder: Path, options: RuntimeOptions, memory_bytes: int = 1 << 40) -> Plan:
+    """The plan of a store, made as opening it makes it."""
+    store = Store.open(folder)
+    skeleton = build_skeleton(config_from_dict(store.config_dict))
+    return make_plan(
+        shape_of_store(store),
+        probe_for(skeleton, options),
+        options,
+        context=resolve_context(skeleton.config, options.context),
+        memory_bytes=memory_bytes,
+        floor_bytes=0,
+    )
+
+
+def open_store(folder: Path, *, share: float = 1.0, **options: Any) -> OpenModel:
+    """Open with an arena for `share` of the experts (0: the least memory that works)."""
+    wanted = RuntimeOptions(**{"context": 256, **options})
+    memory = plan_of(folder, wanted).bytes_for_experts(share)
+    return open_model(Store.open(folder), RuntimeOptions(**{"context": 256, **options, "memory": str(memory)}))
+
+
+class Feed:
+    """Feeds token ids to a runner in chunks of the test's choosing and returns logits of every fed row."""
+
+    def __init__(self, opened: OpenModel) -> None:
+        self._runner = opened.runner
+        self._starts: dict[int, int] = {}
+        self._blocks: dict[int, list[int]] = {}
+
+    def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, torch.Tensor]:
+        """One packed forward pass of new tokens by request: logits [rows, vocabulary] by request."""
+        segments = []
+        for request, token_ids in tokens.items():
+            start = self._starts.get(request, 0)
+            blocks = self._blocks.setdefault(request, [])
+            missing = blocks_for(start + len(token_ids)) - len(blocks)
+            blocks.extend(self._runner.kv.allocate(missing))
+            segments.append(Segment(request, list(token_ids), start, tuple(blocks), True))
+            self._starts[request] = start + len(token_ids)
+        batch = PackedBatch(segments)
+        batch.logit_rows = torch.arange(batch.rows)
+        logits = self._runner.forward(batch)
+        return dict(zip(tokens, logits.split([len(ids) for ids in tokens.values()]), strict=True))
+
+
+def logits_of(opened: OpenModel, token_ids: Sequence[int], chunk: int | None = None) -> torch.Tensor:
+    """Logits [T, V] of one sequence fed in chunks of `chunk` tokens (None: at once)."""
+    feed = Feed(opened)
+    size = chunk or len(token_ids)
+    pieces = [feed.step({0: token_ids[at : at + size]})[0] for at in range(0, len(token_ids), size)]
+    return torch.cat(pieces)

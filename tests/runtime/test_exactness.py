@@ -1,0 +1,66 @@
+"""A request's logits are the same bits whatever the budget, the cache's state, the chunks and its neighbours are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, save_checkpoint
+from opening import Feed, logits_of, open_store
+
+from moestro.store.pack import pack
+
+LONG = [(7 * index * index + 3 * index + 11) % 157 + 3 for index in range(140)]
+SHORT = [9, 4, 77]
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    save_checkpoint(request.param, folder / "checkpoint", dtype=torch.bfloat16)
+    pack(folder / "checkpoint", folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def reference(store: Path) -> dict[str, torch.Tensor]:
+    with open_store(store, share=1.0, threads=1) as opened:
+        return {"long": logits_of(opened, LONG), "short": logits_of(opened, SHORT)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_budget_and_cache_state_change_no_bit(store: Path, reference: dict[str, torch.Tensor], share: float) -> None:
+    with open_store(store, share=share, max_sequences=4) as opened:
+        cold = logits_of(opened, LONG)
+        short = logits_of(opened, SHORT)
+        warm = logits_of(opened, LONG)
+    assert torch.equal(cold, reference["long"])
+    assert torch.equal(short, reference["short"])
+    assert torch.equal(warm, reference["long"])
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 64])
+def test_chunks_change_no_bit(store: Path, reference: dict[str, torch.Tensor], chunk: int) -> None:
+    with open_store(store, share=0.25) as opened:
+        assert torch.equal(logits_of(opened, LONG, chunk=chunk), reference["long"])
+
+
+def test_neighbours_change_no_bit(store: Path, reference: dict[str, torch.Tensor]) -> None:
+    with open_store(store, share=0.25, max_sequences=4, threads=2) as opened:
+        feed = Feed(opened)
+        first = feed.step({0: LONG[::-1], 1: LONG[:50], 2: SHORT[:2]})
+        second = feed.step({2: SHORT[2:], 1: LONG[50:], 0: LONG[:3]})
+        third = feed.step({3: SHORT})
+    assert torch.equal(torch.cat([first[1], second[1]]), reference["long"])
+    assert torch.equal(torch.cat([first[2], second[2]]), reference["short"])
+    assert torch.equal(third[3], reference["short"])
+
+
+def test_every_layer_misses_and_hits(store: Path) -> None:
+    """The budget is really at work in these tests."""
+    with open_store(store, share=0.5, max_sequences=2) as opened:
+        logits_of(opened, LONG)
+        logits_of(opened, SHORT, chunk=1)
+        stats = opened.runner.planes.stats
+    assert stats.misses > 0 and stats.evictions > 0 and stats.hits > 0

@@ -1,0 +1,77 @@
+"""Plans: the parts add up to the number given, and the least number named is the least."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moestro.config import RuntimeOptions
+from moestro.errors import BudgetError
+from moestro.hf.skeleton import build_skeleton
+from moestro.runtime.kv import LayerKV
+from moestro.runtime.plan import ModelShape, Plan, make_plan, resolve_context
+from moestro.runtime.probe import Probe
+
+from families import FAMILIES
+
+PROBE = Probe(
+    kv_layers=(LayerKV(heads=2, key_width=16, value_heads=2, value_width=16, gathered=False),) * 3,
+    experts_per_token=(2, 2),
+    activation_bytes=1_000_000,
+    rows=512,
+    history=512,
+)
+
+
+def _plan(memory: int, slots: tuple[int, int] = (8192, 12288), experts: int = 40) -> Plan:
+    shape = ModelShape(name="test", dense_bytes=3_000_000, slot_bytes=slots, experts=(experts, experts))
+    return make_plan(shape, PROBE, RuntimeOptions(context=512), context=512, memory_bytes=memory, floor_bytes=7)
+
+
+@given(
+    st.integers(min_value=0, max_value=1 << 34),
+    st.tuples(*[st.integers(min_value=1, max_value=3000).map(lambda pages: pages * 4096)] * 2),
+    st.integers(min_value=1, max_value=128),
+)
+def test_the_parts_stay_within_the_number(memory: int, slots: tuple[int, int], experts: int) -> None:
+    plan = _plan(memory, slots, experts)
+    parts = plan.dense_bytes + plan.kv_bytes + plan.activation_bytes + plan.staging_bytes + plan.arena_bytes
+    assert plan.fits == (memory >= plan.least_bytes)
+    if plan.fits:
+        assert parts <= memory
+        plan.require_fit()
+    else:
+        with pytest.raises(BudgetError, match=str(plan.least_bytes)):
+            plan.require_fit()
+    assert _plan(plan.least_bytes, slots, experts).fits
+    assert not _plan(plan.least_bytes - 1, slots, experts).fits
+    assert 0 <= plan.arena_experts <= plan.total_experts
+
+
+def test_more_memory_than_the_model_is_not_taken() -> None:
+    plan = _plan(1 << 40)
+    assert plan.arena_experts == plan.total_experts
+    assert plan.expected_bytes_per_token == 0
+    assert plan.arena_bytes == plan.whole_arena_bytes < plan.expert_bytes + 2 * plan.extent_bytes
+
+
+def test_a_share_of_the_experts_is_what_the_arena_gets() -> None:
+    whole = _plan(1 << 40, (196_608, 196_608), experts=256)
+    quarter = _plan(whole.bytes_for_experts(0.25), (196_608, 196_608), experts=256)
+    assert quarter.arena_experts == 128
+    assert quarter.expected_bytes_per_token == 0.75 * 4 * 196_608
+
+
+def test_context_is_resolved_against_the_model() -> None:
+    config = FAMILIES["mixtral"]()
+    assert resolve_context(config, 0) == 512
+    assert resolve_context(config, 100) == 100
+    with pytest.raises(BudgetError, match="1 to 512"):
+        resolve_context(config, 513)
+    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    assert resolve_context(config, 0) == 64
+
+
+def test_skeleton_and_shape_speak_of_the_same_experts() -> None:
+    assert build_skeleton(FAMILIES["olmoe"]()).total_experts == 24
