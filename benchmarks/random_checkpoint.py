@@ -69,13 +69,13 @@ def write(config: PreTrainedConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     skeleton = build_skeleton(config)
     index: dict[str, str] = {}
-    dense = {name: _random(name, shape) for name, (shape, _) in skeleton.dense.items()}
+    dense = {name: _random(shape) for name, (shape, _) in skeleton.dense.items()}
     _save(dense, folder / "model-dense.safetensors", index)
     for layer in skeleton.expert_layers:
         tensors: dict[str, torch.Tensor] = {}
         for expert in range(layer.num_experts):
             for param in layer.params:
-                values = _random(param.name, param.shape)
+                values = _random(param.shape)
                 parts = values.chunk(2) if param.name == "gate_up_proj" else (values,)
                 names = ("gate_proj", "up_proj") if param.name == "gate_up_proj" else (param.name,)
                 for name, part in zip(names, parts, strict=True):
@@ -89,7 +89,7 @@ def write(config: PreTrainedConfig, folder: Path) -> None:
         shutil.copyfile(tokenizer / name, folder / name)
 
 
-def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
     values = torch.randn(shape) / (shape[-1] ** 0.5)
     if len(shape) == 1:
         values = torch.ones(shape)

@@ -21,6 +21,9 @@ static_assert(kBlockTokens % kTileTokens == 0 && kBlockRows % kTileRows == 0 && 
 // Less work than this (multiply-adds) is done before a worker would wake.
 constexpr int64_t kLeastParallelWork = 1 << 16;
 constexpr int64_t kLeastTaskBytes = 1 << 15;
+// A tile's tokens and rows up to this size leave room in the first-level cache (32 KiB) for the next tile's rows.
+constexpr int64_t kNearBytes = 12 << 10;
+constexpr int64_t kNearBytesOneToken = 24 << 10; // whose one row is in use all the time
 
 struct Job {
   const LinearArgs *args;
@@ -44,7 +47,9 @@ template <int Rows, class W> MOESTRO_INLINE void direct_rows(const LinearArgs &a
   const int64_t inputs = args.inputs;
   const W *w[Rows];
   for (int j = 0; j < Rows; ++j) w[j] = static_cast<const W *>(args.w) + (n + j) * inputs;
-  const Ahead next{reinterpret_cast<const char *>(w[0] + Rows * inputs), Rows * inputs * int64_t{sizeof(W)}};
+  const int64_t tile_bytes = inputs * (Rows * int64_t{sizeof(W)} + smaller(args.tokens, kTileTokens) * int64_t{sizeof(float)});
+  const bool near = tile_bytes <= (args.tokens == 1 ? kNearBytesOneToken : kNearBytes);
+  const Ahead next{reinterpret_cast<const char *>(w[0] + Rows * inputs), near};
   for_each_part(args.tokens, [&](int64_t first, auto count) {
     constexpr int kTokens = decltype(count)::value;
     const float *x[kTokens];
@@ -150,7 +155,7 @@ template <class W> void packed_task(void *context, int64_t task, char *scratch) 
 template <class W> void run(const LinearArgs &args) {
   Job job{&args, 1, args.tokens, 0};
   const bool parallel = args.tokens * args.outputs * args.inputs >= kLeastParallelWork;
-  if (args.tokens <= kDirectTokens) {
+  if (args.tokens <= kDirectTokens || args.inputs == 0) {
     const int64_t row_bytes = larger(1, args.inputs * static_cast<int64_t>(sizeof(W)));
     const int64_t even = parts(args.outputs, 8 * pool().threads());
     job.block_rows = round_up(larger(even, kLeastTaskBytes / row_bytes), kTileRows);

@@ -1,9 +1,9 @@
 """moestro runs mixture-of-experts language models that do not fit in memory.
 
-    from moestro import LLM, SamplingParams
+from moestro import LLM, SamplingParams
 
-    with LLM("path-or-id", memory="512MiB") as llm:
-        print(llm.generate("Once upon a time")[0].text)
+with LLM("path-or-id", memory="512MiB") as llm:
+    print(llm.generate("Once upon a time")[0].text)
 """
 
 from __future__ import annotations

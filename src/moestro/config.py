@@ -1,4 +1,4 @@
-"""Every option a user can set, once: the CLI flags, the `MOESTRO_*` environment variables and the docs derive from here."""
+"""Every option a user can set, once: flags, `MOESTRO_*` environment variables and docs derive from here."""
 
 from __future__ import annotations
 

@@ -94,8 +94,16 @@ def test_counts_and_stats_add_up(store: Path) -> None:
         assert stats.hits + stats.misses >= 8 * 4
         assert stats.bytes_read == stats.misses * 196608
         assert stats.arena_bytes + stats.dense_bytes + stats.kv_bytes + stats.activation_bytes <= stats.memory_bytes
-        assert 0 < done.timings.ttft_s and 0 < done.timings.decode_tokens_per_s
-        assert 0 <= stats.stall_s and 0 < stats.expert_s < stats.compute_s
+        assert done.timings.ttft_s > 0
+        assert done.timings.decode_tokens_per_s > 0
+        assert stats.stall_s >= 0
+        assert 0 < stats.expert_s < stats.compute_s
+
+
+def test_an_answer_ends_at_the_end_of_the_context(llm: LLM) -> None:
+    done = llm.generate(PROMPTS[0], SamplingParams(max_tokens=5000, ignore_eos=True))[0]
+    assert len(done.token_ids) + done.prompt_tokens == 256
+    assert done.finish_reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +111,6 @@ def test_counts_and_stats_add_up(store: Path) -> None:
     [
         ("", GREEDY, "empty"),
         ("word " * 400, GREEDY, "context holds 256"),
-        ("word", SamplingParams(max_tokens=256), "at most 25[0-9] new tokens"),
         ([5, 4096], GREEDY, "outside the model's vocabulary"),
     ],
 )

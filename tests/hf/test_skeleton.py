@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, random_model
 from transformers import (
     DbrxConfig,
     JetMoeConfig,
@@ -19,6 +18,7 @@ from transformers import (
     SwitchTransformersConfig,
 )
 
+from families import FAMILIES, random_model
 from moestro.errors import CheckpointError, UnsupportedModelError
 from moestro.hf.skeleton import build_skeleton, config_from_dict, load_config
 
@@ -29,7 +29,9 @@ def test_experts_and_dense_tensors_make_up_the_model(family: str) -> None:
     skeleton = build_skeleton(config)
     model = random_model(FAMILIES[family]())
     in_experts = sum(
-        layer.num_experts * torch.Size(param.shape).numel() for layer in skeleton.expert_layers for param in layer.params
+        layer.num_experts * torch.Size(param.shape).numel()
+        for layer in skeleton.expert_layers
+        for param in layer.params
     )
     in_dense = sum(torch.Size(shape).numel() for shape, _ in skeleton.dense.values())
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}

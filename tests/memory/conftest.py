@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from memory.plane_file import PlaneFile, write_plane_file
 
 

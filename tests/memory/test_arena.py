@@ -15,14 +15,18 @@ def test_slots_are_given_until_the_arena_is_full() -> None:
     slots = [arena.alloc(2 * PAGE) for _ in range(5)]
     assert sorted(slot.offset for slot in slots if slot) == [0, 2 * PAGE, 4 * PAGE, 6 * PAGE, 8 * PAGE]
     assert arena.alloc(2 * PAGE) is None
-    assert arena.capacity(2 * PAGE) == 5 and arena.used_bytes == 10 * PAGE
+    assert arena.capacity(2 * PAGE) == 5
+    assert arena.used_bytes == 10 * PAGE
 
 
 def test_a_plane_gets_the_smallest_class_that_holds_it() -> None:
     arena = Arena(64 * PAGE, 8 * PAGE, [4 * PAGE, PAGE])
     small, large = arena.alloc(PAGE), arena.alloc(PAGE + 1)
-    assert small is not None and small.nbytes == PAGE
-    assert large is not None and large.nbytes == 4 * PAGE and large.extent != small.extent
+    assert small is not None
+    assert small.nbytes == PAGE
+    assert large is not None
+    assert large.nbytes == 4 * PAGE
+    assert large.extent != small.extent
     with pytest.raises(AssertionError, match="no slot class"):
         arena.alloc(5 * PAGE)
 
@@ -37,7 +41,8 @@ def test_an_arena_smaller_than_an_extent_serves_what_fits() -> None:
 def test_an_extent_changes_class_only_when_empty() -> None:
     arena = Arena(4 * PAGE, 4 * PAGE, [PAGE, 2 * PAGE])
     first, second = arena.alloc(PAGE), arena.alloc(PAGE)
-    assert first and second
+    assert first
+    assert second
     arena.free(first)
     assert arena.alloc(2 * PAGE) is None
     arena.free(second)
@@ -52,7 +57,8 @@ def test_the_fullest_extent_is_filled_first() -> None:
         assert slot is not None
         arena.free(slot)
     refilled = arena.alloc(PAGE)
-    assert refilled is not None and refilled.extent == 0
+    assert refilled is not None
+    assert refilled.extent == 0
 
 
 def test_a_slot_is_freed_once() -> None:
@@ -66,7 +72,8 @@ def test_a_slot_is_freed_once() -> None:
 
 def test_an_empty_arena_gives_nothing() -> None:
     arena = Arena(0, PAGE, [PAGE])
-    assert arena.alloc(PAGE) is None and arena.capacity(PAGE) == 0
+    assert arena.alloc(PAGE) is None
+    assert arena.capacity(PAGE) == 0
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [PAGE + 1], [-PAGE]])
@@ -79,7 +86,9 @@ def test_slot_sizes_are_whole_pages(sizes: list[int]) -> None:
 def test_extents_hold_every_class_and_waste_least(pages: list[int]) -> None:
     sizes = [count * PAGE for count in pages]
     extent = extent_bytes_for(sizes)
-    assert extent % PAGE == 0 and extent >= max(2 << 20, *sizes) and extent <= 4 * max(2 << 20, *sizes)
+    assert extent % PAGE == 0
+    assert extent >= max(2 << 20, *sizes)
+    assert extent <= 4 * max(2 << 20, *sizes)
     if len(set(sizes)) == 1:
         assert extent % sizes[0] == 0
 
@@ -143,10 +152,12 @@ class ArenaMachine(RuleBasedStateMachine):
     def slots_are_apart_aligned_and_inside(self) -> None:
         end = 0
         for slot in sorted(self.used, key=lambda slot: slot.offset):
-            assert slot.offset >= end and slot.offset % PAGE == 0
+            assert slot.offset >= end
+            assert slot.offset % PAGE == 0
             end = slot.offset + slot.nbytes
             start = slot.extent * self.extent_bytes
-            assert start <= slot.offset and end <= start + self.extent_size(slot.extent)
+            assert start <= slot.offset
+            assert end <= start + self.extent_size(slot.extent)
 
     @invariant()
     def an_extent_has_one_class(self) -> None:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from memory.plane_file import PAGE, PlaneFile
 
+from memory.plane_file import PAGE, PlaneFile
 from moestro.memory.direct import FileReader, preadv
 from moestro.memory.pages import HostBuffer
 
@@ -97,7 +97,8 @@ def test_a_refusal_at_read_falls_back_too(
     reader = FileReader(refuse_at_read)
     for expert in (1, 2):
         assert read_plane(reader, uniform_planes, expert, buffer) == uniform_planes.contents[(0, expert, 0)]
-    assert len(caplog.records) == 1 and not reader.direct
+    assert len(caplog.records) == 1
+    assert not reader.direct
     reader.close()
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from memory.plane_file import PAGE, PlaneFile
 
+from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena
@@ -207,7 +207,8 @@ def test_the_policy_sees_demand_order_and_every_event(make: Callable[..., Bench]
 
         def victim(self, need: Need, evictable: Evictable) -> PlaneKey | None:
             events.append(("urgent" if need.urgent else "may wait", need.key[1]))
-            assert need.nbytes == 2 * PAGE and all(evictable.nbytes(key) == 2 * PAGE for key in evictable)
+            assert need.nbytes == 2 * PAGE
+            assert all(evictable.nbytes(key) == 2 * PAGE for key in evictable)
             return super().victim(need, evictable)
 
     bench = make(2, Spy())
@@ -224,7 +225,7 @@ def test_the_policy_sees_demand_order_and_every_event(make: Callable[..., Bench]
 
 def test_a_policy_that_gives_up_a_leased_plane_is_caught(make: Callable[..., Bench]) -> None:
     class Careless(LRU):
-        def victim(self, need: Need, evictable: Evictable) -> PlaneKey | None:
+        def victim(self, _need: Need, _evictable: Evictable) -> PlaneKey | None:
             return plane(0)
 
     bench = make(1, Careless())
@@ -316,7 +317,7 @@ def test_demand_waits_for_the_slot_of_a_prefetch_that_has_begun(make: Callable[.
 def test_a_failed_read_is_raised_and_leaves_the_cache_sound(make: Callable[..., Bench]) -> None:
     bench = make(3)
     bench.disk.broken = {bench.offset_of(1)}
-    with pytest.raises(PlaneReadError, match="Plane 0 of expert 1 of MoE layer 0 .*Input/output error"):
+    with pytest.raises(PlaneReadError, match=r"Plane 0 of expert 1 of MoE layer 0 .*Input/output error"):
         bench.run(0, 1, 2, 3, 4, 5)
     bench.settle()
     assert 1 not in bench.residents()
@@ -342,17 +343,24 @@ def test_a_failed_prefetch_is_said_counted_and_tried_again_on_demand(
     bench.disk.broken = {bench.offset_of(1)}
     bench.cache.prefetch([plane(1)])
     bench.settle()
-    assert bench.cache.stats.failed_prefetches == 1 and "expert 1" in caplog.text
-    assert bench.residents() == set() and bench.arena.used_bytes == 0
+    assert bench.cache.stats.failed_prefetches == 1
+    assert "expert 1" in caplog.text
+    assert bench.residents() == set()
+    assert bench.arena.used_bytes == 0
     with pytest.raises(PlaneReadError):
         bench.run(1)
 
 
 def test_an_exception_in_the_consumer_ends_all_leases(make: Callable[..., Bench]) -> None:
     bench = make(3)
-    with pytest.raises(ZeroDivisionError), bench.cache.stream([plane(expert) for expert in range(6)]) as arrivals:
-        for _ in arrivals:
-            raise ZeroDivisionError
+
+    def consume() -> None:
+        with bench.cache.stream([plane(expert) for expert in range(6)]) as arrivals:
+            for _ in arrivals:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        consume()
     assert sorted(bench.run(10, 11, 12)) == [10, 11, 12]
 
 
@@ -363,7 +371,8 @@ def test_an_abandoned_stream_cancels_what_has_not_begun(make: Callable[..., Benc
         bench.disk.begun.acquire()
     bench.disk.open.set()
     bench.settle()
-    assert bench.read_experts() == [0] and bench.residents() == {0}
+    assert bench.read_experts() == [0]
+    assert bench.residents() == {0}
 
 
 def test_a_plane_nobody_can_locate_ends_the_stream_cleanly(make: Callable[..., Bench]) -> None:
@@ -424,7 +433,8 @@ def test_clear_forgets_everything_and_waits_for_what_has_begun(make: Callable[..
     until(lambda: 1 in bench.read_experts())
     threading.Timer(0.05, bench.disk.open.set).start()
     bench.cache.clear()
-    assert bench.residents() == set() and bench.arena.used_bytes == 0
+    assert bench.residents() == set()
+    assert bench.arena.used_bytes == 0
     assert bench.read_experts() == [0, 1]
     assert bench.cache.stats.evictions == 0
     assert sorted(bench.run(0, 1, 2, 3)) == [0, 1, 2, 3]
@@ -436,7 +446,8 @@ def test_stats_are_a_copy(make: Callable[..., Bench]) -> None:
     bench = make(4)
     before = bench.cache.stats
     bench.run(0)
-    assert before.misses == 0 and bench.cache.stats.misses == 1
+    assert before.misses == 0
+    assert bench.cache.stats.misses == 1
 
 
 def test_a_missing_file_is_a_plane_that_cannot_be_read(uniform_planes: PlaneFile, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory.plane_file import PAGE, PlaneFile
 
+from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
 from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena
@@ -152,7 +152,8 @@ def test_whatever_happens(
             assert wanted & {(0, expert, 0) for expert in broken}
         else:
             assert len(seen) == min(step.stop, len(wanted))
-        assert len(seen) == len(set(seen)) and set(seen) <= wanted
+        assert len(seen) == len(set(seen))
+        assert set(seen) <= wanted
         assert not {key[1] for key in seen} & broken
 
     for step in steps:
@@ -176,4 +177,5 @@ def test_whatever_happens(
     intact_bytes = sum(disk.reads[key] * len(mixed_planes.contents[key]) for key in disk.reads if key[1] not in broken)
     assert cache.stats.bytes_read == engine.stats.bytes_read == intact_bytes
     cache.clear()
-    assert arena.used_bytes == 0 and not policy.held
+    assert arena.used_bytes == 0
+    assert not policy.held

@@ -71,7 +71,9 @@ def test_the_unknown_is_not_evictable_and_sizes_are_those_of_slots() -> None:
     shelf = Shelf(8)
     plane = shelf.add(0, 3)
     view = EvictableView(shelf.planes, PAGE, ())
-    assert (0, 9, 0) not in view and "banana" not in view
+    assert (0, 9, 0) not in view
+    assert "banana" not in view
     assert view.nbytes(plane.key) == 4 * PAGE
     shelf.planes.remove(plane)
-    assert plane.key not in view and list(view) == []
+    assert plane.key not in view
+    assert list(view) == []

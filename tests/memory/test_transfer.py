@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from memory.plane_file import PAGE, PlaneFile
 
+from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
@@ -61,11 +61,13 @@ def test_bytes_arrive_in_place_and_are_counted(uniform_planes: PlaneFile, buffer
     tickets = [engine.submit(read_of(uniform_planes, expert, buffer), urgent=True) for expert in range(16)]
     for expert, ticket in enumerate(tickets):
         ticket.wait()
-        assert ticket.done() and ticket.error is None
+        assert ticket.done()
+        assert ticket.error is None
         assert bytes(buffer.view(expert * 3 * PAGE, 2 * PAGE)) == uniform_planes.contents[(0, expert, 0)]
     stats = engine.stats
     assert (stats.reads, stats.failed, stats.bytes_read) == (16, 0, 16 * 2 * PAGE)
-    assert 0 < stats.check_seconds and 0 < stats.busy_seconds
+    assert stats.check_seconds > 0
+    assert stats.busy_seconds > 0
     engine.close()
 
 
@@ -122,12 +124,14 @@ def test_an_extent_in_flight_is_read_once(
     again = gated.submit(read_of(uniform_planes, 0, buffer), urgent=True, on_done=calls.append)
     queued = gated.submit(read_of(uniform_planes, 1, buffer), urgent=False)
     assert again is first
-    assert gated.submit(read_of(uniform_planes, 1, buffer), urgent=True) is queued and queued.urgent
+    assert gated.submit(read_of(uniform_planes, 1, buffer), urgent=True) is queued
+    assert queued.urgent
     with pytest.raises(AssertionError, match="another destination"):
         gated.submit(read_of(uniform_planes, 1, buffer, slot=9), urgent=True)
     gate.open.set()
     queued.wait()
-    assert len(gate.offsets) == 2 and calls == [first]
+    assert len(gate.offsets) == 2
+    assert calls == [first]
     gated.submit(read_of(uniform_planes, 0, buffer), urgent=True).wait()  # no longer in flight: read afresh
     assert len(gate.offsets) == 3
 
@@ -140,7 +144,8 @@ def test_a_queued_read_can_be_cancelled_a_begun_one_cannot(
     gate.reading.acquire()
     for urgent in (True, False):
         queued = gated.submit(read_of(uniform_planes, 1, buffer), urgent=urgent, on_done=calls.append)
-        assert gated.cancel(queued) and not gated.cancel(queued)
+        assert gated.cancel(queued)
+        assert not gated.cancel(queued)
         with pytest.raises(PlaneReadError, match="cancelled"):
             queued.wait()
     assert not gated.cancel(begun)
@@ -148,7 +153,8 @@ def test_a_queued_read_can_be_cancelled_a_begun_one_cannot(
     begun.wait()
     assert not gated.cancel(begun)
     gated.submit(read_of(uniform_planes, 1, buffer), urgent=True).wait()
-    assert len(gate.offsets) == 2 and calls == []
+    assert len(gate.offsets) == 2
+    assert calls == []
 
 
 def test_an_unreadable_block_fails_its_read_only(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
@@ -204,9 +210,7 @@ def test_what_is_no_whole_file_is_named(buffer: HostBuffer, tmp_path: Path, kind
 
 
 @pytest.mark.parametrize("surprise", [RuntimeError("no such thing"), SystemExit(3), MemoryError()])
-def test_a_thread_survives_surprises(
-    uniform_planes: PlaneFile, buffer: HostBuffer, surprise: BaseException
-) -> None:
+def test_a_thread_survives_surprises(uniform_planes: PlaneFile, buffer: HostBuffer, surprise: BaseException) -> None:
     surprises = [surprise]
 
     def surprising(descriptor: int, destination: memoryview, offset: int) -> int:
@@ -231,7 +235,8 @@ def test_a_failing_callback_is_logged_and_harms_nothing(
     engine.submit(read_of(uniform_planes, 0, buffer), urgent=True, on_done=broken).wait()
     engine.submit(read_of(uniform_planes, 1, buffer), urgent=True).wait()
     engine.close()
-    assert "a bug" in caplog.text and "expert 0" in caplog.text
+    assert "a bug" in caplog.text
+    assert "expert 0" in caplog.text
 
 
 def test_close_lets_begun_reads_finish_and_fails_the_others(

@@ -23,7 +23,7 @@ class Free:
     def __iter__(self) -> Iterator[PlaneKey]:
         return iter(self.keys)
 
-    def nbytes(self, key: PlaneKey) -> int:
+    def nbytes(self, _key: PlaneKey) -> int:
         return 4096
 
 

@@ -25,7 +25,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _generate(store: Path, memory: str, before: Callable[[], None] | None = None) -> dict[str, object]:
-    command = [sys.executable, "-m", "moestro", "generate", str(store), "--prompt", PROMPT, "--json"]
+    command = [sys.executable, "-m", "moestro.cli", "generate", str(store), "--prompt", PROMPT, "--json"]
     command += ["--memory", memory, "--context", "512", "--max-tokens", "40"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, preexec_fn=before)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,7 +13,7 @@ from moestro.runtime.dense import DenseWeight, place_dense
 KERNELS = make_kernels("cpu", threads=1)
 
 
-def _weight(rows: int = 12, columns: int = 40, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, DenseWeight]:
+def _weight(rows: int = 32, columns: int = 40, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, DenseWeight]:
     stored = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     return stored, DenseWeight.over(stored, KERNELS)
 
@@ -21,7 +21,7 @@ def _weight(rows: int = 12, columns: int = 40, dtype: torch.dtype = torch.bfloat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_linear_computes_in_fp32_over_any_leading_shape(dtype: torch.dtype) -> None:
     stored, weight = _weight(dtype=dtype)
-    hidden, bias = torch.randn(2, 3, 40), torch.randn(12)
+    hidden, bias = torch.randn(2, 3, 40), torch.randn(32)
     actual = F.linear(hidden, weight, bias)
     assert type(actual) is torch.Tensor
     assert actual.dtype == torch.float32
@@ -41,12 +41,12 @@ def test_converted_weights_still_take_our_kernel() -> None:
 
 def test_embedding_and_other_operations_see_fp32() -> None:
     stored, weight = _weight()
-    ids = torch.tensor([[3, 0, 11]])
+    ids = torch.tensor([[3, 0, 31]])
     assert torch.equal(F.embedding(ids, weight), stored.float()[ids])
-    product = torch.ones(2, 12) @ weight
+    product = torch.ones(2, 32) @ weight
     assert type(product) is torch.Tensor
-    torch.testing.assert_close(product, torch.ones(2, 12) @ stored.float())
-    assert weight.shape == (12, 40)
+    torch.testing.assert_close(product, torch.ones(2, 32) @ stored.float())
+    assert weight.shape == (32, 40)
 
 
 def test_placing_replaces_parameters_buffers_and_tied_names() -> None:

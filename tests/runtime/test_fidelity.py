@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, save_checkpoint
-from opening import logits_of, open_store
 
+from families import FAMILIES, save_checkpoint
 from moestro.store.pack import pack
+from opening import logits_of, open_store
 
 PROMPT = [5, 17, 3, 99, 42, 8, 120, 64, 31, 77, 12, 150, 9, 9, 23, 58, 101, 6, 44, 71]
 

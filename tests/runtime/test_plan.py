@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from families import FAMILIES
 from moestro.config import RuntimeOptions
 from moestro.errors import BudgetError
 from moestro.hf.skeleton import build_skeleton
 from moestro.runtime.kv import LayerKV
 from moestro.runtime.plan import ModelShape, Plan, make_plan, resolve_context
 from moestro.runtime.probe import Probe
-
-from families import FAMILIES
 
 PROBE = Probe(
     kv_layers=(LayerKV(heads=2, key_width=16, value_heads=2, value_width=16, gathered=False),) * 3,

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, random_model
 from transformers import JambaConfig, Qwen2MoeConfig, Qwen3NextConfig
 
+from families import FAMILIES, random_model
 from moestro.errors import UnsupportedModelError
 from moestro.hf.skeleton import build_skeleton
 from moestro.runtime.kv import LayerKV

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, save_checkpoint
-from store.reading import assert_holds, read_dense, read_expert
 from transformers import AutoModelForCausalLM
 
+from families import FAMILIES, save_checkpoint
 from moestro.store.pack import PackLimits, pack
 from moestro.store.reader import Store
+from store.reading import assert_holds, read_dense, read_expert
 
 TIED = {"qwen3_moe": {"lm_head.weight"}, "ernie4_5_moe": {"lm_head.weight"}}
 
@@ -34,7 +34,9 @@ def test_a_bf16_checkpoint_stays_bf16(family: str, tmp_path: Path) -> None:
     assert_holds(store, model.state_dict(), frozenset(TIED.get(family, set())))
     assert (store.manifest.dtype, store.manifest.levels) == ("BF16", (16,))
     for name, tensor in store.dense.items():
-        keeps = len(tensor.shape) == 1 or (family == "ernie4_5_moe" and ("gate.weight" in name or "moe_statics" in name))
+        keeps = len(tensor.shape) == 1 or (
+            family == "ernie4_5_moe" and ("gate.weight" in name or "moe_statics" in name)
+        )
         assert tensor.dtype == ("F32" if keeps else "BF16"), name
 
 

@@ -7,12 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from families import save_checkpoint
-from store.crash import LIMITS, pack_counting, pack_until, run
 
+from families import save_checkpoint
 from moestro.errors import StoreError
 from moestro.store.pack import PackProgress, pack
 from moestro.store.reader import Store
+from store.crash import LIMITS, pack_counting, pack_until, run
 
 
 def _content(folder: Path) -> dict[str, bytes]:
@@ -35,7 +35,9 @@ def whole(source: Path) -> tuple[dict[str, bytes], int]:
 
 
 @pytest.mark.parametrize("point", range(10))
-def test_killed_at_a_random_point(point: int, source: Path, whole: tuple[dict[str, bytes], int], tmp_path: Path) -> None:
+def test_killed_at_a_random_point(
+    point: int, source: Path, whole: tuple[dict[str, bytes], int], tmp_path: Path
+) -> None:
     content, calls = whole
     assert calls > 60
     rng = random.Random(point)
@@ -51,11 +53,9 @@ def test_killed_at_a_random_point(point: int, source: Path, whole: tuple[dict[st
     assert not destination.with_name("store.partial").exists()
 
 
-def test_killed_at_every_one_of_the_last_calls(
-    source: Path, whole: tuple[dict[str, bytes], int], tmp_path: Path
-) -> None:
+def test_killed_at_each_of_the_last_calls(source: Path, whole: tuple[dict[str, bytes], int], tmp_path: Path) -> None:
     content, calls = whole
-    for back in range(12):
+    for back in range(9):
         destination = tmp_path / f"store{back}"
         assert run(pack_until, source, destination, calls - back) == -signal.SIGKILL
         pack(source, destination, limits=LIMITS)

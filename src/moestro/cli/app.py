@@ -46,7 +46,7 @@ def _show_version(asked: bool) -> None:
 def before(
     ctx: typer.Context,
     debug: DebugFlag = False,
-    version: Annotated[
+    _version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
@@ -55,6 +55,5 @@ def before(
     logger = logging.getLogger("moestro")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes(logging.WARNING))
-        logger.propagate = False
     # What transformers has to say is about its own loaders, which moestro does not use.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from moestro.cli.boundary import say
@@ -25,13 +24,13 @@ _PLAIN_SECONDS = 5.0
 
 
 def output() -> Console:
-    """Standard output. A width for long paths where nobody looks at a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    """Standard output."""
+    return Console(highlight=False)
 
 
 def notes() -> Console:
     """Standard error, for everything that is not the command's result."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+    return Console(stderr=True, highlight=False)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -41,15 +40,16 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
     """Rows of (name, value) or (name, value, remark) under a title."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(style="dim", overflow="fold")
-    for name, value, *remark in rows:
-        table.add_row(Text(name), Text(value), Text(remark[0] if remark else ""))
     console = output()
-    console.print(Text(title, style="bold"))
-    console.print(table)
+    names = max(len(row[0]) for row in rows)
+    values = max((len(row[1]) for row in rows if len(row) == 3), default=0)
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    for name, value, *remark in rows:
+        line = Text(f"  {name.ljust(names)}  {value}")
+        if remark and remark[0]:
+            line.append(" " * (values - len(value)) + f"  {remark[0]}", style="dim")
+        console.print(line, soft_wrap=True)
 
 
 class _Bytes(ProgressColumn):

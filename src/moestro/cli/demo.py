@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from moestro import LLM, Completion
 
 MODEL = "tiny-qwen3moe-28m"
-PROMPT = "import os\nimport sys\n\ndef main():\n"
-SAMPLING = SamplingParams(max_tokens=200, temperature=0.7, top_p=0.9, seed=7)
+PROMPT = """\
+Mixture \\Mix"ture\\, n. [L. mixtura.]
+   1. The act of mixing, or the state of being mixed.
+      [1913 Webster]
+
+   2."""
+SAMPLING = SamplingParams(max_tokens=200, temperature=0.7, top_p=0.9, seed=4)
 CONTEXT = 512
 ARENA_SHARE = 0.25
 """The part of the experts' bytes that fits into the arena."""
@@ -37,23 +42,22 @@ def demo(
     check_picture_path(picture)
     store = locate_store(MODEL, auto_pack=True)
     options = _options(store)
-    notes().print(f"{MODEL}: a quarter of the experts' bytes as memory for experts. The text:\n", style="dim")
+    notes().print(f"{MODEL}, with memory for a quarter of its experts, continues this:\n", style="dim")
     with open_llm(str(store), options) as llm:
         started = time.monotonic()
         completion = _stream(llm)
         elapsed_s = time.monotonic() - started
         stats = llm.stats()
-        draw_experts(
-            llm.expert_counts(),
-            picture,
-            title="Which experts each layer used",
-            subtitle=f"{MODEL}, {completion.prompt_tokens + len(completion.token_ids)} tokens",
-        )
-    print_table("Memory", memory_rows(stats))
-    print_table("Expert cache", cache_rows(stats))
-    print_table(f"Where {elapsed_s:.2f} s went", time_rows(stats, elapsed_s))
-    print_table("Speed", [("tokens per second", f"{completion.timings.decode_tokens_per_s:.1f}")])
-    output().print(f"\nThe picture of which experts each layer used: {picture}")
+        tokens = completion.prompt_tokens + len(completion.token_ids)
+        draw_experts(llm.expert_counts(), picture, model=MODEL, tokens=tokens)
+    rows = [
+        *memory_rows(stats),
+        ("tokens per second", f"{completion.timings.decode_tokens_per_s:.1f}", f"{tokens} tokens, prompt included"),
+        *cache_rows(stats),
+        *time_rows(stats, elapsed_s),
+    ]
+    print_table("What happened", rows)
+    output().print(f"\nWhich experts each layer used: see {picture}", soft_wrap=True)
 
 
 def _options(store: Path) -> RuntimeOptions:

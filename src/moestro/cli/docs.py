@@ -11,8 +11,8 @@ from moestro.config import RuntimeOptions, SamplingParams
 _HEAD = """\
 # Options
 
-Generated from `src/moestro/config.py` by `make docs`; do not edit. A flag wins over its environment variable, which wins
-over the default. In Python the same names are keywords of `LLM(...)` and `SamplingParams(...)`.
+Generated from `src/moestro/config.py` by `make docs`; do not edit. A flag wins over its environment variable, which
+wins over the default. In Python the same names are keywords of `LLM(...)` and `SamplingParams(...)`.
 """
 
 _SECTIONS = (

@@ -44,12 +44,8 @@ def generate(
         completion = _answer(llm, text, sampling, show=not as_json)
         stats = llm.stats()
         if picture is not None:
-            draw_experts(
-                llm.expert_counts(),
-                picture,
-                title="Which experts each layer used",
-                subtitle=f"{model}, {completion.prompt_tokens + len(completion.token_ids)} tokens",
-            )
+            tokens = completion.prompt_tokens + len(completion.token_ids)
+            draw_experts(llm.expert_counts(), picture, model=model, tokens=tokens)
     if as_json:
         print_json(to_json(completion, stats))
     else:

@@ -39,8 +39,8 @@ def inspect(
 def _verify(subject: Subject) -> list[str]:
     if subject.store is None:
         raise StoreError(
-            f"{subject.path} is a checkpoint, which has no checksums to verify. Make a store of it with `moestro pack`, "
-            "or leave --verify out."
+            f"{subject.path} is a checkpoint, which has no checksums to verify. Make a store of it with "
+            "`moestro pack`, or leave --verify out."
         )
     with progress_bar("verifying") as report:
         return subject.store.verify(lambda step: report(step.done_bytes, step.total_bytes))
@@ -84,6 +84,6 @@ def _draw(subject: Subject, problems: list[str] | None) -> None:
         ("experts' weights", format_bytes(facts["expert_bytes"]), f"{format_bytes(facts['bytes_per_expert'])} each"),
     ]
     if problems is not None:
-        rows.append(("verified", "every byte is as it was packed" if not problems else f"{len(problems)} problem(s)"))
+        rows.append(("verified", "every byte is as packed" if not problems else f"{len(problems)} problem(s)"))
     print_table(facts["path"], rows)
     print_table("files", [(name, format_bytes(size)) for name, size in facts["files"].items()])

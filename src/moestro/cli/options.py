@@ -1,7 +1,7 @@
 """Flags, environment twins and help texts, derived from the dataclasses of `moestro.config`.
 
-A command asks for a whole dataclass (`options: RuntimeOptions`); `spread_options` shows its fields to Typer as flags and
-hands the command an instance. So a field that is added to a dataclass is a flag, a `MOESTRO_*` variable, a line of
+A command asks for a whole dataclass (`options: RuntimeOptions`); `spread_options` shows its fields to Typer as flags
+and hands the command an instance. So a field that is added to a dataclass is a flag, a `MOESTRO_*` variable, a line of
 `--help` and a row of `docs/options.md` without another word.
 """
 
@@ -54,7 +54,7 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Only:
-    """`Annotated[RuntimeOptions, Only("memory")]`: the command has no use for the other fields, so has no such flags."""
+    """`Annotated[RuntimeOptions, Only("memory")]`: the command has no use for the other fields, so no flags."""
 
     names: tuple[str, ...]
 

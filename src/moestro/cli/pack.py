@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moestro.cli.console import print_table, progress_bar
+from moestro.cli.console import Row, print_table, progress_bar
 from moestro.memory.budget import format_bytes
 
 
@@ -30,7 +30,7 @@ def pack(
             locate_source(source), store, dtype=dtype, progress=lambda step: report(step.done_bytes, step.total_bytes)
         )
     experts = sum(layer.num_experts for layer in packed.layers)
-    rows = [
+    rows: list[Row] = [
         ("store", str(packed.path)),
         ("experts", f"{experts} in {len(packed.layers)} layers", format_bytes(packed.expert_bytes)),
         ("dense weights", format_bytes(packed.dense_bytes)),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NEVER = "#e9e9ec"
-_PALETTE = "viridis_r"
+_PALETTE = "YlGnBu"
 
 
 def check_picture_path(path: Path) -> None:
@@ -27,39 +27,51 @@ def check_picture_path(path: Path) -> None:
         )
 
 
-def draw_experts(counts_LE: npt.NDArray[np.int64], path: Path, *, title: str, subtitle: str) -> None:
+def draw_experts(counts_LE: npt.NDArray[np.int64], path: Path, *, model: str, tokens: int) -> None:
     """Write a heat map, one row per MoE layer and one column per expert, of the tokens routed to each.
 
     Args:
-        counts_LE: tokens routed to each expert of each layer so far.
+        counts_LE: tokens routed to each expert of each layer.
         path: the PNG to write.
+        model, tokens: what ran, for the line under the title.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     layers, experts = counts_LE.shape
-    width = float(np.clip(experts * 0.27, 7.0, 18.0))
-    height = float(np.clip(layers * 0.27, 2.0, 12.0))
-    figure = Figure(figsize=(width + 1.6, height + 1.6), dpi=150, layout="constrained")
+    size = (1.6 + np.clip(experts * 0.27, 7.0, 18.0), 1.6 + np.clip(layers * 0.27, 2.0, 12.0))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    shown = np.ma.masked_equal(counts_LE, 0)
-    image = axes.imshow(shown, cmap=_PALETTE, aspect="auto", interpolation="nearest", vmin=0)
     axes.set_facecolor(_NEVER)
-    axes.set_xlabel("expert (grey: never used)")
-    axes.set_ylabel("MoE layer")
+    never_used_masked = np.ma.masked_equal(counts_LE, 0)
+    image = axes.imshow(never_used_masked, cmap=_PALETTE, aspect="auto", interpolation="nearest", vmin=0)
+    _label(axes, layers, experts)
+    axes.set_title("Which experts each layer used", loc="left", fontsize=12, fontweight="bold", pad=22)
+    subtitle = f"{model}, {tokens} tokens; the busiest quarter of a layer's experts took {busiest_share(counts_LE):.0%}"
+    axes.annotate(subtitle, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=9, color="#555555")
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04)
+    bar.set_label("tokens routed", fontsize=9)
+    bar.ax.tick_params(length=0, labelsize=8)
+    bar.outline.set_visible(False)
+    figure.savefig(path)
+
+
+def busiest_share(counts_LE: npt.NDArray[np.int64]) -> float:
+    """The part of all routed tokens that went to the busiest quarter of each layer's experts."""
+    quarter = max(1, counts_LE.shape[1] // 4)
+    return float(np.sort(counts_LE, axis=1)[:, -quarter:].sum() / max(1, counts_LE.sum()))
+
+
+def _label(axes: Axes, layers: int, experts: int) -> None:
+    axes.set_xlabel("expert (grey: never used)", fontsize=9)
+    axes.set_ylabel("MoE layer", fontsize=9)
     axes.set_xticks(_ticks(experts))
     axes.set_yticks(_ticks(layers))
     axes.tick_params(length=0, labelsize=8)
     for side in axes.spines.values():
         side.set_visible(False)
     _draw_grid(axes, layers, experts)
-    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.04)
-    bar.set_label("tokens routed")
-    bar.outline.set_visible(False)
-    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
-    axes.set_title(subtitle, fontsize=9, loc="left", color="#555555")
-    figure.savefig(path)
 
 
 def _ticks(count: int) -> list[int]:

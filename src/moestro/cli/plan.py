@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from moestro.cli.arguments import AsJson, Model
 from moestro.cli.console import Row, print_json, print_table
 from moestro.cli.options import Only
-from moestro.cli.report import share
 from moestro.config import RuntimeOptions
 from moestro.memory.budget import format_bytes
 
@@ -36,21 +35,22 @@ def _to_json(model: str, planned: Plan) -> dict[str, Any]:
 
 
 def _draw(model: str, planned: Plan) -> None:
-    given = planned.memory_bytes
-    parts = [
+    parts: list[tuple[str, int, str]] = [
         ("dense weights", planned.dense_bytes, ""),
         ("expert arena", planned.arena_bytes, f"{planned.arena_experts} of {planned.total_experts} experts"),
         ("KV cache", planned.kv_bytes, f"{planned.max_sequences} x {planned.context} tokens"),
         ("activations", planned.activation_bytes, f"steps of up to {planned.step_rows} tokens"),
         ("staging", planned.staging_bytes, "read buffers, block tables"),
     ]
-    unused = given - sum(size for _, size, _ in parts)
-    rows: list[Row] = [(name, format_bytes(size), remark) for name, size, remark in (*parts, ("unused", unused, ""))]
-    print_table(f"{model} in {format_bytes(given)}", rows)
-    facts: list[Row] = [
-        ("model", format_bytes(planned.model_bytes), f"{share(given, planned.model_bytes)} of it is the memory given"),
+    parts.append(("left over", planned.memory_bytes - sum(size for _, size, _ in parts), ""))
+    print_table(
+        f"{format_bytes(planned.memory_bytes)} for {model}",
+        [(name, format_bytes(size), remark) for name, size, remark in parts],
+    )
+    rows: list[Row] = [
+        ("whole model", format_bytes(planned.model_bytes), f"{format_bytes(planned.expert_bytes)} of it experts"),
         ("least memory that works", format_bytes(planned.least_bytes), f"{planned.least_bytes} bytes"),
-        ("read per token", format_bytes(planned.expected_bytes_per_token), "if every expert were equally likely"),
-        ("process floor", format_bytes(planned.floor_bytes), "Python with torch; comes on top of the memory given"),
+        ("read per token", format_bytes(planned.expected_bytes_per_token), "if all experts were equally likely"),
+        ("process floor", format_bytes(planned.floor_bytes), "Python with torch, on top of the memory given"),
     ]
-    print_table("", facts)
+    print_table("in all", rows)

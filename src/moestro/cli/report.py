@@ -35,54 +35,49 @@ def summary(completion: Completion, stats: Stats) -> str:
 
 def memory_rows(stats: Stats) -> list[Row]:
     """Bytes given and bytes used."""
+    allowed = stats.process_floor_bytes + stats.memory_bytes
     return [
         ("model", format_bytes(stats.model_bytes), f"{format_bytes(stats.expert_bytes)} of it experts"),
-        ("memory given", format_bytes(stats.memory_bytes), _placement(stats)),
+        ("memory given", format_bytes(stats.memory_bytes), "the sum of the next four and some staging"),
+        (
+            "  expert arena",
+            format_bytes(stats.arena_bytes),
+            f"{share(stats.arena_bytes, stats.expert_bytes)} of the experts",
+        ),
+        ("  dense weights", format_bytes(stats.dense_bytes)),
+        ("  KV cache", format_bytes(stats.kv_bytes)),
+        ("  activations", format_bytes(stats.activation_bytes)),
         ("process floor", format_bytes(stats.process_floor_bytes), "Python with torch, before any weight"),
-        ("peak resident", format_bytes(stats.peak_rss_bytes), f"the most allowed: {_allowed(stats)}"),
+        ("peak resident", format_bytes(stats.peak_rss_bytes), f"at most {format_bytes(allowed)}: floor + memory given"),
     ]
 
 
 def cache_rows(stats: Stats) -> list[Row]:
     """What the expert cache did."""
     used = stats.hits + stats.misses
+    reads = "direct reads" if stats.direct_io else "reads through the page cache"
+    pages = "huge pages" if stats.huge_pages else "ordinary pages"
     return [
-        ("hits", str(stats.hits), share(stats.hits, used)),
-        ("misses", str(stats.misses), share(stats.misses, used)),
-        ("bytes read", format_bytes(stats.bytes_read), _how_read(stats)),
+        ("expert hits", str(stats.hits), share(stats.hits, used)),
+        ("expert misses", str(stats.misses), share(stats.misses, used)),
+        ("bytes read", format_bytes(stats.bytes_read), f"{reads} into {pages}"),
     ]
 
 
 def time_rows(stats: Stats, elapsed_s: float) -> list[Row]:
     """Where the time of a run of `elapsed_s` seconds went."""
-    dense = stats.compute_s - stats.expert_s
-    other = max(0.0, elapsed_s - stats.compute_s - stats.stall_s)
     parts = (
-        ("compute, dense layers", dense),
-        ("compute, experts", stats.expert_s),
-        ("waiting for the disk", stats.stall_s),
-        ("other", other),
+        ("  computing dense layers", stats.compute_s - stats.expert_s),
+        ("  computing experts", stats.expert_s),
+        ("  waiting for the disk", stats.stall_s),
+        ("  other", max(0.0, elapsed_s - stats.compute_s - stats.stall_s)),
     )
-    return [(name, f"{seconds:.2f} s", share(seconds, elapsed_s)) for name, seconds in parts]
+    return [
+        ("time", f"{elapsed_s:.2f} s"),
+        *((name, f"{seconds:.2f} s", share(seconds, elapsed_s)) for name, seconds in parts),
+    ]
 
 
 def share(part: float, whole: float) -> str:
     """`part` as a percentage of `whole`."""
     return f"{100 * part / whole:.1f}%" if whole else "-"
-
-
-def _placement(stats: Stats) -> str:
-    return (
-        f"arena {format_bytes(stats.arena_bytes)} ({share(stats.arena_bytes, stats.expert_bytes)} of the experts), "
-        f"dense weights {format_bytes(stats.dense_bytes)}, KV cache {format_bytes(stats.kv_bytes)}, "
-        f"activations {format_bytes(stats.activation_bytes)}"
-    )
-
-
-def _allowed(stats: Stats) -> str:
-    return f"{format_bytes(stats.process_floor_bytes + stats.memory_bytes)} (floor + memory given)"
-
-
-def _how_read(stats: Stats) -> str:
-    reads = "direct reads" if stats.direct_io else "reads through the page cache"
-    return f"{reads} into {'huge' if stats.huge_pages else 'ordinary'} pages"

@@ -1,4 +1,4 @@
-"""What `inspect` and `plan` look at: a store, or a checkpoint that has not been packed, of which only shapes are read."""
+"""What `inspect` and `plan` look at: a store, or a checkpoint of which only the shapes are read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from moestro.config import RuntimeOptions
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load_config
@@ -79,8 +80,9 @@ class Subject:
 
     @classmethod
     def _of_checkpoint(cls, folder: Path) -> Subject:
-        skeleton = build_skeleton(load_config(folder))
-        dtype = _checkpoint_dtype(skeleton)
+        config = load_config(folder)
+        dtype = _checkpoint_dtype(config)
+        skeleton = build_skeleton(config)
         layouts = tuple(raw_layout(layer.params, dtype) for layer in skeleton.expert_layers)
         shape = ModelShape(
             name=folder.name,
@@ -91,8 +93,8 @@ class Subject:
         return cls(folder, None, skeleton, layouts, shape)
 
 
-def _checkpoint_dtype(skeleton: Skeleton) -> str:
+def _checkpoint_dtype(config: PreTrainedConfig) -> str:
     """The type that packing would store: the checkpoint's own, BF16 where it says nothing or is quantised."""
-    dtype = getattr(skeleton.config, "dtype", None)
+    dtype = getattr(config, "dtype", None)
     name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else "BF16"
     return name if name in STORED_FLOATS else "BF16"

@@ -33,12 +33,11 @@ class Detokenizer:
         return self._emit(after[len(before) :]) if len(after) > len(before) else ""
 
     def _emit(self, piece: str) -> str:
-        # The last piece stays as left context: tokenizers decide about leading spaces by it, and the cost stays constant.
+        # The last piece stays as left context (tokenizers decide about leading spaces by it) at a constant cost.
         self._start = self._printed_until
         self._printed_until = len(self._token_ids)
         self.text += piece
         return piece
 
     def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from dataclasses import replace
 
 from moestro.config import SamplingParams
 from moestro.engine.sampling import Sampler
@@ -16,7 +17,14 @@ class Engine:
     """Requests in, tokens out. Knows no text and no planes. Not thread-safe."""
 
     def __init__(
-        self, *, runner: ModelRunner, max_sequences: int, step_rows: int, context: int, end_ids: frozenset[int], vocabulary: int
+        self,
+        *,
+        runner: ModelRunner,
+        max_sequences: int,
+        step_rows: int,
+        context: int,
+        end_ids: frozenset[int],
+        vocabulary: int,
     ) -> None:
         self._runner = runner
         self._scheduler = Scheduler(kv=runner.kv, max_sequences=max_sequences, step_rows=step_rows)
@@ -26,14 +34,18 @@ class Engine:
         self._submitted = 0
 
     def submit(self, prompt_ids: List[int], sampling: SamplingParams) -> Sequence:
-        """Queue a request.
+        """Queue a request. It ends at the end of the context at the latest.
 
         Raises:
             RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context.
         """
-        self._check(prompt_ids, sampling)
+        self._check(prompt_ids)
+        room = self._context - len(prompt_ids)
         sequence = Sequence(
-            number=self._submitted, prompt_ids=list(prompt_ids), sampling=sampling, sampler=Sampler(sampling)
+            number=self._submitted,
+            prompt_ids=list(prompt_ids),
+            sampling=replace(sampling, max_tokens=min(sampling.max_tokens, room)),
+            sampler=Sampler(sampling),
         )
         self._submitted += 1
         self._scheduler.add(sequence)
@@ -61,19 +73,15 @@ class Engine:
         """Whether any request waits or runs."""
         return self._scheduler.busy
 
-    def _check(self, prompt_ids: List[int], sampling: SamplingParams) -> None:
+    def _check(self, prompt_ids: List[int]) -> None:
         if not prompt_ids:
             raise RequestError("The prompt is empty. Expected at least one token of text.")
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocabulary:
-            raise RequestError(f"The prompt holds token ids outside the model's vocabulary (0 to {self._vocabulary - 1}).")
+            raise RequestError(
+                f"The prompt holds token ids outside the model's vocabulary (0 to {self._vocabulary - 1})."
+            )
         if len(prompt_ids) >= self._context:
             raise RequestError(
                 f"The prompt has {len(prompt_ids)} tokens and the context holds {self._context}, of which at least one "
                 "is for the answer. Shorten the prompt, or give a longer context if the model has one."
-            )
-        if len(prompt_ids) + sampling.max_tokens > self._context:
-            raise RequestError(
-                f"The prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}, together more than "
-                f"the context of {self._context}. Ask for at most {self._context - len(prompt_ids)} new tokens, or give "
-                "a longer context if the model has one."
             )

@@ -122,10 +122,11 @@ class LLM:
         if not self.tokenizer.chat_template:
             raise RequestError(f"{self._open.store.path} has no chat template. Give the prompt as plain text instead.")
         try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            conversation = [dict(message) for message in messages]
+            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs of the model's authors and raise what they like
             raise RequestError(f"The model's chat template does not take these messages: {error}") from error
-        return text
+        return str(text)
 
     def stats(self) -> Stats:
         """What was placed where, and what happened since the model was opened."""
@@ -164,7 +165,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -181,7 +184,9 @@ class LLM:
         return detokenizer.text
 
     def _complete(self, sequence: Sequence, text: str) -> Completion:
-        assert sequence.finish_reason and sequence.first_token_at and sequence.finished_at
+        assert sequence.finish_reason is not None
+        assert sequence.first_token_at is not None
+        assert sequence.finished_at is not None
         prefill_s = sequence.first_token_at - sequence.started_at
         decode_s = sequence.finished_at - sequence.first_token_at
         decoded = sequence.sampled - 1
@@ -207,9 +212,7 @@ def _end_ids(store: Path, config: Any) -> frozenset[int]:
     return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
-def _params_for(
-    prompts: List[Prompt], sampling: SamplingParams | List[SamplingParams] | None
-) -> list[SamplingParams]:
+def _params_for(prompts: List[Prompt], sampling: SamplingParams | List[SamplingParams] | None) -> list[SamplingParams]:
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling or SamplingParams()] * len(prompts)
     if len(sampling) != len(prompts):

@@ -1,7 +1,7 @@
 """A model's skeleton: built by transformers from its config alone, with no weights in memory.
 
-From the skeleton come the expert layers (which packing splits and the runtime hooks), the dense tensors (which are placed
-once), and the refusals of what moestro does not run.
+From the skeleton come the expert layers (which packing splits and the runtime hooks), the dense tensors (which are
+placed once), and the refusals of what moestro does not run.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def _build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
             f"transformers cannot build a {config.model_type} model from this config: {error}. "
             "Expected the config of a model that the installed transformers runs."
         ) from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _materialise_computed_buffers(model: PreTrainedModel) -> None:

@@ -40,7 +40,9 @@ class Arena:
     """Slots in `nbytes` bytes, each of one of `slot_sizes` (multiples of 4096, none above `extent_bytes`)."""
 
     def __init__(self, nbytes: int, extent_bytes: int, slot_sizes: Sequence[int]) -> None:
-        assert nbytes >= 0 and extent_bytes > 0 and extent_bytes % PAGE == 0, (nbytes, extent_bytes)
+        assert nbytes >= 0, nbytes
+        assert extent_bytes >= PAGE, extent_bytes
+        assert extent_bytes % PAGE == 0, extent_bytes
         self.slot_sizes = _slot_classes(slot_sizes)
         assert self.slot_sizes[-1] <= extent_bytes, (self.slot_sizes, extent_bytes)
         self.nbytes = nbytes
@@ -127,5 +129,6 @@ class Arena:
 
 def _slot_classes(slot_sizes: Sequence[int]) -> tuple[int, ...]:
     sizes = tuple(sorted(set(slot_sizes)))
-    assert sizes and all(size > 0 and size % PAGE == 0 for size in sizes), slot_sizes
+    assert sizes, "no slot sizes"
+    assert all(size > 0 and size % PAGE == 0 for size in sizes), slot_sizes
     return sizes

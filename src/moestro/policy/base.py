@@ -33,7 +33,7 @@ class Evictable(Protocol):
         """All of them, in no particular order: linear in the number of planes held."""
         ...
 
-    def nbytes(self, key: PlaneKey) -> int:
+    def nbytes(self, key: PlaneKey, /) -> int:
         """Bytes of the arena that this plane takes."""
         ...
 
@@ -44,19 +44,19 @@ class EvictionPolicy(Protocol):
     A plane is *held* from `on_load` to `on_evict`; while it is being read, or leased, it is held but not evictable.
     """
 
-    def on_load(self, key: PlaneKey, nbytes: int) -> None:
+    def on_load(self, key: PlaneKey, nbytes: int, /) -> None:
         """The plane was given a slot and its read was issued (demand or prefetch)."""
         ...
 
-    def on_use(self, key: PlaneKey) -> None:
+    def on_use(self, key: PlaneKey, /) -> None:
         """A computation asks for this plane, held or not: once per step, before the loads that the step causes."""
         ...
 
-    def on_evict(self, key: PlaneKey) -> None:
+    def on_evict(self, key: PlaneKey, /) -> None:
         """The plane lost its slot: chosen as victim, cancelled, or its read failed."""
         ...
 
-    def victim(self, need: Need, evictable: Evictable) -> PlaneKey | None:
+    def victim(self, need: Need, evictable: Evictable, /) -> PlaneKey | None:
         """A member of `evictable`, or None when it is empty.
 
         For a need that is not urgent None may also mean that no plane is worth giving up.

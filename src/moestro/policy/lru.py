@@ -14,7 +14,7 @@ class LRU:
     def __init__(self) -> None:
         self._oldest_first: OrderedDict[PlaneKey, None] = OrderedDict()
 
-    def on_load(self, key: PlaneKey, nbytes: int) -> None:
+    def on_load(self, key: PlaneKey, _nbytes: int) -> None:
         self._oldest_first[key] = None
         self._oldest_first.move_to_end(key)
 
@@ -25,5 +25,5 @@ class LRU:
     def on_evict(self, key: PlaneKey) -> None:
         del self._oldest_first[key]
 
-    def victim(self, need: Need, evictable: Evictable) -> PlaneKey | None:
+    def victim(self, _need: Need, evictable: Evictable) -> PlaneKey | None:
         return next((key for key in self._oldest_first if key in evictable), None)

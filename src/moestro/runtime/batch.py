@@ -1,6 +1,6 @@
 """A packed batch: the tokens of all requests of one step in a single row, and who owns which.
 
-Shapes: T rows (tokens) of the batch, S sequences in it, M blocks of the longest table, R rows of all histories together.
+Shapes: T rows (tokens) of the batch, S sequences in it, M blocks of the longest table, R rows of all histories.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class PackedBatch:
     """`segments` back to back: rows of segment i follow those of segment i - 1."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
-        assert segments and all(segment.token_ids for segment in segments)
+        assert segments
+        assert all(segment.token_ids for segment in segments)
         self.segments = tuple(segments)
         lengths = [len(segment.token_ids) for segment in segments]
         self.rows = sum(lengths)

@@ -29,7 +29,8 @@ def read_dense(store: Store) -> tuple[HostBuffer, dict[str, torch.Tensor]]:
         _fill(store.dense_file, buffer, size)
     except (OSError, EOFError) as error:
         raise PlaneReadError(
-            f"The dense weights in {store.dense_file} could not be read: {error}. Check the disk, then pack the store again."
+            f"The dense weights in {store.dense_file} could not be read: {error}. Check the disk, then pack the store "
+            "again."
         ) from error
     return buffer, {name: _checked(name, tensor, buffer, store.dense_file) for name, tensor in store.dense.items()}
 
@@ -53,8 +54,8 @@ def _checked(name: str, tensor: DenseTensor, buffer: HostBuffer, file: Path) -> 
     actual = xxhash.xxh3_64_intdigest(buffer.view(tensor.offset, tensor.nbytes))
     if actual != tensor.checksum:
         raise PlaneReadError(
-            f"The dense weight {name} ({tensor.nbytes} bytes at offset {tensor.offset} of {file}) is damaged: its checksum "
-            f"is {actual:016x}, expected {tensor.checksum:016x}. Pack the store again."
+            f"The dense weight {name} ({tensor.nbytes} bytes at offset {tensor.offset} of {file}) is damaged: its "
+            f"checksum is {actual:016x}, expected {tensor.checksum:016x}. Pack the store again."
         )
     flat = buffer.tensor[tensor.offset : tensor.offset + tensor.nbytes]
     return flat.view(DTYPES[tensor.dtype]).view(tensor.shape)

@@ -6,6 +6,7 @@ Shapes: T rows routed to the expert, H hidden, I expert width, G = 2I where gate
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +22,11 @@ def expert_mlp(
     `views` holds the expert's tensors in canonical layout ([out, in]) under their names in `module`, transformers'
     experts module, which knows the family's gating (interleaved, clamped, plain).
     """
-    if module.has_gate:
+    experts: Any = module
+    if experts.has_gate:
         gate_up_TG = kernels.linear(hidden_TH, views["gate_up_proj"], views.get("gate_up_proj_bias"))
-        activated_TI = module._apply_gate(gate_up_TG)
+        activated_TI = experts._apply_gate(gate_up_TG)
     else:
         up_TI = kernels.linear(hidden_TH, views["up_proj"], views.get("up_proj_bias"))
-        activated_TI = module.act_fn(up_TI)
+        activated_TI = experts.act_fn(up_TI)
     return kernels.linear(activated_TI, views["down_proj"], views.get("down_proj_bias"))

@@ -54,7 +54,8 @@ def attention_forward(
     **extras: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, H, T, D] queries to [1, T, H, V] outputs."""
-    assert attention_mask is not None and attention_mask.ndim == 0, "the mask did not come from mask_forward"
+    assert attention_mask is not None
+    assert attention_mask.ndim == 0, "the mask did not come from mask_forward"
     assert int(attention_mask) != NO_ROWS, "a layer uses a window of no rows"
     call = AttentionCall(
         module=module,

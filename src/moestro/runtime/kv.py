@@ -50,10 +50,11 @@ def blocks_for(rows: int) -> int:
 
 
 class KVPool:
-    """Blocks of every layer over one byte buffer of `blocks * block_bytes(layers)` bytes; nothing is allocated later."""
+    """Blocks of every layer over one byte buffer of `blocks * block_bytes(layers)` bytes; nothing else is allocated."""
 
     def __init__(self, *, layers: Sequence[LayerKV], blocks: int, buffer: torch.Tensor) -> None:
-        assert buffer.dtype == torch.uint8 and buffer.numel() >= blocks * block_bytes(layers)
+        assert buffer.dtype == torch.uint8
+        assert buffer.numel() >= blocks * block_bytes(layers)
         self.layers = tuple(layers)
         self.blocks = blocks
         self._free = list(range(blocks - 1, -1, -1))

@@ -1,9 +1,9 @@
 """Elementwise functions whose results do not depend on where in a tensor an element lies.
 
-torch runs sigmoid, exp and the like on groups of 16 or 32 elements and the rest one by one, with other last bits. A matrix whose
-rows are a multiple of 32 wide is safe: every element is in a full group. Outputs of linear maps that are narrower (a gate
-of one value per token, a router over 8 experts) are not: there a token's result would depend on how many tokens share
-its step. Padding to full groups makes it the same always.
+torch runs sigmoid, exp and the like on groups of 16 or 32 elements and the rest one by one, with other last bits. A
+matrix whose rows are a multiple of 32 wide is safe: every element is in a full group. Outputs of linear maps that are
+narrower (a gate of one value per token, a router over 8 experts) are not: there a token's result would depend on how
+many tokens share its step. Padding to full groups makes it the same always.
 
 Shapes: T rows, N columns.
 """
@@ -57,5 +57,5 @@ def plain(value: Any) -> Any:
 
 def _padded(func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     flat = plain(tensor).reshape(-1)
-    result = func(F.pad(flat, (0, -flat.numel() % GROUP)), *args, **kwargs)
+    result: torch.Tensor = func(F.pad(flat, (0, -flat.numel() % GROUP)), *args, **kwargs)
     return result[: flat.numel()].view(tensor.shape)

@@ -1,8 +1,8 @@
 """Learn from the skeleton alone, by running it on the meta device, what a forward pass will need.
 
-The probe finds the shape of every layer's KV rows, how much memory activations take at their high-water mark, and whether
-the family does anything that packed batches do not support (recurrent state, odd attention patterns): all before a
-single weight is read.
+The probe finds the shape of every layer's KV rows, how much memory activations take at their high-water mark, and
+whether the family does anything that packed batches do not support (recurrent state, odd attention patterns): all
+before a single weight is read.
 
 Shapes: T rows, H heads or hidden width, K experts per token, D and V key and value widths.
 """
@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moestro.errors import UnsupportedModelError
-from moestro.hf.bridge import Cache
 from moestro.hf.skeleton import Skeleton
 from moestro.kernels.reference import ReferenceKernels
 from moestro.runtime import hooks
+from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.expert_mlp import expert_mlp
 from moestro.runtime.kv import LayerKV
@@ -33,7 +33,7 @@ _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeE
 
 @dataclass(frozen=True)
 class Probe:
-    """What a step of `rows` tokens with `history` cached tokens needs; `activation_bytes` is the peak of live tensors."""
+    """What a step of `rows` tokens with `history` cached tokens needs; `activation_bytes`: peak of live tensors."""
 
     kv_layers: tuple[LayerKV, ...]
     experts_per_token: tuple[int, ...]
@@ -100,50 +100,17 @@ def _run(
     return context
 
 
-class ProbeCache(Cache):  # type: ignore[misc]
-    """Notes the shapes that a layer caches. In place of the history it returns what the layer's kind will get."""
-
-    def __init__(self, context: _ProbeContext) -> None:
-        super().__init__(layers=[])
-        self._context = context
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **extras: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._context.cache_rows(key_states, value_states, layer_idx)
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise UnsupportedModelError(
-            f"{self._context.family} has recurrent, linear or indexed attention layers, whose state moestro does not "
-            "keep per sequence yet."
-        )
-
-    has_previous_state = get_conv_state = update_conv_state = _refuse
-    get_recurrent_state = update_recurrent_state = update_indexer = _refuse
-
-
 class _ProbeContext:
     def __init__(self, *, family: str, history: int, known: tuple[LayerKV, ...] | None) -> None:
         self.family, self.history, self.known = family, history, known
-        self.cache = ProbeCache(self)
+        self.cache = HookedCache(family, self.cache_rows)
         self.layers: dict[int, LayerKV] = {}
         self.experts_per_token: list[int] = []
         self._cached: dict[int, torch.Tensor] = {}
         self._kernels = ReferenceKernels()
 
-    def cache_rows(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert keys.ndim == 4 and values.ndim == 4
+    def cache_rows(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert keys.ndim == values.ndim == 4
         if self.known is not None and self.known[layer].gathered:
             keys = keys.new_empty((1, keys.shape[1], self.history, keys.shape[3]))
             values = values.new_empty((1, values.shape[1], self.history, values.shape[3]))
@@ -164,7 +131,7 @@ class _ProbeContext:
             raise UnsupportedModelError(
                 f"{self.family} passes {', '.join(sorted(unknown))} to attention, which moestro's does not know."
             )
-        layer = int(getattr(call.module, "layer_idx"))
+        layer = int(call.module.layer_idx)  # type: ignore[arg-type]
         if layer not in self._cached:
             raise UnsupportedModelError(f"{self.family} shares or skips the KV cache in layer {layer}.")
         cached = self.layers[layer]
@@ -209,7 +176,7 @@ class _PeakMemory(TorchDispatchMode):
     """Peak bytes of the storages that are created while it is active and still referenced."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()

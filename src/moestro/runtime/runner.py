@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from moestro.hf.bridge import Cache
 from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
 from moestro.memory.plane_cache import PlaneCache
 from moestro.runtime import hooks
 from moestro.runtime.batch import PackedBatch
+from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.expert_mlp import expert_mlp
 from moestro.runtime.kv import KVPool
+from moestro.runtime.narrow import plain
 from moestro.runtime.slots import SlotViews
 
 
@@ -51,7 +52,7 @@ class ModelRunner:
         self._kernels = kernels
         self._views = views
         self._batch: PackedBatch | None = None
-        self._cache = _PackedCache(self)
+        self._cache = HookedCache(skeleton.config.model_type, self.cache_rows)
         self._layer_of = {
             id(module): layer
             for layer, module in enumerate(module for module in self._model.modules() if is_experts_module(module))
@@ -59,7 +60,7 @@ class ModelRunner:
         hooks.install(self._model)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Logits [S, V] in fp32 of the segments that want them, in their order. Appends the batch's rows to the KV cache.
+        """Logits [S, V] in fp32 of the segments that want them, in order. The rows are appended to the KV cache.
 
         Raises:
             PlaneReadError: a plane that this batch needs could not be read.
@@ -83,7 +84,7 @@ class ModelRunner:
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
         self.stats.rows += batch.rows
-        logits_SV: torch.Tensor = output.logits[0]
+        logits_SV: torch.Tensor = plain(output.logits[0])
         return logits_SV.float()
 
     @property
@@ -137,9 +138,9 @@ class ModelRunner:
         index = index_TK.numpy()
         outputs_TKH = torch.zeros((*index.shape, hidden_TH.shape[1]), dtype=torch.float32)
         rows_by_expert = _rows_by_expert(index, experts)
-        self.expert_counts_LE[layer] += np.bincount(
-            index.ravel(), minlength=self.expert_counts_LE.shape[1]
-        )[: self.expert_counts_LE.shape[1]]
+        self.expert_counts_LE[layer] += np.bincount(index.ravel(), minlength=self.expert_counts_LE.shape[1])[
+            : self.expert_counts_LE.shape[1]
+        ]
         flat_outputs = outputs_TKH.view(-1, hidden_TH.shape[1])
         with self.planes.stream([(layer, expert, 0) for expert in rows_by_expert]) as arrivals:
             for (_, expert, _), offset in arrivals:
@@ -150,28 +151,6 @@ class ModelRunner:
         combined_TH = _combine(outputs_TKH, weights_TK)
         self.stats.experts_s += time.perf_counter() - started
         return combined_TH
-
-
-class _PackedCache(Cache):  # type: ignore[misc]
-    """The face that transformers sees of the KV pool."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        super().__init__(layers=[])
-        self._runner = runner
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **extras: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._runner.cache_rows(key_states, value_states, layer_idx)
 
 
 def _rows_by_expert(index_TK: np.ndarray, experts: int) -> dict[int, np.ndarray]:

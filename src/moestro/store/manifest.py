@@ -293,7 +293,7 @@ def _misplaced_plane(manifest: Manifest) -> str | None:
 
 def _misplaced_tensor(manifest: Manifest) -> str | None:
     end = 0
-    for name, tensor in sorted(manifest.dense.items(), key=lambda item: item[1].offset):
+    for name, tensor in sorted(manifest.dense.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.dtype not in TORCH_DTYPES or tensor.nbytes != tensor_bytes(tensor.dtype, tensor.shape):
             return f"dense tensor {name} has {tensor.nbytes} bytes, which does not match its shape"
         if tensor.offset % ALIGNMENT or tensor.offset < end:

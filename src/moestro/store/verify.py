@@ -62,7 +62,7 @@ def _plane_ranges(planes: Mapping[PlaneKey, PlaneExtent]) -> Iterator[_Range]:
 
 def _dense_ranges(folder: Path, manifest: Manifest) -> Iterator[_Range]:
     file = folder / manifest.dense_file.name
-    tensors = sorted(manifest.dense.items(), key=lambda item: item[1].offset)
+    tensors = sorted(manifest.dense.items(), key=lambda item: (item[1].offset, item[1].nbytes))
     end = tensors[0][1].offset if tensors else manifest.dense_file.nbytes
     yield _Range("the header", file, 0, end, manifest.dense_file.checksum)
     for name, tensor in tensors:

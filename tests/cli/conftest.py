@@ -1,0 +1,24 @@
+"""Fixtures shared by the tests of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.damage import copy_store
+from cli.running import MODEL
+from moestro.store.locate import locate_source
+from moestro.store.pack import pack
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the built-in model. Do not change it."""
+    return pack(locate_source(MODEL), tmp_path_factory.mktemp("shipped") / "store").path
+
+
+@pytest.fixture
+def damaged(store: Path, tmp_path: Path) -> Path:
+    """A copy of the store, to be damaged."""
+    return copy_store(store, tmp_path / "store")

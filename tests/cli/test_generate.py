@@ -1,0 +1,176 @@
+"""`moestro generate`: what is printed where."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from cli.running import MODEL, assert_user_error, command, run, run_process
+from moestro import LLM, SamplingParams
+from moestro.engine.results import Stats
+
+PROMPT = "def main(argv):\n    "
+TOP_KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "timings", "stats"}
+TIMING_KEYS = {"load_s", "ttft_s", "decode_tokens_per_s", "prefill_tokens_per_s"}
+STATS_KEYS = {
+    "hits",
+    "misses",
+    "evictions",
+    "bytes_read",
+    "stall_s",
+    "compute_s",
+    "expert_s",
+    "peak_rss_bytes",
+    "process_floor_bytes",
+    "memory_bytes",
+    "model_bytes",
+    "dense_bytes",
+    "expert_bytes",
+    "arena_bytes",
+    "kv_bytes",
+    "activation_bytes",
+    "level",
+    "policy",
+    "direct_io",
+    "huge_pages",
+}
+"""Published: keys may be added here, never changed or taken away."""
+
+
+def _options(**values: object) -> list[str]:
+    chosen = {"memory": "40MiB", "context": 256, "max-tokens": 12, **values}
+    return [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def expected(store: Path) -> str:
+    with LLM(store, memory="100MiB", context=256) as llm:
+        return llm.generate(PROMPT, SamplingParams(max_tokens=12))[0].text
+
+
+def test_only_the_text_is_on_standard_output(store: Path, expected: str) -> None:
+    result = run_process("generate", store, "--prompt", PROMPT, *_options())
+    assert result.returncode == 0
+    assert result.stdout == expected
+    assert "12 tokens (length)" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_json_is_one_object_with_the_published_keys(store: Path, expected: str) -> None:
+    result = run("generate", store, "--prompt", PROMPT, "--json", *_options())
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    answer = json.loads(result.stdout)
+    assert answer.keys() == TOP_KEYS
+    assert answer["timings"].keys() == TIMING_KEYS
+    assert answer["stats"].keys() == STATS_KEYS
+    assert {field.name for field in fields(Stats)} == STATS_KEYS
+    assert answer["text"] == expected
+    assert len(answer["token_ids"]) == 12
+    assert answer["finish_reason"] == "length"
+    assert answer["stats"]["memory_bytes"] == 40 << 20
+    assert answer["stats"]["misses"] > 0
+
+
+def test_prompts_come_from_a_file_or_standard_input(store: Path, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text(PROMPT)
+    assert run("generate", store, "--prompt-file", tmp_path / "prompt", *_options()).stdout == expected
+    assert run("generate", store, "--prompt-file", "-", *_options(), input=PROMPT).stdout == expected
+
+
+def test_chat_uses_the_models_template(store: Path) -> None:
+    with LLM(store, memory="100MiB", context=256) as llm:
+        prompt = llm.chat_prompt([{"role": "user", "content": "Hello"}])
+    assert prompt != "Hello"
+    wrapped = run("generate", store, "--prompt", "Hello", "--chat", *_options())
+    assert wrapped.exit_code == 0
+    assert wrapped.stdout == run("generate", store, "--prompt", prompt, *_options()).stdout
+
+
+def test_a_model_without_a_template_is_named(store: Path, damaged_template: Path) -> None:
+    result = run("generate", damaged_template, "--prompt", "Hello", "--chat", *_options())
+    assert_user_error(result, "has no chat template")
+
+
+@pytest.fixture
+def damaged_template(tmp_path: Path) -> Path:
+    """A store of the built-in model without its chat template."""
+    import shutil
+
+    from moestro.store.locate import locate_source
+    from moestro.store.pack import pack
+
+    source = Path(shutil.copytree(locate_source(MODEL), tmp_path / "plain"))
+    (source / "chat_template.jinja").unlink()
+    return pack(source, tmp_path / "plain-store").path
+
+
+def test_a_picture_is_written(store: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "experts.png"
+    assert run("generate", store, "--prompt", PROMPT, "--picture", picture, *_options()).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_is_packed_once_with_lines_of_progress_on_standard_error(expected: str) -> None:
+    for _ in range(2):
+        result = run("generate", MODEL, "--prompt", PROMPT, *_options())
+        assert result.exit_code == 0
+        assert result.stdout == expected
+
+
+def test_no_auto_pack_refuses(tmp_path: Path) -> None:
+    result = run(
+        "generate", MODEL, "--prompt", PROMPT, "--no-auto-pack", *_options(), env={"MOESTRO_CACHE": str(tmp_path)}
+    )
+    assert_user_error(result, "moestro pack")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--prompt-file"),
+        (["--prompt", "a", "--prompt-file", "b"], "either"),
+        (["--prompt", ""], "empty"),
+        (["--prompt-file", "no/such/file"], "no/such/file: No such file or directory"),
+        (["--prompt", "a", "--picture", "picture.jpg"], ".png"),
+        (["--prompt", "a", "--picture", "no/such/folder/picture.png"], "does not exist"),
+        (["--prompt", "a", "--max-tokens", "0"], "max_tokens is 0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
+        (["--prompt", "a", "--top-p", "1.5"], "top_p is 1.5"),
+        (["--prompt", "a", "--policy", "belady"], "lru"),
+    ],
+)
+def test_bad_requests(store: Path, arguments: list[str], words: str) -> None:
+    assert_user_error(run("generate", store, *arguments), words)
+
+
+def test_an_empty_file_and_one_that_is_no_text(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert_user_error(run("generate", store, "--prompt-file", tmp_path / "empty"), "empty")
+    assert_user_error(run("generate", store, "--prompt-file", tmp_path / "bytes"), "UTF-8")
+
+
+def test_interruption_and_a_reader_that_leaves_are_quiet(store: Path) -> None:
+    arguments = command("generate", store, "--prompt", PROMPT, *_options(**{"max-tokens": 240, "ignore-eos": ""})[:-1])
+    running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    interrupted, deserted = running
+    for process in running:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+    interrupted.send_signal(signal.SIGINT)
+    assert deserted.stdout is not None
+    deserted.stdout.close()
+    for process, code in ((interrupted, 130), (deserted, 141)):
+        assert process.stderr is not None
+        assert process.wait(timeout=60) == code
+        assert process.stderr.read() == b""
+        process.stderr.close()
+    assert interrupted.stdout is not None
+    interrupted.stdout.close()
