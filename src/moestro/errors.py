@@ -4,6 +4,10 @@ Every message is one paragraph: it names the thing, says what was expected, and 
 it without a traceback and exits with code 2 (`--debug` shows the traceback). Broken invariants are `assert`s instead.
 """
 
+from __future__ import annotations
+
+from moestro.keys import PlaneKey
+
 
 class MoestroError(ValueError):
     """Base of all errors that are the user's (or the machine's) to mend, not a bug of moestro."""
@@ -30,4 +34,10 @@ class RequestError(MoestroError):
 
 
 class PlaneReadError(MoestroError):
-    """A plane could not be read from disk, or what was read does not match its checksum."""
+    """A plane could not be read from disk, or what was read does not match its checksum.
+
+    `key` is the plane's (None: not a plane of the cache); `requests` are the numbers of the requests that needed it.
+    """
+
+    key: PlaneKey | None = None
+    requests: frozenset[int] = frozenset()

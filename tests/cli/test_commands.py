@@ -39,6 +39,7 @@ PLAN_KEYS = {
     "activation_bytes",
     "staging_bytes",
     "arena_bytes",
+    "whole_arena_bytes",
     "extent_bytes",
     "arena_experts",
     "total_experts",

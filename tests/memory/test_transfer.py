@@ -264,6 +264,20 @@ def test_close_lets_begun_reads_finish_and_fails_the_others(
         gated.submit(read_of(uniform_planes, 3, buffer), urgent=True)
 
 
+def test_a_read_that_close_drops_can_no_longer_be_cancelled(
+    gate: Gate, gated: TransferEngine, uniform_planes: PlaneFile, buffer: HostBuffer
+) -> None:
+    cancelled: list[bool] = []
+    tickets = [gated.submit(read_of(uniform_planes, 0, buffer), urgent=True)]
+    gate.reading.acquire()
+    for expert in (1, 2):
+        read = read_of(uniform_planes, expert, buffer)
+        tickets.append(gated.submit(read, urgent=True, on_done=lambda _: cancelled.append(gated.cancel(tickets[2]))))
+    threading.Timer(0.05, gate.open.set).start()
+    gated.close()
+    assert cancelled == [False, False]
+
+
 def test_what_is_not_aligned_is_a_bug(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
     engine = TransferEngine()
     for offset, start, nbytes in ((512, 0, PAGE), (0, 512, PAGE), (0, 0, 512)):

@@ -39,7 +39,7 @@ def pack_until(source: Path, destination: Path, fatal_call: int) -> None:
 
 def pack_counting(source: Path, destination: Path, report: Path) -> None:
     """Pack, and write to `report` how many calls changed something on the disk."""
-    calls = _count_calls(lambda count: False)
+    calls = _count_calls(lambda _: False)
     pack(source, destination, limits=LIMITS)
     report.write_text(str(len(calls)))
 

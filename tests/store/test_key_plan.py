@@ -137,7 +137,7 @@ def test_a_checkpoint_of_the_base_model_is_found(tmp_path: Path) -> None:
 
 
 def test_experts_that_are_fused_already_are_sliced(tmp_path: Path) -> None:
-    """transformers' own layout, as `torch.save` of a state dict would have it, for a family that saves single experts."""
+    """transformers' own layout, as saving a state dict by hand gives it, for a family that saves single experts."""
     model = save_checkpoint("mixtral", tmp_path)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     assert_holds(pack(tmp_path, tmp_path / "store"), model.state_dict())
@@ -199,7 +199,7 @@ def test_a_plan_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_checkpoint("deepseek_v3", tmp_path)
     with Checkpoint(tmp_path) as checkpoint:
         reads: list[str] = []
-        monkeypatch.setattr("os.preadv", lambda *args: reads.append("read"))
+        monkeypatch.setattr("os.preadv", lambda *_: reads.append("read"))
         plan = plan_keys(build_skeleton(FAMILIES["deepseek_v3"]()), checkpoint.tensors)
     assert len(plan.experts) == 2
     assert [source.param.name for source in plan.experts[0]] == ["gate_up_proj", "down_proj"]

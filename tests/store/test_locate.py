@@ -79,7 +79,7 @@ def test_a_folder_comes_before_the_built_in_name(
 
 def test_too_little_disk_is_said_before_packing(checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(0, 0, 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match=r"needs .* of free disk"):
         locate(str(checkpoint), auto_pack=True)
     assert not cache.exists()

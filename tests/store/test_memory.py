@@ -15,7 +15,7 @@ from moestro.hf.skeleton import build_skeleton, load_config
 from moestro.store.pack import pack
 from store.crash import run
 
-_HIDDEN, _WIDTH, _EXPERTS = 512, 1024, 64
+_HIDDEN, _WIDTH, _EXPERTS = 512, 1024, 32
 _EXPERT_BYTES = 3 * _HIDDEN * _WIDTH * 2
 _COMMON = {
     "vocab_size": 64,

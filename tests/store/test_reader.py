@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_problems_say_what_is_bad_and_where(copy: Path) -> None:
     _flip(copy / "config.json", 3)
     plane, header, tensor, asset = store.verify()
     assert plane.startswith(
-        f"plane 0 of expert 3 in MoE layer 1 ({extent.nbytes} bytes at offset {extent.offset} of {extent.file}) is damaged"
+        f"plane 0 of expert 3 in MoE layer 1 ({extent.nbytes} bytes at offset {extent.offset} of {extent.file}) is "
+        "damaged: its checksum is "
     )
     assert header.startswith("the header (")
     assert tensor.startswith(
@@ -117,6 +119,22 @@ def test_a_file_cut_after_opening_is_named(copy: Path) -> None:
     (problem,) = store.verify()
     assert "plane 0 of expert 7 in MoE layer 2" in problem
     assert "the file ends at byte" in problem
+
+
+def test_a_block_that_cannot_be_read_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(copy)
+    bad = store.plane((2, 4, 0)).offset
+    real = os.pread
+
+    def failing(descriptor: int, nbytes: int, offset: int) -> bytes:
+        if offset == bad and os.fstat(descriptor).st_size == store.expert_bytes:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, nbytes, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    (problem,) = store.verify()
+    assert problem.startswith("plane 0 of expert 4 in MoE layer 2 (")
+    assert problem.endswith("cannot be read: Input/output error")
 
 
 def test_what_is_no_store_is_refused(copy: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_killed_at_a_random_point(
         if run(pack_until, source, destination, fatal_call) == 0:
             break
         if not destination.exists():
-            with pytest.raises(StoreError, match="not finished|no store"):
+            with pytest.raises(StoreError, match=r"not finished|no store"):
                 Store.open(destination)
     assert pack(source, destination, limits=LIMITS).verify() == []
     assert _content(destination) == content

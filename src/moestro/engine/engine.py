@@ -9,7 +9,7 @@ from moestro.config import SamplingParams
 from moestro.engine.sampling import Sampler
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
-from moestro.errors import RequestError
+from moestro.errors import PlaneReadError, RequestError
 from moestro.runtime.runner import ModelRunner
 
 
@@ -52,13 +52,17 @@ class Engine:
         return sequence
 
     def step(self) -> list[Sequence]:
-        """One forward pass; returns the requests that got a token or ended. An error drops the requests of the step.
+        """One forward pass; returns the requests that got a token or ended.
 
-        Raises:
-            PlaneReadError: a plane that the step needs could not be read.
+        A plane that cannot be read ends the requests that need it, with `error` set; the others go on.
         """
         batch, sampled = self._scheduler.next_step()
-        logits_SV = self._runner.forward(batch)
+        try:
+            logits_SV = self._runner.forward(batch)
+        except PlaneReadError as error:
+            failed = self._scheduler.undo(batch, error)
+            self._scheduler.retire()
+            return failed
         for sequence, logits_V in zip(sampled, logits_SV, strict=True):
             sequence.append(sequence.sampler.pick(logits_V), self._end_ids)
         self._scheduler.retire()

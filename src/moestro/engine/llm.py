@@ -76,7 +76,8 @@ class LLM:
 
         Raises:
             RequestError: a prompt or a sampling parameter is not valid; nothing has been generated then.
-            PlaneReadError: a plane could not be read.
+            PlaneReadError: a plane could not be read. Requests that did not need it have been answered, and are lost
+                with the error: submit them again.
         """
         batch = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
         params = _params_for(batch, sampling)  # type: ignore[arg-type]
@@ -89,6 +90,7 @@ class LLM:
         finally:
             for sequence in sequences:
                 self._engine.cancel(sequence)
+        _raise_error(sequences)
         return [self._complete(sequence, self._decode(sequence)) for sequence in sequences]
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta]:
@@ -103,6 +105,7 @@ class LLM:
         try:
             while sequence.finish_reason is None:
                 self._engine.step()
+                _raise_error([sequence])
                 new_ids = sequence.token_ids[shown:]
                 shown = len(sequence.token_ids)
                 text = "".join(detokenizer.push(token) for token in new_ids)
@@ -210,6 +213,12 @@ def _end_ids(store: Path, config: Any) -> frozenset[int]:
     ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
     ids = config.eos_token_id if ids is None else ids
     return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def _raise_error(sequences: List[Sequence]) -> None:
+    for sequence in sequences:
+        if sequence.error is not None:
+            raise sequence.error
 
 
 def _params_for(prompts: List[Prompt], sampling: SamplingParams | List[SamplingParams] | None) -> list[SamplingParams]:

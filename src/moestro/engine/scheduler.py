@@ -6,6 +6,7 @@ import time
 from collections import deque
 
 from moestro.engine.sequence import Sequence
+from moestro.errors import PlaneReadError
 from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import KVPool, blocks_for
 
@@ -44,6 +45,20 @@ class Scheduler:
             sequence.cached += len(tokens)
             room -= len(tokens)
         return PackedBatch(segments), sampled
+
+    def undo(self, batch: PackedBatch, error: PlaneReadError) -> list[Sequence]:
+        """Take back a step that failed. Ends the requests that needed the plane; the others will feed their rows again.
+
+        Rows that were written to the KV cache before the failure are written again, with the same values.
+        """
+        starts = {segment.request: segment.start for segment in batch.segments}
+        stepped = [sequence for sequence in self._running if sequence.number in starts]
+        failed = [sequence for sequence in stepped if sequence.number in error.requests] or stepped
+        for sequence in stepped:
+            sequence.cached = starts[sequence.number]
+        for sequence in failed:
+            sequence.fail(error)
+        return failed
 
     def retire(self) -> None:
         """Free what ended requests held."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from moestro.config import SamplingParams
 from moestro.engine.sampling import Sampler
+from moestro.errors import MoestroError
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Sequence:
     first_token_at: float | None = None
     finished_at: float | None = None
     sampled: int = 0
+    error: MoestroError | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -54,6 +56,11 @@ class Sequence:
         self.token_ids.append(token)
         if len(self.token_ids) >= self.sampling.max_tokens:
             self._finish("length", now)
+
+    def fail(self, error: MoestroError) -> None:
+        """End the request with an error."""
+        self.error = error
+        self._finish("error", time.perf_counter())
 
     def _finish(self, reason: str, now: float) -> None:
         self.finish_reason = reason

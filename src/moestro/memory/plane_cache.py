@@ -230,6 +230,7 @@ class PlaneStream:
         if error is None:
             self._ready.append(plane)
         else:
+            error.key = plane.key
             self._error = error
 
     def _begin(self, keys: dict[PlaneKey, None]) -> None:

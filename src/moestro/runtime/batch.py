@@ -56,6 +56,10 @@ class PackedBatch:
             np.array([end for end, segment in zip(ends, segments, strict=True) if segment.wants_logits], dtype=np.int64)
         )
 
+    def requests_of(self, rows: np.ndarray) -> frozenset[int]:
+        """The requests that own these rows."""
+        return frozenset(self.segments[index].request for index in set(self.sequence_T.numpy()[rows].tolist()))
+
     @cached_property
     def history(self) -> RowAddress:
         """Every cached row of every sequence, sequence after sequence (R rows), this step's rows included."""

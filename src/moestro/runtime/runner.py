@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from moestro.errors import PlaneReadError
 from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
 from moestro.memory.plane_cache import PlaneCache
@@ -142,12 +143,17 @@ class ModelRunner:
             : self.expert_counts_LE.shape[1]
         ]
         flat_outputs = outputs_TKH.view(-1, hidden_TH.shape[1])
-        with self.planes.stream([(layer, expert, 0) for expert in rows_by_expert]) as arrivals:
-            for (_, expert, _), offset in arrivals:
-                places = rows_by_expert[expert]
-                rows = torch.from_numpy(places // index.shape[1])
-                output = expert_mlp(self._kernels, module, self._views.at(layer, offset), hidden_TH[rows])
-                flat_outputs[torch.from_numpy(places)] = output
+        try:
+            with self.planes.stream([(layer, expert, 0) for expert in rows_by_expert]) as arrivals:
+                for (_, expert, _), offset in arrivals:
+                    places = rows_by_expert[expert]
+                    rows = torch.from_numpy(places // index.shape[1])
+                    output = expert_mlp(self._kernels, module, self._views.at(layer, offset), hidden_TH[rows])
+                    flat_outputs[torch.from_numpy(places)] = output
+        except PlaneReadError as error:
+            if error.key is not None:
+                error.requests = self.batch.requests_of(rows_by_expert[error.key[1]] // index.shape[1])
+            raise
         combined_TH = _combine(outputs_TKH, weights_TK)
         self.stats.experts_s += time.perf_counter() - started
         return combined_TH

@@ -1,0 +1,55 @@
+"""Text in pieces: joined they are the whole, and none shows half a character."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moestro.engine.detokenize import Detokenizer
+from moestro.engine.tokenizer import load_tokenizer
+from moestro.errors import StoreError
+from moestro.store.locate import locate_source
+from moestro.store.reader import Store
+
+TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate_source("tiny-qwen3moe-28m"))
+
+
+def _pieces(token_ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(TOKENIZER)
+    pieces = [detokenizer.push(token) for token in token_ids]
+    pieces.append(detokenizer.finish())
+    assert "".join(pieces) == detokenizer.text
+    return pieces
+
+
+@given(st.text(max_size=60))
+def test_pieces_of_any_text_join_to_the_text(text: str) -> None:
+    pieces = _pieces(TOKENIZER(text)["input_ids"])
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(min_value=0, max_value=4095), max_size=40))
+def test_pieces_of_any_tokens_join_to_what_the_tokenizer_decodes(token_ids: list[int]) -> None:
+    assert "".join(_pieces(token_ids)) == TOKENIZER.decode(token_ids, skip_special_tokens=True)
+
+
+def test_a_character_of_several_tokens_comes_whole() -> None:
+    pieces = _pieces(TOKENIZER("\N{OLD PERSIAN SIGN AURAMAZDAA}!")["input_ids"])
+    assert [piece for piece in pieces if piece] == ["\N{OLD PERSIAN SIGN AURAMAZDAA}", "!"]
+
+
+def test_a_store_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    class NoTokenizer(Store):
+        """A store whose folder holds no tokenizer files."""
+
+        def __init__(self) -> None:
+            object.__setattr__(self, "path", tmp_path)
+
+    with pytest.raises(StoreError, match="tokenizer"):
+        load_tokenizer(NoTokenizer())
