@@ -16,7 +16,10 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-constexpr int64_t kChunk = 64; // positions whose keys or values stay in cache while every query uses them
+// Positions whose values stay in the first-level cache while every query uses them, and how far ahead of use keys and
+// values are asked for. A row's place is known only from the table, so no hardware prefetcher can do it.
+constexpr int64_t kChunk = 32;
+constexpr int64_t kAhead = 8;
 constexpr int64_t kLeastParallelWork = 1 << 15;
 constexpr float kMinusInfinity = -__builtin_inff();
 // How many vectors of a value row are summed at once for a tile of queries.
@@ -58,42 +61,58 @@ size_t scratch_for(int64_t queries, int64_t positions, int64_t value_dim) {
   return static_cast<size_t>(queries * (scores_stride(positions) + round_up(value_dim, kLanes))) * sizeof(float);
 }
 
-void gather(const Work &work, const KvPool &kv, int64_t from, int64_t count, const float **rows) {
+// The rows of positions [from, from + kChunk + kAhead), the last one repeated where there are no more.
+struct Rows {
+  const float *at[kChunk + kAhead];
+};
+
+Rows gather(const Work &work, const KvPool &kv, int64_t from, int64_t positions) {
   const AttentionArgs &args = *work.args;
   const int32_t *table = args.block_table + args.row_sequence[work.group->first] * args.max_blocks;
   const float *base = kv.data + work.head_kv * kv.head_stride;
   const int64_t start = work.group->low + from;
   int64_t block = start / args.block_size, inside = start % args.block_size;
-  for (int64_t i = 0; i < count; ++i) {
-    rows[i] = base + table[block] * kv.block_stride + inside * kv.position_stride;
+  Rows rows;
+  for (int64_t i = 0; i < kChunk + kAhead; ++i) {
+    if (from + i >= positions) {
+      rows.at[i] = rows.at[i - 1];
+      continue;
+    }
+    rows.at[i] = base + table[block] * kv.block_stride + inside * kv.position_stride;
     if (++inside == args.block_size) {
       inside = 0;
       ++block;
     }
   }
+  return rows;
 }
 
-template <int Rows> MOESTRO_INLINE void score_rows(Work &work, const float *const *keys, int64_t position) {
+MOESTRO_INLINE void ask_for(const float *row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
+}
+
+template <int Width> MOESTRO_INLINE void score_rows(Work &work, const float *const *keys, int64_t position) {
+  for (int j = 0; j < Width; ++j) ask_for(keys[kAhead + j], work.args->keys.dim);
   for_each_part(work.queries, [&](int64_t first, auto count) {
     constexpr int kTokens = decltype(count)::value;
     const float *x[kTokens];
     for (int i = 0; i < kTokens; ++i) x[i] = work.query[first + i].query;
-    float dots[kTokens * Rows];
-    dot_tile<kTokens, Rows>(x, keys, work.args->keys.dim, Ahead{}, dots);
+    float dots[kTokens * Width];
+    dot_tile<kTokens, Width>(x, keys, work.args->keys.dim, Ahead{}, dots);
     for (int i = 0; i < kTokens; ++i) {
-      std::memcpy(work.query[first + i].weights + position, dots + i * Rows, Rows * sizeof(float));
+      std::memcpy(work.query[first + i].weights + position, dots + i * Width, Width * sizeof(float));
     }
   });
 }
 
 void score(Work &work, int64_t positions) {
-  const float *keys[kChunk];
   for (int64_t from = 0; from < positions; from += kChunk) {
     const int64_t count = smaller(kChunk, positions - from);
-    gather(work, work.args->keys, from, count, keys);
+    const Rows keys = gather(work, work.args->keys, from, positions);
     int64_t j = 0;
-    for (; j + kTileRows <= count; j += kTileRows) score_rows<kTileRows>(work, keys + j, from + j);
-    for (; j < count; ++j) score_rows<1>(work, keys + j, from + j);
+    for (; j + kTileRows <= count; j += kTileRows) score_rows<kTileRows>(work, keys.at + j, from + j);
+    for (; j < count; ++j) score_rows<1>(work, keys.at + j, from + j);
   }
 }
 
@@ -165,8 +184,8 @@ void weigh(Work &work) {
 
 // sums[i][d ..] += weights[i][j] * values[j][d ..] for j in [from, to), one j after another.
 template <int Queries, int Vectors>
-MOESTRO_INLINE void add_values(Query *query, const float *const *values, int64_t base, int64_t from, int64_t to,
-                               int64_t d) {
+MOESTRO_INLINE void add_values(Query *query, const float *const *values, int64_t base, int64_t from, int64_t to, int64_t d,
+                               int64_t ask_dim = 0) {
   Vec sums[Queries][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Queries; ++i) {
@@ -176,6 +195,7 @@ MOESTRO_INLINE void add_values(Query *query, const float *const *values, int64_t
   const float *weights[Queries];
   for (int i = 0; i < Queries; ++i) weights[i] = query[i].weights + base;
   for (int64_t j = from; j < to; ++j) {
+    ask_for(values[j + kAhead], ask_dim);
     const float *value = values[j] + d;
     Vec row[Vectors];
 #pragma GCC unroll 8
@@ -207,6 +227,10 @@ template <int Queries, int Vectors>
 void add_all_values(Query *query, const float *const *values, int64_t dim, int64_t base, int64_t from, int64_t to) {
   if (from >= to) return;
   int64_t d = 0;
+  if (Vectors * kLanes <= dim) { // the first pass over the rows asks for those to come
+    add_values<Queries, Vectors>(query, values, base, from, to, 0, dim);
+    d = Vectors * kLanes;
+  }
   for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes) add_values<Queries, Vectors>(query, values, base, from, to, d);
   for (; d + kLanes <= dim; d += kLanes) add_values<Queries, 1>(query, values, base, from, to, d);
   if (d == dim) return;
@@ -236,10 +260,10 @@ void add_chunk(Query *query, const float *const *values, int64_t dim, int64_t ba
 
 void add_chunks(Work &work, int64_t positions) {
   const int64_t dim = work.args->values.dim;
-  const float *values[kChunk];
   for (int64_t from = 0; from < positions; from += kChunk) {
     const int64_t count = smaller(kChunk, positions - from);
-    gather(work, work.args->values, from, count, values);
+    const Rows rows = gather(work, work.args->values, from, positions);
+    const float *const *values = rows.at;
     int64_t q = 0;
     for (; q + 4 <= work.queries; q += 4) add_chunk<4>(work.query + q, values, dim, from, count);
     for (; q + 2 <= work.queries; q += 2) add_chunk<2>(work.query + q, values, dim, from, count);
@@ -285,13 +309,14 @@ void lay_out(Work &work, int64_t head, int64_t heads, char *scratch) {
 void attention_task(void *context, int64_t task, char *scratch) {
   const Job &job = *static_cast<const Job *>(context);
   const AttentionArgs &args = *job.args;
-  const int64_t shared_heads = args.heads / args.heads_kv, per_group = args.heads_kv * job.head_parts;
+  const int64_t shared_heads = args.heads / args.heads_kv, part = task / job.count;
   Work work;
   work.args = &args;
-  work.group = &job.groups[job.count - 1 - task / per_group]; // the longest first: they even out at the end
-  work.head_kv = task % per_group / job.head_parts;
+  // One head after another, whose keys and values stay in cache; the longest rows first, which evens out the end.
+  work.group = &job.groups[job.count - 1 - task % job.count];
+  work.head_kv = part / job.head_parts;
   work.queries = 0;
-  const int64_t first = task % job.head_parts * job.part_heads;
+  const int64_t first = part % job.head_parts * job.part_heads;
   lay_out(work, work.head_kv * shared_heads + first, smaller(job.part_heads, shared_heads - first), scratch);
   const int64_t positions = work.group->high - work.group->low + 1;
   score(work, positions);

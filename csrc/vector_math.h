@@ -6,7 +6,7 @@
 namespace moestro {
 namespace MOESTRO_ISA {
 
-// Relative error below 1.2e-7 (measured over every float with a normal result); denormal results are rounded once;
+// Relative error at most 1.2e-7 (measured over every float with a normal result); denormal results are rounded once;
 // exp(-inf) = 0, exp(inf) = inf, NaN stays NaN.
 //
 // exp(x) = 2^n * e^r with n = round(x / ln 2), |r| <= ln 2 / 2 and Cephes' minimax polynomial for e^r (S. Moshier).
@@ -32,7 +32,8 @@ MOESTRO_INLINE Vec exp(Vec x) {
   return mul(mul(p, low), high);
 }
 
-// tanh(x) = 1 - 2 / (e^2x + 1), and an odd polynomial (Cephes) where that would cancel.
+// tanh(x) = 1 - 2 / (e^2x + 1), and an odd polynomial (Cephes) where that would cancel. Relative error below 2.8e-7
+// (measured likewise).
 MOESTRO_INLINE Vec tanh(Vec x) {
   const Vec one = broadcast(1.0f);
   const Vec large = sub(one, div(broadcast(2.0f), add(exp(add(x, x)), one)));

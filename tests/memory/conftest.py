@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
+from memory.cache_bench import Bench
 from memory.plane_file import PlaneFile, write_plane_file
+from moestro.policy import LRU
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +21,17 @@ def uniform_planes(tmp_path_factory: pytest.TempPathFactory) -> PlaneFile:
 def mixed_planes(tmp_path_factory: pytest.TempPathFactory) -> PlaneFile:
     """18 planes of one, two and three pages in turn."""
     return write_plane_file(tmp_path_factory.mktemp("planes") / "mixed.bin", 18, (1, 2, 3))
+
+
+@pytest.fixture
+def make(uniform_planes: PlaneFile) -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def bench(slots: int, policy: LRU | None = None) -> Bench:
+        made.append(Bench(uniform_planes, slots, policy))
+        return made[-1]
+
+    yield bench
+    for one in made:
+        one.disk.open.set()
+        one.engine.close()

@@ -57,6 +57,17 @@ def test_huge_pages_are_reported_as_the_kernel_reports_them() -> None:
     assert buffer.huge_pages == (usage_of(buffer).huge > 4 << 20)
 
 
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this machine is set to have no huge pages"
+)
+def test_huge_pages_are_asked_for() -> None:
+    assert HostBuffer(8 << 20).huge_pages
+    assert not HostBuffer(HUGE_PAGE - PAGE).huge_pages
+
+
 def test_the_tail_takes_no_huge_page() -> None:
     buffer = HostBuffer(HUGE_PAGE + PAGE)
     buffer.populate()

@@ -1,107 +1,16 @@
 from __future__ import annotations
 
-import errno
-import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from memory.cache_bench import Bench, plane, until
 from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
-from moestro.memory.arena import Arena
-from moestro.memory.direct import preadv
-from moestro.memory.pages import HostBuffer
-from moestro.memory.plane_cache import PlaneCache
-from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU, Evictable, Need
-
-
-class Disk:
-    """A real file whose reads can be held back, made to fail, and are counted."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.broken: set[int] = set()
-        self.reads: list[int] = []
-        self.begun = threading.Semaphore(0)
-
-    def read_at(self, descriptor: int, destination: memoryview, offset: int) -> int:
-        self.reads.append(offset)
-        self.begun.release()
-        self.open.wait()
-        if offset in self.broken:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, destination, offset)
-
-
-class Bench:
-    """A cache with `slots` slots of two pages over the uniform planes, read by one thread."""
-
-    def __init__(self, planes: PlaneFile, slots: int, policy: LRU | None = None) -> None:
-        self.planes = planes
-        self.disk = Disk()
-        self.engine = TransferEngine(threads=1, read_at=self.disk.read_at)
-        self.buffer = HostBuffer(max(slots, 1) * 2 * PAGE)
-        self.arena = Arena(slots * 2 * PAGE, 4 * PAGE, [2 * PAGE])
-        self.cache = PlaneCache(
-            arena=self.arena,
-            buffer=self.buffer,
-            engine=self.engine,
-            policy=LRU() if policy is None else policy,
-            locate=planes.locate,
-        )
-
-    def run(self, *experts: int) -> list[int]:
-        """Stream these planes, check the bytes of each, return the experts as they came."""
-        order = []
-        with self.cache.stream([plane(expert) for expert in experts]) as arrivals:
-            for key, offset in arrivals:
-                assert bytes(self.buffer.view(offset, 2 * PAGE)) == self.planes.contents[key]
-                order.append(key[1])
-        return order
-
-    def residents(self) -> set[int]:
-        return {key[1] for key in self.cache.resident()}
-
-    def read_experts(self) -> list[int]:
-        return [offset // (2 * PAGE) for offset in self.disk.reads]
-
-    def offset_of(self, expert: int) -> int:
-        return self.planes.extents[plane(expert)].offset
-
-    def settle(self) -> None:
-        """Wait until no read is queued or running."""
-        until(lambda: not self.engine._in_flight and not self.cache._loading)
-
-
-def plane(expert: int) -> PlaneKey:
-    return (0, expert, 0)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened for 30 seconds"
-        time.sleep(0.001)
-
-
-@pytest.fixture
-def make(uniform_planes: PlaneFile) -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def bench(slots: int, policy: LRU | None = None) -> Bench:
-        made.append(Bench(uniform_planes, slots, policy))
-        return made[-1]
-
-    yield bench
-    for one in made:
-        one.disk.open.set()
-        one.engine.close()
 
 
 def test_every_distinct_key_comes_once_with_its_bytes(make: Callable[..., Bench]) -> None:
@@ -235,109 +144,6 @@ def test_a_policy_that_gives_up_a_leased_plane_is_caught(make: Callable[..., Ben
             bench.cache.prefetch([plane(1)])
 
 
-def test_a_policy_may_decline_a_prefetch(make: Callable[..., Bench]) -> None:
-    class Content(LRU):
-        def victim(self, need: Need, evictable: Evictable) -> PlaneKey | None:
-            return super().victim(need, evictable) if need.urgent else None
-
-    bench = make(2, Content())
-    bench.run(0, 1)
-    assert bench.cache.prefetch([plane(2)]) == 0
-    bench.run(2)
-    assert bench.residents() == {1, 2}
-
-
-def test_prefetched_planes_are_hits(make: Callable[..., Bench]) -> None:
-    bench = make(4)
-    assert bench.cache.prefetch([plane(0), plane(1), plane(0)]) == 2
-    bench.settle()
-    assert bench.cache.prefetch([plane(0)]) == 0
-    bench.run(0, 1)
-    stats = bench.cache.stats
-    assert (stats.prefetches, stats.hits, stats.misses, stats.late_prefetches) == (2, 2, 0, 0)
-    assert bench.read_experts() == [0, 1]
-
-
-def test_a_late_prefetch_is_a_miss_made_urgent_and_read_once(make: Callable[..., Bench]) -> None:
-    bench = make(8)
-    bench.disk.open.clear()
-    bench.cache.prefetch([plane(expert) for expert in (0, 1, 2)])
-    bench.disk.begun.acquire()
-    with bench.cache.stream([plane(2), plane(3), plane(0)]) as arrivals:
-        bench.disk.open.set()
-        assert [key[1] for key, _ in arrivals] == [0, 2, 3]
-    bench.settle()
-    assert bench.read_experts() == [0, 2, 3, 1]
-    stats = bench.cache.stats
-    assert (stats.hits, stats.misses, stats.late_prefetches, stats.prefetches) == (0, 3, 2, 3)
-
-
-def test_unused_prefetches_give_way_and_are_counted(make: Callable[..., Bench]) -> None:
-    bench = make(3)
-    bench.cache.prefetch([plane(expert) for expert in range(4)])
-    bench.settle()
-    assert bench.residents() == {0, 1, 2}
-    bench.run(0)
-    bench.run(3, 4, 5)
-    stats = bench.cache.stats
-    assert (stats.evictions, stats.wasted_prefetches, stats.wasted_bytes) == (3, 2, 4 * PAGE)
-
-
-def test_a_prefetch_never_evicts_what_it_prefetches(make: Callable[..., Bench]) -> None:
-    bench = make(2)
-    bench.run(0, 1)
-    assert bench.cache.prefetch([plane(2), plane(0), plane(3)]) == 1
-    bench.settle()
-    assert bench.residents() == {0, 2}
-
-
-def test_demand_takes_slots_from_prefetches_that_have_not_begun(make: Callable[..., Bench]) -> None:
-    bench = make(3)
-    bench.disk.open.clear()
-    bench.cache.prefetch([plane(0), plane(1), plane(2)])
-    bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5), plane(6)]) as arrivals:
-        bench.disk.open.set()
-        assert [key[1] for key, _ in arrivals] == [5, 6]
-    assert bench.read_experts() == [0, 5, 6]
-
-
-def test_the_prefetch_queued_last_is_taken_back_first(make: Callable[..., Bench]) -> None:
-    bench = make(3)
-    bench.disk.open.clear()
-    bench.cache.prefetch([plane(0), plane(1), plane(2)])
-    bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5)]) as arrivals:
-        bench.disk.open.set()
-        assert [key[1] for key, _ in arrivals] == [5]
-    bench.settle()
-    assert bench.read_experts() == [0, 5, 1]
-
-
-def test_no_prefetch_takes_the_room_that_demand_waits_for(make: Callable[..., Bench]) -> None:
-    bench = make(2)
-    bench.disk.open.clear()
-    bench.cache.prefetch([plane(0)])
-    bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5), plane(6)]) as arrivals:
-        bench.disk.open.set()
-        bench.settle()  # the place of 0 could be had now, and 6 has none yet
-        assert bench.cache.prefetch([plane(7)]) == 0
-        assert [key[1] for key, _ in arrivals] == [5, 6]
-    assert bench.read_experts() == [0, 5, 6]
-
-
-def test_demand_waits_for_the_slot_of_a_prefetch_that_has_begun(make: Callable[..., Bench]) -> None:
-    bench = make(1)
-    bench.disk.open.clear()
-    bench.cache.prefetch([plane(0)])
-    bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5)]) as arrivals:
-        threading.Timer(0.05, bench.disk.open.set).start()
-        assert [key[1] for key, _ in arrivals] == [5]
-    assert bench.residents() == {5}
-
-
 def test_a_failed_read_is_raised_and_leaves_the_cache_sound(make: Callable[..., Bench]) -> None:
     bench = make(3)
     bench.disk.broken = {bench.offset_of(1)}
@@ -358,21 +164,6 @@ def test_hits_are_not_harmed_by_an_earlier_failure(make: Callable[..., Bench]) -
     with pytest.raises(PlaneReadError):
         bench.run(1, 0)
     assert bench.run(0, 2) == [0, 2]
-
-
-def test_a_failed_prefetch_is_said_counted_and_tried_again_on_demand(
-    make: Callable[..., Bench], caplog: pytest.LogCaptureFixture
-) -> None:
-    bench = make(2)
-    bench.disk.broken = {bench.offset_of(1)}
-    bench.cache.prefetch([plane(1)])
-    bench.settle()
-    assert bench.cache.stats.failed_prefetches == 1
-    assert "expert 1" in caplog.text
-    assert bench.residents() == set()
-    assert bench.arena.used_bytes == 0
-    with pytest.raises(PlaneReadError):
-        bench.run(1)
 
 
 def test_an_exception_in_the_consumer_ends_all_leases(make: Callable[..., Bench]) -> None:

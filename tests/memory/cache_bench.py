@@ -1,0 +1,88 @@
+"""A plane cache over a disk that can be held back and made to fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from memory.plane_file import PAGE, PlaneFile
+from moestro.keys import PlaneKey
+from moestro.memory.arena import Arena
+from moestro.memory.direct import preadv
+from moestro.memory.pages import HostBuffer
+from moestro.memory.plane_cache import PlaneCache
+from moestro.memory.transfer import TransferEngine
+from moestro.policy import LRU
+
+
+class Disk:
+    """A real file whose reads can be held back, made to fail, and are counted."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.broken: set[int] = set()
+        self.reads: list[int] = []
+        self.begun = threading.Semaphore(0)
+
+    def read_at(self, descriptor: int, destination: memoryview, offset: int) -> int:
+        self.reads.append(offset)
+        self.begun.release()
+        self.open.wait()
+        if offset in self.broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, destination, offset)
+
+
+class Bench:
+    """A cache with `slots` slots of two pages over the uniform planes, read by one thread."""
+
+    def __init__(self, planes: PlaneFile, slots: int, policy: LRU | None = None) -> None:
+        self.planes = planes
+        self.disk = Disk()
+        self.engine = TransferEngine(threads=1, read_at=self.disk.read_at)
+        self.buffer = HostBuffer(max(slots, 1) * 2 * PAGE)
+        self.arena = Arena(slots * 2 * PAGE, 4 * PAGE, [2 * PAGE])
+        self.cache = PlaneCache(
+            arena=self.arena,
+            buffer=self.buffer,
+            engine=self.engine,
+            policy=LRU() if policy is None else policy,
+            locate=planes.locate,
+        )
+
+    def run(self, *experts: int) -> list[int]:
+        """Stream these planes, check the bytes of each, return the experts as they came."""
+        order = []
+        with self.cache.stream([plane(expert) for expert in experts]) as arrivals:
+            for key, offset in arrivals:
+                assert bytes(self.buffer.view(offset, 2 * PAGE)) == self.planes.contents[key]
+                order.append(key[1])
+        return order
+
+    def residents(self) -> set[int]:
+        return {key[1] for key in self.cache.resident()}
+
+    def read_experts(self) -> list[int]:
+        return [offset // (2 * PAGE) for offset in self.disk.reads]
+
+    def offset_of(self, expert: int) -> int:
+        return self.planes.extents[plane(expert)].offset
+
+    def settle(self) -> None:
+        """Wait until no read is queued or running."""
+        until(lambda: not self.engine._in_flight and not self.cache._loading)
+
+
+def plane(expert: int) -> PlaneKey:
+    return (0, expert, 0)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for 30 seconds"
+        time.sleep(0.001)

@@ -1,0 +1,132 @@
+"""Prefetches: behind all demand, never in its way, never read twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from memory.cache_bench import Bench, plane
+from memory.plane_file import PAGE
+from moestro.errors import PlaneReadError
+from moestro.keys import PlaneKey
+from moestro.policy import LRU, Evictable, Need
+
+
+def test_a_policy_may_decline_a_prefetch(make: Callable[..., Bench]) -> None:
+    class Content(LRU):
+        def victim(self, need: Need, evictable: Evictable) -> PlaneKey | None:
+            return super().victim(need, evictable) if need.urgent else None
+
+    bench = make(2, Content())
+    bench.run(0, 1)
+    assert bench.cache.prefetch([plane(2)]) == 0
+    bench.run(2)
+    assert bench.residents() == {1, 2}
+
+
+def test_prefetched_planes_are_hits(make: Callable[..., Bench]) -> None:
+    bench = make(4)
+    assert bench.cache.prefetch([plane(0), plane(1), plane(0)]) == 2
+    bench.settle()
+    assert bench.cache.prefetch([plane(0)]) == 0
+    bench.run(0, 1)
+    stats = bench.cache.stats
+    assert (stats.prefetches, stats.hits, stats.misses, stats.late_prefetches) == (2, 2, 0, 0)
+    assert bench.read_experts() == [0, 1]
+
+
+def test_a_late_prefetch_is_a_miss_made_urgent_and_read_once(make: Callable[..., Bench]) -> None:
+    bench = make(8)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(expert) for expert in (0, 1, 2)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([plane(2), plane(3), plane(0)]) as arrivals:
+        bench.disk.open.set()
+        assert [key[1] for key, _ in arrivals] == [0, 2, 3]
+    bench.settle()
+    assert bench.read_experts() == [0, 2, 3, 1]
+    stats = bench.cache.stats
+    assert (stats.hits, stats.misses, stats.late_prefetches, stats.prefetches) == (0, 3, 2, 3)
+
+
+def test_unused_prefetches_give_way_and_are_counted(make: Callable[..., Bench]) -> None:
+    bench = make(3)
+    bench.cache.prefetch([plane(expert) for expert in range(4)])
+    bench.settle()
+    assert bench.residents() == {0, 1, 2}
+    bench.run(0)
+    bench.run(3, 4, 5)
+    stats = bench.cache.stats
+    assert (stats.evictions, stats.wasted_prefetches, stats.wasted_bytes) == (3, 2, 4 * PAGE)
+
+
+def test_a_prefetch_never_evicts_what_it_prefetches(make: Callable[..., Bench]) -> None:
+    bench = make(2)
+    bench.run(0, 1)
+    assert bench.cache.prefetch([plane(2), plane(0), plane(3)]) == 1
+    bench.settle()
+    assert bench.residents() == {0, 2}
+
+
+def test_demand_takes_slots_from_prefetches_that_have_not_begun(make: Callable[..., Bench]) -> None:
+    bench = make(3)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(0), plane(1), plane(2)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([plane(5), plane(6)]) as arrivals:
+        bench.disk.open.set()
+        assert [key[1] for key, _ in arrivals] == [5, 6]
+    assert bench.read_experts() == [0, 5, 6]
+
+
+def test_the_prefetch_queued_last_is_taken_back_first(make: Callable[..., Bench]) -> None:
+    bench = make(3)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(0), plane(1), plane(2)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([plane(5)]) as arrivals:
+        bench.disk.open.set()
+        assert [key[1] for key, _ in arrivals] == [5]
+    bench.settle()
+    assert bench.read_experts() == [0, 5, 1]
+
+
+def test_no_prefetch_takes_the_room_that_demand_waits_for(make: Callable[..., Bench]) -> None:
+    bench = make(2)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(0)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([plane(5), plane(6)]) as arrivals:
+        bench.disk.open.set()
+        bench.settle()  # the place of 0 could be had now, and 6 has none yet
+        assert bench.cache.prefetch([plane(7)]) == 0
+        assert [key[1] for key, _ in arrivals] == [5, 6]
+    assert bench.read_experts() == [0, 5, 6]
+
+
+def test_demand_waits_for_the_slot_of_a_prefetch_that_has_begun(make: Callable[..., Bench]) -> None:
+    bench = make(1)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(0)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([plane(5)]) as arrivals:
+        threading.Timer(0.05, bench.disk.open.set).start()
+        assert [key[1] for key, _ in arrivals] == [5]
+    assert bench.residents() == {5}
+
+
+def test_a_failed_prefetch_is_said_counted_and_tried_again_on_demand(
+    make: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = make(2)
+    bench.disk.broken = {bench.offset_of(1)}
+    bench.cache.prefetch([plane(1)])
+    bench.settle()
+    assert bench.cache.stats.failed_prefetches == 1
+    assert "expert 1" in caplog.text
+    assert bench.residents() == set()
+    assert bench.arena.used_bytes == 0
+    with pytest.raises(PlaneReadError):
+        bench.run(1)
