@@ -24,7 +24,7 @@ demo: $(READY)
 	@$(BIN)/moestro demo
 
 test: check
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check

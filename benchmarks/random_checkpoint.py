@@ -70,6 +70,8 @@ def write(config: PreTrainedConfig, folder: Path) -> None:
     skeleton = build_skeleton(config)
     index: dict[str, str] = {}
     dense = {name: _random(shape) for name, (shape, _) in skeleton.dense.items()}
+    # Tokens must outweigh what random layers add to them, or every token is routed alike.
+    dense["model.embed_tokens.weight"] *= config.hidden_size**0.5
     _save(dense, folder / "model-dense.safetensors", index)
     for layer in skeleton.expert_layers:
         tensors: dict[str, torch.Tensor] = {}

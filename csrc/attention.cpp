@@ -1,9 +1,9 @@
 // Causal attention over blocks of keys and values. A task is the queries of some rows of one sequence that share a
 // key-value head; its scores stay in the thread's scratch.
 //
-// The order for one query, whatever shares its task: scores by dot_tile's order; weights e = exp(score - greatest); their
-// sum by lane (position - first position) mod 8, then over the lanes; values added in ascending position, one fused
-// multiply-add each; one division by the sum.
+// The order for one query, whatever shares its task: scores by dot_tile's order; weights e = exp(score - greatest);
+// their sum by lane (position - first position) mod 8, then over the lanes; values added in ascending position, one
+// fused multiply-add each; one division by the sum.
 #include "dot_tile.h"
 #include "thread_pool.h"
 #include "vector_math.h"
@@ -184,8 +184,8 @@ void weigh(Work &work) {
 
 // sums[i][d ..] += weights[i][j] * values[j][d ..] for j in [from, to), one j after another.
 template <int Queries, int Vectors>
-MOESTRO_INLINE void add_values(Query *query, const float *const *values, int64_t base, int64_t from, int64_t to, int64_t d,
-                               int64_t ask_dim = 0) {
+MOESTRO_INLINE void add_values(Query *query, const float *const *values, int64_t base, int64_t from, int64_t to,
+                               int64_t d, int64_t ask_dim = 0) {
   Vec sums[Queries][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < Queries; ++i) {
@@ -231,7 +231,8 @@ void add_all_values(Query *query, const float *const *values, int64_t dim, int64
     add_values<Queries, Vectors>(query, values, base, from, to, 0, dim);
     d = Vectors * kLanes;
   }
-  for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes) add_values<Queries, Vectors>(query, values, base, from, to, d);
+  for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes)
+    add_values<Queries, Vectors>(query, values, base, from, to, d);
   for (; d + kLanes <= dim; d += kLanes) add_values<Queries, 1>(query, values, base, from, to, d);
   if (d == dim) return;
   for (int i = 0; i < Queries; ++i) add_last_values(query[i], values, base, from, to, d, dim - d);

@@ -1,7 +1,8 @@
 // Dot products of a few fp32 rows with a few weight rows, the heart of both kernels.
 //
 // The order that every path keeps: lane l sums the products of elements l, l + 8, l + 16, ... one after another with
-// fused multiply-adds (a length that is no multiple of 8 counts as filled up with zeros), then sum_lanes() adds the lanes.
+// fused multiply-adds (a length that is no multiple of 8 counts as filled up with zeros), then sum_lanes() adds the
+// lanes.
 #pragma once
 
 #include "simd.h"
@@ -91,8 +92,8 @@ template <int Tokens, int Rows> struct Tile {
 
 // Memory that will be needed next: `bytes` of it are asked for, in order of address, while a tile is computed.
 //
-// Rows are read side by side, which no hardware prefetcher follows well; a stream of prefetches in the order of memory is
-// what it knows, and comes within a fifth of a plain read (rows side by side alone: 0.2 to 0.6 of it).
+// Rows are read side by side, which no hardware prefetcher follows well; a stream of prefetches in the order of memory
+// is what it knows, and comes within a fifth of a plain read (rows side by side alone: 0.2 to 0.6 of it).
 struct Ahead {
   const char *next = nullptr;
   bool near = false; // into the first-level cache, where it must outlive the current tile; else the second

@@ -47,7 +47,8 @@ template <int Rows, class W> MOESTRO_INLINE void direct_rows(const LinearArgs &a
   const int64_t inputs = args.inputs;
   const W *w[Rows];
   for (int j = 0; j < Rows; ++j) w[j] = static_cast<const W *>(args.w) + (n + j) * inputs;
-  const int64_t tile_bytes = inputs * (Rows * int64_t{sizeof(W)} + smaller(args.tokens, kTileTokens) * int64_t{sizeof(float)});
+  const int64_t tile_bytes =
+      inputs * (Rows * int64_t{sizeof(W)} + smaller(args.tokens, kTileTokens) * int64_t{sizeof(float)});
   const bool near = tile_bytes <= (args.tokens == 1 ? kNearBytesOneToken : kNearBytes);
   const Ahead next{reinterpret_cast<const char *>(w[0] + Rows * inputs), near};
   for_each_part(args.tokens, [&](int64_t first, auto count) {
@@ -101,8 +102,8 @@ Block block_in(char *scratch) {
 
 using FullTile = Tile<kTileTokens, kTileRows>;
 
-// Adds `steps` steps of the inputs to a tile's sums, which lie in memory lane by lane. They stay in registers meanwhile only
-// because the tile is local and every loop over it is unrolled.
+// Adds `steps` steps of the inputs to a tile's sums, which lie in memory lane by lane. They stay in registers meanwhile
+// only because the tile is local and every loop over it is unrolled.
 MOESTRO_INLINE void packed_tile(const float *x, const float *w, int64_t steps, bool first, float *sums) {
   Tile<kTileTokens, kTileRows> tile;
   if (first) {

@@ -1,5 +1,5 @@
-// The Python face of the kernels. Tensors come as addresses and sizes, already checked by moestro.kernels.cpu: a call takes
-// well under a microsecond, which tensor objects would not.
+// The Python face of the kernels. Tensors come as addresses and sizes, already checked by moestro.kernels.cpu: a call
+// takes well under a microsecond, which tensor objects would not.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -18,8 +18,8 @@ namespace {
 
 template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
-void linear(uintptr_t x, int64_t x_stride, uintptr_t weight, int weight_type, uintptr_t bias, int bias_type, uintptr_t out,
-            int64_t tokens, int64_t outputs, int64_t inputs) {
+void linear(uintptr_t x, int64_t x_stride, uintptr_t weight, int weight_type, uintptr_t bias, int bias_type,
+            uintptr_t out, int64_t tokens, int64_t outputs, int64_t inputs) {
   LinearArgs args{};
   args.x = pointer<const float>(x);
   args.x_stride = x_stride;
@@ -125,8 +125,10 @@ NB_MODULE(_native, m) {
   m.def("set_isa", &set_isa, nb::arg("name"));
   m.def("get_isa", [] { return std::string(kernels().name); });
   m.def("linear_scratch_bytes", [] { return kernels().linear_scratch(); });
-  m.def("attention_scratch_bytes", [](int64_t positions, int64_t dim) { return kernels().attention_scratch(positions, dim); },
-        nb::arg("positions"), nb::arg("value_dim"));
+  m.def(
+      "attention_scratch_bytes",
+      [](int64_t positions, int64_t dim) { return kernels().attention_scratch(positions, dim); }, nb::arg("positions"),
+      nb::arg("value_dim"));
   m.def("scratch_bytes", [] { return pool().scratch_bytes(); }, release());
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
 }

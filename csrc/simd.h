@@ -1,6 +1,6 @@
-// Eight fp32 lanes, the unit in which every kernel counts. Two versions with the same bits: AVX2 (also used by the AVX-512
-// build, which has more registers) and portable C++ (std::fma is correctly rounded everywhere; a compiler for a processor
-// that has the instruction turns the loops into it).
+// Eight fp32 lanes, the unit in which every kernel counts. Two versions with the same bits: AVX2 (also used by the
+// AVX-512 build, which has more registers) and portable C++ (std::fma is correctly rounded everywhere; a compiler for a
+// processor that has the instruction turns the loops into it).
 //
 // Included by sources that are compiled once per instruction set: everything lives in namespace MOESTRO_ISA.
 #pragma once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from moestro.hf.skeleton import build_skeleton, config_from_dict
 from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, open_model, shape_of_store
-from moestro.runtime.plan import Plan, make_plan, probe_for, resolve_context
+from moestro.runtime.plan import Plan, make_plan, probe_for
 from moestro.store.reader import Store
 
 
@@ -24,9 +25,8 @@ def plan_of(folder: Path, options: RuntimeOptions, memory_bytes: int = 1 << 40) 
     return make_plan(
         shape_of_store(store),
         probe_for(skeleton, options),
-        options,
-        context=resolve_context(skeleton.config, options.context),
-        memory_bytes=memory_bytes,
+        replace(options, memory=str(memory_bytes)),
+        config=skeleton.config,
         floor_bytes=0,
     )
 

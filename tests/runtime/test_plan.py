@@ -11,12 +11,13 @@ from moestro.config import RuntimeOptions
 from moestro.errors import BudgetError
 from moestro.hf.skeleton import build_skeleton
 from moestro.runtime.kv import LayerKV
-from moestro.runtime.plan import ModelShape, Plan, make_plan, resolve_context
+from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, resolve_context
 from moestro.runtime.probe import Probe
 
 PROBE = Probe(
     kv_layers=(LayerKV(heads=2, key_width=16, value_heads=2, value_width=16, gathered=False),) * 3,
     experts_per_token=(2, 2),
+    value_width=16,
     activation_bytes=1_000_000,
     rows=512,
     history=512,
@@ -25,11 +26,12 @@ PROBE = Probe(
 
 def _plan(memory: int, slots: tuple[int, int] = (8192, 12288), experts: int = 40) -> Plan:
     shape = ModelShape(name="test", dense_bytes=3_000_000, slot_bytes=slots, experts=(experts, experts))
-    return make_plan(shape, PROBE, RuntimeOptions(context=512), context=512, memory_bytes=memory, floor_bytes=7)
+    options = RuntimeOptions(context=512, memory=str(memory))
+    return make_plan(shape, PROBE, options, config=FAMILIES["mixtral"](), floor_bytes=7)
 
 
 @given(
-    st.integers(min_value=0, max_value=1 << 34),
+    st.integers(min_value=1, max_value=1 << 34),
     st.tuples(*[st.integers(min_value=1, max_value=3000).map(lambda pages: pages * 4096)] * 2),
     st.integers(min_value=1, max_value=128),
 )
@@ -74,3 +76,17 @@ def test_context_is_resolved_against_the_model() -> None:
 
 def test_skeleton_and_shape_speak_of_the_same_experts() -> None:
     assert build_skeleton(FAMILIES["olmoe"]()).total_experts == 24
+
+
+def test_threads_are_checked_and_their_scratch_is_counted() -> None:
+    with pytest.raises(BudgetError, match="threads"):
+        compute_threads(RuntimeOptions(threads=-1))
+    assert compute_threads(RuntimeOptions(threads=3)) == 3
+    shape = ModelShape(name="test", dense_bytes=1, slot_bytes=(4096, 4096), experts=(8, 8))
+    few, many = (
+        make_plan(
+            shape, PROBE, RuntimeOptions(memory="1GiB", threads=threads), config=FAMILIES["mixtral"](), floor_bytes=0
+        )
+        for threads in (1, 9)
+    )
+    assert many.staging_bytes > few.staging_bytes

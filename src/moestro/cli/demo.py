@@ -62,7 +62,7 @@ def demo(
 
 def _options(store: Path) -> RuntimeOptions:
     """Memory for everything but experts as needed, and for a quarter of the experts."""
-    from moestro.cli.subject import Subject
+    from moestro.runtime.subject import Subject
 
     options = RuntimeOptions(context=CONTEXT)
     return replace(options, memory=str(Subject.open(str(store)).plan(options).bytes_for_experts(ARENA_SHARE)))

@@ -13,7 +13,7 @@ from moestro.errors import StoreError
 from moestro.memory.budget import format_bytes
 
 if TYPE_CHECKING:
-    from moestro.cli.subject import Subject
+    from moestro.runtime.subject import Subject
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a store or a checkpoint holds; --verify reads every byte of a store."""
-    from moestro.cli.subject import Subject
+    from moestro.runtime.subject import Subject
 
     subject = Subject.open(model)
     problems = _verify(subject) if verify else None

@@ -20,7 +20,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would be placed where, and the least memory that works; needs the config only, not the weights."""
-    from moestro.cli.subject import Subject
+    from moestro.runtime.subject import Subject
 
     planned = Subject.open(model).plan(options)
     if as_json:

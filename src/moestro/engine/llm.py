@@ -20,7 +20,7 @@ from moestro.engine.results import Completion, Delta, Stats, Timings
 from moestro.engine.sequence import Sequence
 from moestro.engine.tokenizer import load_tokenizer
 from moestro.errors import RequestError
-from moestro.memory.budget import peak_resident_bytes
+from moestro.memory.budget import parse_memory, peak_resident_bytes
 from moestro.runtime.open import open_model
 from moestro.store.locate import locate
 from moestro.store.pack import PackProgress
@@ -50,6 +50,7 @@ class LLM:
     ) -> None:
         started = time.perf_counter()
         self.options = replace(options or RuntimeOptions(), **settings)
+        parse_memory(self.options.memory)  # packing can take long: a slip of the pen is told before it
         store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, progress=progress))
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)

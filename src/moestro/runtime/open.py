@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -14,7 +13,7 @@ from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
 from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
 from moestro.memory.arena import Arena
-from moestro.memory.budget import parse_memory, resident_bytes
+from moestro.memory.budget import resident_bytes
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
@@ -22,7 +21,7 @@ from moestro.policy import make_policy
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.kv import KVPool
-from moestro.runtime.plan import ModelShape, Plan, make_plan, probe_for, resolve_context
+from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.runner import ModelRunner
 from moestro.runtime.slots import SlotViews
@@ -73,21 +72,12 @@ def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
         UnsupportedModelError, StoreError: the store is of a model that cannot be run, or is damaged.
     """
-    request = parse_memory(options.memory)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
     probed = probe_for(skeleton, options)
-    kernels = make_kernels("auto", threads=options.threads or available_cores())
-    _warm_up(kernels)
-    floor = resident_bytes()
-    plan = make_plan(
-        shape_of_store(store),
-        probed,
-        options,
-        context=resolve_context(skeleton.config, options.context),
-        memory_bytes=request.resolve(floor),
-        floor_bytes=floor,
-    )
+    kernels = make_kernels("auto", threads=compute_threads(options))
+    floor = measure_floor(kernels)
+    plan = make_plan(shape_of_store(store), probed, options, config=skeleton.config, floor_bytes=floor)
     plan.require_fit()
     return _assemble(store, skeleton, plan, probed, options, kernels)
 
@@ -145,9 +135,10 @@ def _check_layers(store: Store, skeleton: Skeleton) -> None:
         )
 
 
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def measure_floor(kernels: Kernels) -> int:
+    """Bytes that this process has resident before any weight is read: the floor, which no budget includes."""
+    _warm_up(kernels)
+    return resident_bytes()
 
 
 def _warm_up(kernels: Kernels) -> None:

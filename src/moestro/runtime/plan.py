@@ -5,6 +5,7 @@ A plan needs a model's shapes only, so it can be made before anything is packed,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from transformers import PreTrainedConfig
 from moestro.config import RuntimeOptions
 from moestro.errors import BudgetError
 from moestro.hf.skeleton import Skeleton
+from moestro.kernels.cpu import scratch_bytes
 from moestro.memory.arena import extent_bytes_for
-from moestro.memory.budget import format_bytes
+from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
 from moestro.runtime.kv import block_bytes, blocks_for
 from moestro.runtime.probe import Probe, probe
@@ -24,8 +26,8 @@ STEP_ROWS = 512
 """Most tokens in one forward pass. It never depends on the memory given, so that results cannot either."""
 
 DEFAULT_CONTEXT = 4096
-STAGING_BYTES = 2 << 20
-"""Allowance for block tables, request state and the read buffers of the dense weights' unaligned ends."""
+_STAGING_BYTES = 2 << 20
+"""Allowance for block tables, request state and what Python keeps per request; kernels' scratch comes on top."""
 
 _ACTIVATION_MARGIN = 1.25
 """Room for what an allocator keeps beside the live tensors that the probe counts."""
@@ -127,14 +129,34 @@ def probe_for(skeleton: Skeleton, options: RuntimeOptions) -> Probe:
     )
 
 
+def compute_threads(options: RuntimeOptions) -> int:
+    """Threads that compute: as asked, else one per core that this process may run on."""
+    if not 0 <= options.threads <= 1024:
+        raise BudgetError(f"threads is {options.threads}, expected 1 to 1024 (0: one per available core).")
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return options.threads or available or 1
+
+
 def make_plan(
-    shape: ModelShape, probed: Probe, options: RuntimeOptions, *, context: int, memory_bytes: int, floor_bytes: int
+    shape: ModelShape, probed: Probe, options: RuntimeOptions, *, config: PreTrainedConfig, floor_bytes: int
 ) -> Plan:
-    """Divide `memory_bytes`. What is not needed for anything else goes to the expert arena."""
+    """Divide the memory that `options` give. What is not needed for anything else goes to the expert arena.
+
+    Raises:
+        BudgetError: the memory cannot be parsed. A plan that does not fit is returned, with `fits` false.
+    """
+    memory_bytes = parse_memory(options.memory).resolve(floor_bytes)
+    context = resolve_context(config, options.context)
     kv_blocks = blocks_for(context) * options.max_sequences
     kv_bytes = kv_blocks * block_bytes(probed.kv_layers)
     activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
-    fixed = shape.dense_bytes + kv_bytes + activation_bytes + STAGING_BYTES
+    staging_bytes = _STAGING_BYTES + scratch_bytes(
+        # Rows of one call are up to 15 positions apart from the first that its scratch covers.
+        threads=compute_threads(options),
+        positions=context + 15,
+        value_dim=probed.value_width,
+    )
+    fixed = shape.dense_bytes + kv_bytes + activation_bytes + staging_bytes
     extent = extent_bytes_for(sorted(set(shape.slot_bytes)))
     whole = _whole_arena(shape, extent)
     least_arena = min(whole, _LEAST_SLOTS * max(shape.slot_bytes))
@@ -148,7 +170,7 @@ def make_plan(
         expert_bytes=shape.expert_bytes,
         kv_bytes=kv_bytes,
         activation_bytes=activation_bytes,
-        staging_bytes=STAGING_BYTES,
+        staging_bytes=staging_bytes,
         arena_bytes=arena,
         whole_arena_bytes=whole,
         extent_bytes=extent,

@@ -33,10 +33,14 @@ _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeE
 
 @dataclass(frozen=True)
 class Probe:
-    """What a step of `rows` tokens with `history` cached tokens needs; `activation_bytes`: peak of live tensors."""
+    """What a step of `rows` tokens with `history` cached ones needs.
+
+    `value_width` is the widest value that attention adds up, `activation_bytes` the peak of live tensors.
+    """
 
     kv_layers: tuple[LayerKV, ...]
     experts_per_token: tuple[int, ...]
+    value_width: int
     activation_bytes: int
     rows: int
     history: int
@@ -57,6 +61,7 @@ def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int) -> Pr
     return Probe(
         kv_layers=layers,
         experts_per_token=tuple(shapes.experts_per_token),
+        value_width=shapes.value_width,
         activation_bytes=memory.peak,
         rows=rows,
         history=history,
@@ -106,6 +111,7 @@ class _ProbeContext:
         self.cache = HookedCache(family, self.cache_rows)
         self.layers: dict[int, LayerKV] = {}
         self.experts_per_token: list[int] = []
+        self.value_width = 0
         self._cached: dict[int, torch.Tensor] = {}
         self._kernels = ReferenceKernels()
 
@@ -142,6 +148,7 @@ class _ProbeContext:
             value_width=cached.value_width,
             gathered=self._cached.pop(layer) is not call.key,
         )
+        self.value_width = max(self.value_width, call.value.shape[-1])
         _, heads, rows, _ = call.query.shape
         return call.query.new_empty((rows, heads, call.value.shape[-1]))
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedConfig
 
 from moestro.config import RuntimeOptions
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load_config
-from moestro.memory.budget import parse_memory, resident_bytes
-from moestro.runtime.open import shape_of_store
-from moestro.runtime.plan import ModelShape, Plan, make_plan, probe_for, resolve_context
+from moestro.kernels import make_kernels
+from moestro.runtime.open import measure_floor, shape_of_store
+from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import probe
 from moestro.store.dtypes import STORED_FLOATS, dtype_name
 from moestro.store.layout import Layout, raw_layout
@@ -62,15 +62,9 @@ class Subject:
 
     def plan(self, options: RuntimeOptions) -> Plan:
         """What would be placed where. Raises BudgetError for a memory that cannot be parsed, not for too little."""
-        floor_bytes = resident_bytes()
-        return make_plan(
-            self.shape,
-            probe_for(self.skeleton, options),
-            options,
-            context=resolve_context(self.skeleton.config, options.context),
-            memory_bytes=parse_memory(options.memory).resolve(floor_bytes),
-            floor_bytes=floor_bytes,
-        )
+        probed = probe_for(self.skeleton, options)
+        floor = measure_floor(make_kernels("auto", threads=compute_threads(options)))
+        return make_plan(self.shape, probed, options, config=self.skeleton.config, floor_bytes=floor)
 
     @classmethod
     def _of_store(cls, store: Store) -> Subject:
