@@ -50,6 +50,16 @@ def test_stream_is_the_whole_in_pieces(llm: LLM) -> None:
     assert deltas[-1].finish_reason == whole.finish_reason == "length"
 
 
+def test_streams_and_batches_can_run_at_the_same_time(llm: LLM) -> None:
+    alone = [llm.generate(prompt, GREEDY)[0].token_ids for prompt in PROMPTS]
+    streams = [llm.stream(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    seen: list[list[int]] = [list(next(stream).token_ids) for stream in streams]
+    assert llm.generate(PROMPTS[2], GREEDY)[0].token_ids == alone[2]
+    for tokens, stream in zip(seen, streams, strict=True):
+        tokens.extend(token for delta in stream for token in delta.token_ids)
+    assert seen == alone[:2]
+
+
 def test_text_is_what_the_tokenizer_makes_of_the_tokens(llm: LLM) -> None:
     # Japanese takes several tokens a character: pieces must never show half of one.
     deltas = list(llm.stream("このマニュアル", SamplingParams(max_tokens=60)))

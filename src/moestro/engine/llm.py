@@ -104,13 +104,17 @@ class LLM:
         detokenizer = Detokenizer(self.tokenizer)
         shown = 0
         try:
-            while sequence.finish_reason is None:
-                self._engine.step()
+            while True:
+                # Another stream's or batch's steps may have brought tokens, or the end, in the meantime.
+                if sequence.finish_reason is None and shown == len(sequence.token_ids):
+                    self._engine.step()
                 _raise_error([sequence])
                 new_ids = sequence.token_ids[shown:]
                 shown = len(sequence.token_ids)
                 text = "".join(detokenizer.push(token) for token in new_ids)
-                if sequence.finish_reason is None and new_ids:
+                if sequence.finish_reason is not None:
+                    break
+                if new_ids:
                     yield Delta(text, new_ids)
             text += detokenizer.finish()
             yield Delta(text, new_ids, sequence.finish_reason, self._complete(sequence, detokenizer.text))
