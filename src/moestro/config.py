@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from moestro.errors import RequestError
+from moestro.errors import BudgetError, MoestroError, RequestError
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
     """A dataclass field whose `help` text is shown by the command line and the docs."""
     return field(default=default, metadata={"help": help, **extra})
+
+
+def check_types(options: Any, error: type[MoestroError]) -> None:
+    """Raise `error` for a field whose value is not of the type it is declared with (a whole number may be a float)."""
+    for one in fields(options):
+        value, wanted = getattr(options, one.name), type(one.default)
+        accepted = (int, float) if wanted is float else wanted
+        if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+            raise error(f"{one.name} is {value!r}, expected a value of type {wanted.__name__}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +32,9 @@ class RuntimeOptions:
     threads: int = option(0, "Compute threads (0: one per available core).")
     policy: str = option("lru", "Which planes leave the cache first.")
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
+
+    def __post_init__(self) -> None:
+        check_types(self, BudgetError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +52,7 @@ class SamplingParams:
     ignore_eos: bool = option(False, "Go on after the end-of-text token.")
 
     def __post_init__(self) -> None:
+        check_types(self, RequestError)
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}, expected a whole number of at least 1.")
         if not 0.0 <= self.temperature <= 100.0:

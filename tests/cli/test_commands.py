@@ -124,7 +124,7 @@ def test_a_plan_that_does_not_fit_is_printed_as_json_too(store: Path) -> None:
 
 
 def test_flags_without_effect_are_not_taken(store: Path) -> None:
-    assert run("plan", store, "--threads", "2").exit_code == 2
+    assert run("plan", store, "--policy", "lru").exit_code == 2
     assert run("inspect", store, "--memory", "1GB").exit_code == 2
 
 

@@ -85,7 +85,7 @@ def test_prompts_come_from_a_file_or_standard_input(store: Path, expected: str, 
 
 def test_chat_uses_the_models_template(store: Path) -> None:
     with LLM(store, memory="100MiB", context=256) as llm:
-        prompt = llm.chat_prompt([{"role": "user", "content": "Hello"}])
+        prompt = llm.tokenizer.decode(llm.chat_prompt([{"role": "user", "content": "Hello"}]))
     assert prompt != "Hello"
     wrapped = run("generate", store, "--prompt", "Hello", "--chat", *_options())
     assert wrapped.exit_code == 0
@@ -174,3 +174,9 @@ def test_interruption_and_a_reader_that_leaves_are_quiet(store: Path) -> None:
         process.stderr.close()
     assert interrupted.stdout is not None
     interrupted.stdout.close()
+
+
+def test_what_changes_nothing_at_temperature_zero_is_said(store: Path) -> None:
+    result = run("generate", store, "--prompt", PROMPT, "--seed", "3", "--top-k", "5", *_options())
+    assert result.exit_code == 0
+    assert "note: top_k, seed changes nothing at temperature 0" in result.stderr

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moestro.engine.detokenize import Detokenizer
-from moestro.engine.tokenizer import load_tokenizer
-from moestro.errors import StoreError
 from moestro.store.locate import locate_source
-from moestro.store.reader import Store
 
 TOKENIZER: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate_source("tiny-qwen3moe-28m"))
 
@@ -42,14 +36,3 @@ def test_pieces_of_any_tokens_join_to_what_the_tokenizer_decodes(token_ids: list
 def test_a_character_of_several_tokens_comes_whole() -> None:
     pieces = _pieces(TOKENIZER("\N{OLD PERSIAN SIGN AURAMAZDAA}!")["input_ids"])
     assert [piece for piece in pieces if piece] == ["\N{OLD PERSIAN SIGN AURAMAZDAA}", "!"]
-
-
-def test_a_store_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    class NoTokenizer(Store):
-        """A store whose folder holds no tokenizer files."""
-
-        def __init__(self) -> None:
-            object.__setattr__(self, "path", tmp_path)
-
-    with pytest.raises(StoreError, match="tokenizer"):
-        load_tokenizer(NoTokenizer())

@@ -120,6 +120,7 @@ def test_an_answer_ends_at_the_end_of_the_context(llm: LLM) -> None:
     ("prompt", "sampling", "says"),
     [
         ("", GREEDY, "empty"),
+        ("a\udcff", GREEDY, "not valid Unicode"),
         ("word " * 400, GREEDY, "context holds 256"),
         ([5, 4096], GREEDY, "outside the model's vocabulary"),
     ],
@@ -133,9 +134,12 @@ def test_bad_requests(llm: LLM, prompt: str | list[int], sampling: SamplingParam
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"memory": "48MiB", "context": 1}, "takes 2 to 1024"),
+        ({"memory": "48MiB", "context": 64.0}, "context is 64.0"),
+        ({"memory": "48MiB", "threads": -2}, "threads"),
         ({"memory": "banana"}, "banana"),
         ({"memory": "1MiB"}, "is the least that works"),
-        ({"memory": "48MiB", "context": 100_000}, "takes 1 to 1024"),
+        ({"memory": "48MiB", "context": 100_000}, "takes 2 to 1024"),
         ({"memory": "48MiB", "max_sequences": 0}, "max_sequences"),
         ({"memory": "48MiB", "policy": "astrology"}, "astrology"),
     ],
@@ -156,4 +160,27 @@ def test_the_least_memory_named_by_the_error_works(store: Path) -> None:
 
 
 def test_chat_prompt_goes_through_the_template(llm: LLM) -> None:
-    assert llm.chat_prompt([{"role": "user", "content": "Hello"}]) == "Hello\n"
+    token_ids = llm.chat_prompt([{"role": "user", "content": "Hello"}])
+    assert llm.tokenizer.decode(token_ids) == "Hello\n"
+    assert len(llm.generate(token_ids, SamplingParams(max_tokens=3))) == 1
+
+
+def test_generating_does_not_wait_for_a_suspended_stream(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=60, ignore_eos=True))
+    first = next(stream)
+    llm.generate(PROMPTS[1], SamplingParams(max_tokens=2))
+    rest = list(stream)
+    assert rest[-1].completion is not None
+    assert [*first.token_ids, *(token for delta in rest for token in delta.token_ids)] == rest[-1].completion.token_ids
+
+
+def test_a_closed_model_keeps_its_stats_and_nothing_else(store: Path) -> None:
+    llm = LLM(store, memory=40 << 20, context=64)
+    llm.generate(PROMPTS[0], SamplingParams(max_tokens=3))
+    before, counts = llm.stats(), llm.expert_counts()
+    llm.close()
+    llm.close()
+    assert llm.stats().hits == before.hits
+    assert np.array_equal(llm.expert_counts(), counts)
+    with pytest.raises(RequestError, match="closed"):
+        llm.generate(PROMPTS[0], GREEDY)

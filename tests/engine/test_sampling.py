@@ -31,6 +31,10 @@ def test_frequencies_follow_the_probabilities() -> None:
     assert np.abs(draws - expected).max() < 0.015
 
 
+def test_the_smallest_temperature_is_greedy() -> None:
+    assert set(_draws(20, temperature=1e-320)) == {1}
+
+
 def test_top_k_and_top_p_cut_the_tail() -> None:
     assert set(_draws(500, temperature=2.0, top_k=2)) == {1, 2}
     probabilities = torch.softmax(LOGITS, -1)
@@ -62,6 +66,8 @@ def test_every_draw_is_among_the_allowed(logits: list[float], temperature: float
     "bad",
     [
         {"max_tokens": 0},
+        {"max_tokens": 2.5},
+        {"top_k": True},
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"top_p": 0.0},

@@ -34,6 +34,7 @@ def test_a_long_prompt_is_cut_and_does_not_hold_up_decoding() -> None:
     rows = []
     while second.finish_reason is None:
         batch, sampled = scheduler.next_step()
+        scheduler.commit(batch)
         rows.append([(segment.request, len(segment.token_ids)) for segment in batch.segments])
         for sequence in sampled:
             sequence.append(5, NEVER)
@@ -57,6 +58,7 @@ def test_every_request_ends_with_its_tokens_and_all_blocks_come_back(
         if not scheduler.busy:
             break
         batch, sampled = scheduler.next_step()
+        scheduler.commit(batch)
         assert batch.rows <= max(step_rows, max_sequences)
         assert len(batch.segments) <= max_sequences
         for sequence in sampled:
@@ -83,3 +85,13 @@ def test_dropping_a_request_frees_its_blocks() -> None:
     scheduler.drop(waiting)
     assert not scheduler.busy
     assert pool.free_blocks == 4
+
+
+def test_a_step_that_did_not_go_through_comes_again() -> None:
+    scheduler, _ = _scheduler(blocks=4, max_sequences=2, step_rows=8)
+    scheduler.add(_sequence(0, 5, 3))
+    first, _ = scheduler.next_step()
+    again, sampled = scheduler.next_step()
+    assert first.token_ids_T.tolist() == again.token_ids_T.tolist()
+    assert first.positions_T.tolist() == again.positions_T.tolist()
+    assert len(sampled) == 1

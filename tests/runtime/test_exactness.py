@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
-from families import FAMILIES, save_checkpoint
+from families import FAMILIES, random_model
 from moestro.store.pack import pack
 from opening import Feed, logits_of, open_store
 
@@ -15,10 +16,37 @@ LONG = [(7 * index * index + 3 * index + 11) % 157 + 3 for index in range(140)]
 SHORT = [9, 4, 77]
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def _mixtral_gelu() -> PreTrainedConfig:
+    config = FAMILIES["mixtral"]()
+    config.hidden_act = "gelu"
+    return config
+
+
+def _gpt_oss_narrow() -> PreTrainedConfig:
+    config = FAMILIES["gpt_oss"]()
+    config.intermediate_size = 40
+    return config
+
+
+def _qwen2_moe_narrow_gelu() -> PreTrainedConfig:
+    config = FAMILIES["qwen2_moe"]()
+    config.hidden_act, config.moe_intermediate_size = "gelu_pytorch_tanh", 24
+    return config
+
+
+# torch takes other paths through other activations, and through rows that are no whole number of its vectors.
+CONFIGS = {
+    **FAMILIES,
+    "mixtral_gelu": _mixtral_gelu,
+    "gpt_oss_narrow": _gpt_oss_narrow,
+    "qwen2_moe_narrow_gelu": _qwen2_moe_narrow_gelu,
+}
+
+
+@pytest.fixture(scope="module", params=sorted(CONFIGS))
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    save_checkpoint(request.param, folder / "checkpoint", dtype=torch.bfloat16)
+    random_model(CONFIGS[request.param](), dtype=torch.bfloat16).save_pretrained(folder / "checkpoint")
     pack(folder / "checkpoint", folder / "store")
     return folder / "store"
 

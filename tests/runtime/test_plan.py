@@ -68,7 +68,7 @@ def test_context_is_resolved_against_the_model() -> None:
     config = FAMILIES["mixtral"]()
     assert resolve_context(config, 0) == 512
     assert resolve_context(config, 100) == 100
-    with pytest.raises(BudgetError, match="1 to 512"):
+    with pytest.raises(BudgetError, match="2 to 512"):
         resolve_context(config, 513)
     config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
     assert resolve_context(config, 0) == 64

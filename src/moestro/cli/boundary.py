@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import sys
 import traceback
@@ -50,6 +51,8 @@ def guarded(function: Command) -> Command:
     ]
 
     def command(ctx: typer.Context, debug: bool, **values: Any) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # models write what a terminal's encoding may not have
         try:
             function(**values)
             sys.stdout.flush()

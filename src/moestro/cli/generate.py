@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moestro.cli.arguments import AsJson, Model
+from moestro.cli.boundary import say
 from moestro.cli.console import print_json
 from moestro.cli.opening import open_llm
 from moestro.cli.picture import check_picture_path, draw_experts
@@ -38,10 +39,12 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     if picture is not None:
         check_picture_path(picture)
+    unused = [name for name in ("top_p", "top_k", "seed") if getattr(sampling, name) != getattr(SamplingParams(), name)]
+    if sampling.temperature == 0 and unused:
+        say("note", f"{', '.join(unused)} changes nothing at temperature 0, which takes the likeliest token.")
     with open_llm(model, options) as llm:
-        if chat:
-            text = llm.chat_prompt([{"role": "user", "content": text}])
-        completion = _answer(llm, text, sampling, show=not as_json)
+        whole = llm.chat_prompt([{"role": "user", "content": text}]) if chat else text
+        completion = _answer(llm, whole, sampling, show=not as_json)
         stats = llm.stats()
         if picture is not None:
             tokens = completion.prompt_tokens + len(completion.token_ids)
@@ -70,9 +73,9 @@ def _read_file(name: str) -> str:
         raise RequestError(f"The prompt in {name} is not UTF-8 text ({error}).") from error
 
 
-def _answer(llm: LLM, text: str, sampling: SamplingParams, *, show: bool) -> Completion:
+def _answer(llm: LLM, prompt: str | list[int], sampling: SamplingParams, *, show: bool) -> Completion:
     completion = None
-    for delta in llm.stream(text, sampling):
+    for delta in llm.stream(prompt, sampling):
         completion = delta.completion
         if show:
             sys.stdout.write(delta.text)

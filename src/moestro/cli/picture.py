@@ -19,6 +19,8 @@ _PALETTE = "YlGnBu"
 
 def check_picture_path(path: Path) -> None:
     """Find out before any work whether a picture could be written. Raises RequestError."""
+    if path.is_dir():
+        raise RequestError(f"The picture {path} is a folder. Give the name of a .png file.")
     if path.suffix.lower() != ".png":
         raise RequestError(f"The picture {path} is no .png file. Give a name that ends in .png.")
     if not path.absolute().parent.is_dir():

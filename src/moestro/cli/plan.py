@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Model,
-    options: Annotated[RuntimeOptions, Only("memory", "context", "max_sequences")],
+    options: Annotated[RuntimeOptions, Only("memory", "context", "max_sequences", "threads")],
     as_json: AsJson = False,
 ) -> None:
     """Show what would be placed where, and the least memory that works; needs the config only, not the weights."""

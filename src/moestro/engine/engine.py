@@ -60,9 +60,10 @@ class Engine:
         try:
             logits_SV = self._runner.forward(batch)
         except PlaneReadError as error:
-            failed = self._scheduler.undo(batch, error)
+            failed = self._scheduler.fail(batch, error)
             self._scheduler.retire()
             return failed
+        self._scheduler.commit(batch)
         for sequence, logits_V in zip(sampled, logits_SV, strict=True):
             sequence.append(sequence.sampler.pick(logits_V), self._end_ids)
         self._scheduler.retire()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,11 +17,14 @@ from moestro.engine.detokenize import Detokenizer
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
 from moestro.engine.sequence import Sequence
-from moestro.engine.tokenizer import load_tokenizer
+from moestro.engine.tokenizer import end_token_ids, load_tokenizer
 from moestro.errors import RequestError
-from moestro.memory.budget import parse_memory, peak_resident_bytes
-from moestro.runtime.open import open_model
-from moestro.store.locate import locate
+from moestro.memory.budget import peak_resident_bytes
+from moestro.policy import make_policy
+from moestro.runtime.open import OpenModel, open_model
+from moestro.runtime.subject import Subject
+from moestro.store.locate import locate, locate_shapes
+from moestro.store.manifest import MANIFEST_NAME
 from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
 
@@ -49,20 +51,23 @@ class LLM:
         **settings: Any,
     ) -> None:
         started = time.perf_counter()
+        if isinstance(settings.get("memory"), int):
+            settings["memory"] = str(settings["memory"])
         self.options = replace(options or RuntimeOptions(), **settings)
-        parse_memory(self.options.memory)  # packing can take long: a slip of the pen is told before it
+        _check_before_packing(str(model), self.options)
         store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, progress=progress))
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
-        self._open = open_model(store, self.options)
-        self.plan = self._open.plan
-        config = self._open.skeleton.config
-        self._engine = Engine(
-            runner=self._open.runner,
+        self._closed_stats: Stats | None = None
+        self._model = open_model(store, self.options)
+        self.plan = self._model.plan
+        config = self._model.skeleton.config
+        self._engine_of_model = Engine(
+            runner=self._model.runner,
             max_sequences=self.options.max_sequences,
             step_rows=self.plan.step_rows,
             context=self.plan.context,
-            end_ids=_end_ids(self._open.store.path, config),
+            end_ids=end_token_ids(store, config),
             vocabulary=int(config.vocab_size),
         )
         self._load_s = time.perf_counter() - started
@@ -80,13 +85,14 @@ class LLM:
             PlaneReadError: a plane could not be read. Requests that did not need it have been answered, and are lost
                 with the error: submit them again.
         """
-        batch = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+        batch = [prompts] if single else list(prompts)
         params = _params_for(batch, sampling)  # type: ignore[arg-type]
         sequences: list[Sequence] = []
         try:
             for prompt, one in zip(batch, params, strict=True):
                 sequences.append(self._engine.submit(self._encode(prompt), one))  # type: ignore[arg-type]
-            while self._engine.busy:
+            while any(sequence.finish_reason is None for sequence in sequences):
                 self._engine.step()
         finally:
             for sequence in sequences:
@@ -121,8 +127,8 @@ class LLM:
         finally:
             self._engine.cancel(sequence)
 
-    def chat_prompt(self, messages: List[Mapping[str, str]]) -> str:
-        """The text that the model's chat template makes of `messages` ({"role": ..., "content": ...}).
+    def chat_prompt(self, messages: List[Mapping[str, str]]) -> list[int]:
+        """The prompt, as token ids, that the model's chat template makes of `messages` ({"role": ..., "content": ...}).
 
         Raises:
             RequestError: the model has no chat template, or it does not take these messages.
@@ -131,13 +137,16 @@ class LLM:
             raise RequestError(f"{self._open.store.path} has no chat template. Give the prompt as plain text instead.")
         try:
             conversation = [dict(message) for message in messages]
-            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            # Ids, not text: templates write special tokens themselves, and encoding text would add them once more.
+            token_ids = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # templates are programs of the model's authors and raise what they like
             raise RequestError(f"The model's chat template does not take these messages: {error}") from error
-        return str(text)
+        return list(cast(list[int], token_ids))
 
     def stats(self) -> Stats:
         """What was placed where, and what happened since the model was opened."""
+        if self._closed_stats is not None:
+            return self._closed_stats
         plan, planes, runner = self.plan, self._open.runner.planes.stats, self._open.runner.stats
         return Stats(
             hits=planes.hits,
@@ -164,11 +173,16 @@ class LLM:
 
     def expert_counts(self) -> np.ndarray:
         """Tokens routed to each expert since the model was opened: int64 [MoE layers, experts]."""
+        if self._closed_stats is not None:
+            return self._counts_LE
         return self._open.runner.expert_counts_LE.copy()
 
     def close(self) -> None:
-        """Stop the transfer threads and give the memory back. The model cannot be used any more."""
-        self._open.close()
+        """Stop the transfer threads and give the memory back. The model can only be asked for its stats any more."""
+        if self._closed_stats is None:
+            self._closed_stats, self._counts_LE = self.stats(), self.expert_counts()
+            self._model.close()
+            del self._model, self._engine_of_model
 
     def __enter__(self) -> LLM:
         return self
@@ -178,9 +192,25 @@ class LLM:
     ) -> None:
         self.close()
 
+    @property
+    def _open(self) -> OpenModel:
+        if self._closed_stats is not None:
+            raise RequestError("This model is closed. Open it again with LLM(...).")
+        return self._model
+
+    @property
+    def _engine(self) -> Engine:
+        if self._closed_stats is not None:
+            raise RequestError("This model is closed. Open it again with LLM(...).")
+        return self._engine_of_model
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            return [int(token) for token in prompt]
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(f"The prompt is not valid Unicode text ({error.reason}).") from error
         token_ids: list[int] = self.tokenizer(prompt)["input_ids"]
         return token_ids
 
@@ -212,12 +242,11 @@ class LLM:
         )
 
 
-def _end_ids(store: Path, config: Any) -> frozenset[int]:
-    """End-of-text tokens: of generation_config.json where there is one, else of the model's config."""
-    path = store / "generation_config.json"
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    ids = config.eos_token_id if ids is None else ids
-    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+def _check_before_packing(model: str, options: RuntimeOptions) -> None:
+    """Packing can take long: what can be told from the config and the options is told before it."""
+    make_policy(options.policy)
+    if not (locate_shapes(model) / MANIFEST_NAME).is_file():
+        Subject.open(model).plan(options).require_fit()
 
 
 def _raise_error(sequences: List[Sequence]) -> None:

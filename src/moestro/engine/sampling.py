@@ -20,12 +20,15 @@ class Sampler:
         params = self._params
         if params.temperature == 0.0:
             return int(torch.argmax(logits_V))
-        logits = logits_V.numpy().astype(np.float64) / params.temperature
+        logits = logits_V.numpy().astype(np.float64)
+        logits -= logits.max()
+        with np.errstate(over="ignore"):  # the coldest temperatures leave the likeliest token alone
+            logits /= params.temperature
         # A stable order makes ties break the same way every time.
         order = np.argsort(-logits, kind="stable")
         if params.top_k:
             order = order[: params.top_k]
-        weights = np.exp(logits[order] - logits[order[0]])
+        weights = np.exp(logits[order])
         cumulative = np.cumsum(weights) / weights.sum()
         if params.top_p < 1.0:
             keep = int(np.searchsorted(cumulative, params.top_p, side="left")) + 1

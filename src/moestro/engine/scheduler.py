@@ -42,20 +42,20 @@ class Scheduler:
             segments.append(Segment(sequence.number, tokens, sequence.cached, sequence.blocks, complete))
             if complete:
                 sampled.append(sequence)
-            sequence.cached += len(tokens)
             room -= len(tokens)
         return PackedBatch(segments), sampled
 
-    def undo(self, batch: PackedBatch, error: PlaneReadError) -> list[Sequence]:
-        """Take back a step that failed. Ends the requests that needed the plane; the others will feed their rows again.
+    def commit(self, batch: PackedBatch) -> None:
+        """The batch went through: its rows are cached. Until then, the same rows come again with the next step."""
+        ends = {segment.request: segment.end for segment in batch.segments}
+        for sequence in self._running:
+            sequence.cached = ends.get(sequence.number, sequence.cached)
 
-        Rows that were written to the KV cache before the failure are written again, with the same values.
-        """
-        starts = {segment.request: segment.start for segment in batch.segments}
-        stepped = [sequence for sequence in self._running if sequence.number in starts]
+    def fail(self, batch: PackedBatch, error: PlaneReadError) -> list[Sequence]:
+        """End the requests of a failed step that needed the plane, all of them if that is not known."""
+        asked = {segment.request for segment in batch.segments}
+        stepped = [sequence for sequence in self._running if sequence.number in asked]
         failed = [sequence for sequence in stepped if sequence.number in error.requests] or stepped
-        for sequence in stepped:
-            sequence.cached = starts[sequence.number]
         for sequence in failed:
             sequence.fail(error)
         return failed

@@ -1,8 +1,10 @@
-"""Loading a store's tokenizer."""
+"""Loading a store's tokenizer, and which tokens end a text."""
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import json
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from moestro.errors import StoreError
 from moestro.store.reader import Store
@@ -21,4 +23,28 @@ def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
             f"The tokenizer in {store.path} cannot be loaded ({error}). Expected the tokenizer files of the model; "
             "pack the store again from a complete checkpoint."
         ) from error
+    if tokenizer.vocab_size == 0:
+        raise StoreError(
+            f"There is no tokenizer in {store.path}: the checkpoint it was packed from had none. Put the model's "
+            "tokenizer files (tokenizer.json, tokenizer_config.json) beside the checkpoint and pack it again."
+        )
     return tokenizer
+
+
+def end_token_ids(store: Store, config: PreTrainedConfig) -> frozenset[int]:
+    """End-of-text tokens: of generation_config.json where it names them, else of the model's config.
+
+    Raises:
+        StoreError: the file is damaged, or what it names are no token ids.
+    """
+    path = store.path / "generation_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        ids = settings.get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be read as a JSON object ({error}). Pack the store again.") from error
+    ids = config.eos_token_id if ids is None else ids
+    found = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token, int) for token in found):
+        raise StoreError(f"The eos_token_id of {store.path} is {ids!r}. Expected a token id or a list of them.")
+    return frozenset(found)

@@ -122,6 +122,9 @@ def build_skeleton(config: PreTrainedConfig) -> Skeleton:
     _refuse_by_config(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    for output in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if hasattr(config, output):
+            setattr(config, output, False)  # for training and study; they would be computed and thrown away
     model = _build_on_meta(config)
     _materialise_computed_buffers(model)
     layers = tuple(_expert_layers(model))

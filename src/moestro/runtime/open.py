@@ -145,6 +145,9 @@ def _warm_up(kernels: Kernels) -> None:
     """Load what torch and the kernels load lazily, so that it counts as the process's floor."""
     ones = torch.ones(8, 64)
     kernels.linear(ones, torch.ones(16, 64, dtype=torch.bfloat16), None)
+    pool, rows = torch.ones(1, 2, 16, 16), torch.zeros(8, dtype=torch.int32)
+    kernels.attention(torch.ones(8, 4, 16), pool, pool, torch.zeros(1, 1, dtype=torch.int32), rows, rows, scale=1.0)
+    torch.nn.functional.silu(ones)[torch.tensor([1, 0])].argmax().item()
     for _ in range(2):
         torch.softmax(ones, -1).topk(4).values.cumsum(-1).sort(-1)
         (ones.pow(2).mean(-1, keepdim=True).rsqrt() * ones).sigmoid().cos().sin().clone()

@@ -30,11 +30,10 @@ from moestro.runtime.slots import SlotViews
 
 @dataclass
 class RunnerStats:
-    """Seconds spent in forward passes, and of those in experts (waiting for planes included)."""
+    """Seconds in forward passes, and of those in experts (waiting for planes included)."""
 
     forward_s: float = 0.0
     experts_s: float = 0.0
-    rows: int = 0
 
 
 class ModelRunner:
@@ -84,7 +83,6 @@ class ModelRunner:
             self._batch = None
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
-        self.stats.rows += batch.rows
         logits_SV: torch.Tensor = plain(output.logits[0])
         return logits_SV.float()
 
