@@ -34,6 +34,7 @@ STATS_KEYS = {
     "arena_bytes",
     "kv_bytes",
     "activation_bytes",
+    "staging_bytes",
     "level",
     "policy",
     "direct_io",

@@ -38,7 +38,7 @@ def memory_rows(stats: Stats) -> list[Row]:
     allowed = stats.process_floor_bytes + stats.memory_bytes
     return [
         ("model", format_bytes(stats.model_bytes), f"{format_bytes(stats.expert_bytes)} of it experts"),
-        ("memory given", format_bytes(stats.memory_bytes), "the sum of the next four and some staging"),
+        ("memory given", format_bytes(stats.memory_bytes), "the sum of the next five"),
         (
             "  expert arena",
             format_bytes(stats.arena_bytes),
@@ -47,6 +47,7 @@ def memory_rows(stats: Stats) -> list[Row]:
         ("  dense weights", format_bytes(stats.dense_bytes)),
         ("  KV cache", format_bytes(stats.kv_bytes)),
         ("  activations", format_bytes(stats.activation_bytes)),
+        ("  staging", format_bytes(stats.staging_bytes)),
         ("process floor", format_bytes(stats.process_floor_bytes), "Python with torch, before any weight"),
         ("peak resident", format_bytes(stats.peak_rss_bytes), f"at most {format_bytes(allowed)}: floor + memory given"),
     ]

@@ -165,6 +165,7 @@ class LLM:
             arena_bytes=plan.arena_bytes,
             kv_bytes=plan.kv_bytes,
             activation_bytes=plan.activation_bytes,
+            staging_bytes=plan.staging_bytes,
             level=self._open.store.manifest.exact_level,
             policy=self.options.policy,
             direct_io=self._open.transfers.direct,

@@ -60,6 +60,7 @@ class Stats:
     arena_bytes: int
     kv_bytes: int
     activation_bytes: int
+    staging_bytes: int
     level: int
     policy: str
     direct_io: bool

@@ -76,7 +76,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_sequences:
-            needed = blocks_for(self._waiting[0].most_tokens)
+            needed = blocks_for(self._waiting[0].most_rows)
             if needed > self._kv.free_blocks:
                 return
             sequence = self._waiting.popleft()

@@ -30,9 +30,9 @@ class Sequence:
     error: MoestroError | None = None
 
     @property
-    def most_tokens(self) -> int:
+    def most_rows(self) -> int:
         """Rows of KV cache that the request can come to need; the last token is never fed back."""
-        return len(self.prompt_ids) + self.sampling.max_tokens
+        return len(self.prompt_ids) + self.sampling.max_tokens - 1
 
     def pending(self, limit: int) -> list[int]:
         """The next tokens to feed, at most `limit`: the rest of the prompt, or the last token."""

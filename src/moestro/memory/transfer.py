@@ -100,6 +100,11 @@ class TransferEngine:
         self._busy_seconds = self._busy_since = self._check_seconds = 0.0
 
     @property
+    def reader(self) -> FileReader:
+        """What reads the files, for reads that nothing has to wait for or overtake."""
+        return self._reader
+
+    @property
     def direct(self) -> bool:
         """Whether every file read so far is read past the page cache."""
         return self._reader.direct

@@ -17,7 +17,7 @@ from moestro.store.reader import DenseTensor, Store
 _CHUNK = 8 << 20
 
 
-def read_dense(store: Store) -> tuple[HostBuffer, dict[str, torch.Tensor]]:
+def read_dense(store: Store, reader: FileReader) -> tuple[HostBuffer, dict[str, torch.Tensor]]:
     """The dense tensors by name, as views into the buffer that is returned with them.
 
     Raises:
@@ -26,7 +26,7 @@ def read_dense(store: Store) -> tuple[HostBuffer, dict[str, torch.Tensor]]:
     size = store.dense_file.stat().st_size
     buffer = HostBuffer(size)
     try:
-        _fill(store.dense_file, buffer, size)
+        _fill(store.dense_file, buffer, size, reader)
     except (OSError, EOFError) as error:
         raise PlaneReadError(
             f"The dense weights in {store.dense_file} could not be read: {error}. Check the disk, then pack the store "
@@ -35,14 +35,10 @@ def read_dense(store: Store) -> tuple[HostBuffer, dict[str, torch.Tensor]]:
     return buffer, {name: _checked(name, tensor, buffer, store.dense_file) for name, tensor in store.dense.items()}
 
 
-def _fill(file: Path, buffer: HostBuffer, size: int) -> None:
+def _fill(file: Path, buffer: HostBuffer, size: int, reader: FileReader) -> None:
     whole = size - size % PAGE
-    reader = FileReader()
-    try:
-        for offset in range(0, whole, _CHUNK):
-            reader.read(file, offset, buffer.view(offset, min(_CHUNK, whole - offset)))
-    finally:
-        reader.close()
+    for offset in range(0, whole, _CHUNK):
+        reader.read(file, offset, buffer.view(offset, min(_CHUNK, whole - offset)))
     if whole < size:
         # A direct read ends on a page boundary; the file need not.
         with file.open("rb", buffering=0) as tail:

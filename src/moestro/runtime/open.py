@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -13,7 +14,7 @@ from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
 from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
 from moestro.memory.arena import Arena
-from moestro.memory.budget import resident_bytes
+from moestro.memory.budget import format_bytes, machine_bytes, resident_bytes
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
@@ -79,6 +80,11 @@ def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
     floor = measure_floor(kernels)
     plan = make_plan(shape_of_store(store), probed, options, config=skeleton.config, floor_bytes=floor)
     plan.require_fit()
+    if floor + plan.memory_bytes > machine_bytes():
+        logging.getLogger("moestro").warning(
+            "%s of memory and a process floor of %s are more than this machine or container has (%s).",
+            *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
+        )
     return _assemble(store, skeleton, plan, probed, options, kernels)
 
 
@@ -91,10 +97,10 @@ def _assemble(
     kernels: Kernels,
 ) -> OpenModel:
     policy = make_policy(options.policy)
-    dense_buffer, tensors = read_dense(store)
+    transfers = TransferEngine()
+    dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
     arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
-    transfers = TransferEngine()
     layouts = [layer.layout for layer in store.layers]
     planes = PlaneCache(
         arena=Arena(
