@@ -38,7 +38,6 @@ PLAN_KEYS = {
     "kv_bytes",
     "activation_bytes",
     "staging_bytes",
-    "staging_bytes",
     "arena_bytes",
     "whole_arena_bytes",
     "extent_bytes",
