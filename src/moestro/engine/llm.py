@@ -24,7 +24,7 @@ from moestro.policy import make_policy
 from moestro.runtime.open import OpenModel, open_model
 from moestro.runtime.subject import Subject
 from moestro.store.locate import locate, locate_shapes
-from moestro.store.manifest import MANIFEST_NAME
+from moestro.store.manifest import has_manifest
 from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
 
@@ -195,15 +195,17 @@ class LLM:
 
     @property
     def _open(self) -> OpenModel:
-        if self._closed_stats is not None:
-            raise RequestError("This model is closed. Open it again with LLM(...).")
+        self._require_open()
         return self._model
 
     @property
     def _engine(self) -> Engine:
+        self._require_open()
+        return self._engine_of_model
+
+    def _require_open(self) -> None:
         if self._closed_stats is not None:
             raise RequestError("This model is closed. Open it again with LLM(...).")
-        return self._engine_of_model
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
@@ -246,7 +248,7 @@ class LLM:
 def _check_before_packing(model: str, options: RuntimeOptions) -> None:
     """Packing can take long: what can be told from the config and the options is told before it."""
     make_policy(options.policy)
-    if not (locate_shapes(model) / MANIFEST_NAME).is_file():
+    if not has_manifest(locate_shapes(model)):
         Subject.open(model).plan(options).require_fit()
 
 

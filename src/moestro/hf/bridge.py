@@ -14,7 +14,6 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
     rename_source_key,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,7 +32,6 @@ __all__ = [
     "Transpose",
     "WeightConverter",
     "WeightRenaming",
-    "WeightTransform",
     "get_model_conversion_mapping",
     "rename_source_key",
 ]

@@ -18,7 +18,7 @@ from moestro.runtime.probe import probe
 from moestro.store.dtypes import STORED_FLOATS, dtype_name
 from moestro.store.layout import Layout, raw_layout
 from moestro.store.locate import locate_shapes
-from moestro.store.manifest import MANIFEST_NAME
+from moestro.store.manifest import has_manifest
 from moestro.store.pack_plan import planned_dense_bytes
 from moestro.store.reader import Store
 
@@ -37,7 +37,7 @@ class Subject:
     def open(cls, model: str) -> Subject:
         """Look at a store, a checkpoint folder, a hub id or the built-in model. Raises MoestroError."""
         path = locate_shapes(model)
-        return cls._of_store(Store.open(path)) if (path / MANIFEST_NAME).is_file() else cls._of_checkpoint(path)
+        return cls._of_store(Store.open(path)) if has_manifest(path) else cls._of_checkpoint(path)
 
     @property
     def dtypes(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from moestro.errors import StoreError
 from moestro.store.checkpoint import Checkpoint
 from moestro.store.fingerprint import fingerprint
 from moestro.store.hub import download, is_hub_id
-from moestro.store.manifest import MANIFEST_NAME
+from moestro.store.manifest import MANIFEST_NAME, has_manifest
 from moestro.store.pack import PackProgress, pack
 from moestro.store.reader import PARTIAL_SUFFIX, Store
 
@@ -33,12 +33,12 @@ def locate(model: str, *, auto_pack: bool, progress: Callable[[PackProgress], No
         CheckpointError, UnsupportedModelError: the checkpoint cannot be packed.
     """
     folder = _local_folder(model)
-    if folder is not None and (folder / MANIFEST_NAME).is_file():
+    if folder is not None and has_manifest(folder):
         return Store.open(folder).path
     source = folder if folder is not None else _remote_folder(model, weights=True)
     with Checkpoint(source) as checkpoint:
         destination = cache_folder() / "stores" / f"{_store_name(model)}-{fingerprint(checkpoint)}"
-    if (destination / MANIFEST_NAME).is_file():
+    if has_manifest(destination):
         return Store.open(destination).path
     if not auto_pack:
         raise StoreError(
@@ -59,7 +59,7 @@ def locate_source(model: str, *, weights: bool = True) -> Path:
     folder = _local_folder(model)
     if folder is None:
         return _remote_folder(model, weights=weights)
-    if (folder / MANIFEST_NAME).is_file():
+    if has_manifest(folder):
         raise StoreError(f"{model} is a store already. Expected a checkpoint folder or a Hugging Face id.")
     return folder
 
@@ -83,7 +83,7 @@ def _local_folder(model: str) -> Path | None:
             f"built-in models ({', '.join(BUILT_IN)}) or a Hugging Face id such as owner/name."
         )
     unfinished = folder if name.endswith(PARTIAL_SUFFIX) else folder.parent / f"{name}{PARTIAL_SUFFIX}"
-    is_ready = (folder / MANIFEST_NAME).is_file() or (folder / "config.json").is_file()
+    is_ready = has_manifest(folder) or (folder / "config.json").is_file()
     if unfinished.is_dir() and (folder == unfinished or not is_ready):
         raise StoreError(
             f"{unfinished} is an unfinished store. Run the `moestro pack` command that began it again: it continues "

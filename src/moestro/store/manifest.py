@@ -20,6 +20,11 @@ MANIFEST_NAME = "manifest.json"
 _MAX_BYTES = 1 << 30
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether `folder` is a store: the manifest is written last, so one that has it is whole."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
 @dataclass(frozen=True)
 class Source:
     """Which checkpoint a store was made from, how it was quantised, and which of its keys the model does not use."""

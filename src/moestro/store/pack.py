@@ -28,6 +28,7 @@ from moestro.store.manifest import (
     Manifest,
     PlaneEntry,
     encode,
+    has_manifest,
     read_manifest,
 )
 from moestro.store.pack_plan import DENSE_NAME, PLANE_FILE_BYTES, PackPlan, plan_pack
@@ -119,7 +120,7 @@ class _Packer:
                     self._partial.rmdir()
                 return ready
             self._refuse_other_work()
-            if not (self._partial / MANIFEST_NAME).is_file():
+            if not has_manifest(self._partial):
                 self._write_manifest(self._write_units())
             (self._partial / JOURNAL_NAME).unlink(missing_ok=True)
             sync_file(self._partial)
@@ -185,7 +186,7 @@ def _existing(destination: Path, plan: PackPlan) -> Store | None:
     """The whole store at `destination`, None when nothing is there, StoreError when it is something else."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
-    if not (destination / MANIFEST_NAME).is_file():
+    if not has_manifest(destination):
         raise StoreError(f"{destination} exists and is not a store. Choose another destination, or move it away.")
     store = Store.open(destination)
     if not _made_from(store.manifest, plan):

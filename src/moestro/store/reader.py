@@ -11,7 +11,7 @@ from typing import Any
 from moestro.errors import StoreError
 from moestro.keys import PlaneExtent, PlaneKey
 from moestro.store.layout import Layout
-from moestro.store.manifest import MANIFEST_NAME, DenseTensor, FileEntry, Manifest, read_manifest
+from moestro.store.manifest import MANIFEST_NAME, DenseTensor, FileEntry, Manifest, has_manifest, read_manifest
 from moestro.store.verify import VerifyProgress, find_problems
 
 __all__ = ["DenseTensor", "Store", "StoreLayer"]
@@ -45,7 +45,7 @@ class Store:
         Raises:
             StoreError: missing, incomplete, damaged, or of another format version.
         """
-        if not (path / MANIFEST_NAME).is_file() or path.name.endswith(PARTIAL_SUFFIX):
+        if not has_manifest(path) or path.name.endswith(PARTIAL_SUFFIX):
             raise StoreError(_why_no_store(path))
         manifest = read_manifest(path)
         for entry in (*manifest.plane_files, manifest.dense_file, *manifest.assets):
