@@ -91,8 +91,8 @@ template <int Dot, class Use>
 MOESTRO_INLINE void use_nibbles(const Codes &even, const Codes &odd, uint8_t mask, int quad, Use use) {
   use(Count<Dot>{}, quad + 0, masked(even, mask));
   use(Count<Dot>{}, quad + 1, masked(odd, mask));
-  use(Count<Dot>{}, quad + 2, masked(down<4>(even), mask));
-  use(Count<Dot>{}, quad + 3, masked(down<4>(odd), mask));
+  use(Count<Dot>{}, quad + 2, masked(lowered<4>(even), mask));
+  use(Count<Dot>{}, quad + 3, masked(lowered<4>(odd), mask));
 }
 
 template <class Use> MOESTRO_INLINE void unpack_base(const uint8_t *base, Use use) {
@@ -100,21 +100,21 @@ template <class Use> MOESTRO_INLINE void unpack_base(const uint8_t *base, Use us
   for (int c = 0; c < 2; ++c) {
     const Codes fields = load_codes(base + c * kChunk);
     use(Count<0>{}, 4 * c + 0, masked(fields, 3));
-    use(Count<0>{}, 4 * c + 1, masked(down<2>(fields), 3));
-    use(Count<0>{}, 4 * c + 2, masked(down<4>(fields), 3));
-    use(Count<0>{}, 4 * c + 3, masked(down<6>(fields), 3));
+    use(Count<0>{}, 4 * c + 1, masked(lowered<2>(fields), 3));
+    use(Count<0>{}, 4 * c + 2, masked(lowered<4>(fields), 3));
+    use(Count<0>{}, 4 * c + 3, masked(lowered<6>(fields), 3));
   }
 }
 
 // 2 * base + bit
 template <class Use> MOESTRO_INLINE void unpack_three(const uint8_t *base, const uint8_t *third, Use use) {
   const Codes bits = load_codes(third);
-  const Codes fields[2] = {bits, down<1>(bits)};
+  const Codes fields[2] = {bits, lowered<1>(bits)};
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
     const Codes high = load_codes(base + c * kChunk);
-    const Codes even = chosen(0x66, up<1>(high), fields[c]);
-    const Codes odd = chosen(0x66, down<1>(high), down<2>(fields[c]));
+    const Codes even = chosen(0x66, raised<1>(high), fields[c]);
+    const Codes odd = chosen(0x66, lowered<1>(high), lowered<2>(fields[c]));
     use_nibbles<0>(even, odd, 7, 4 * c, use);
   }
 }
@@ -123,11 +123,11 @@ template <class Use> MOESTRO_INLINE void unpack_three(const uint8_t *base, const
 template <class Use>
 MOESTRO_INLINE void join_four(const uint8_t *base, const uint8_t *third, const uint8_t *fourth, Use use) {
   const Codes bits3 = load_codes(third), bits4 = load_codes(fourth);
-  const Codes low[2] = {chosen(0xaa, up<1>(bits3), bits4), chosen(0xaa, bits3, down<1>(bits4))};
+  const Codes low[2] = {chosen(0xaa, raised<1>(bits3), bits4), chosen(0xaa, bits3, lowered<1>(bits4))};
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
     const Codes high = load_codes(base + c * kChunk);
-    use(c, chosen(0xcc, up<2>(high), low[c]), chosen(0xcc, high, down<2>(low[c])));
+    use(c, chosen(0xcc, raised<2>(high), low[c]), chosen(0xcc, high, lowered<2>(low[c])));
   }
 }
 
@@ -137,23 +137,23 @@ MOESTRO_INLINE void unpack_whole(const uint8_t *base, const uint8_t *third, cons
                                  const uint8_t *nibbles, Use use) {
   join_four(base, third, fourth, [&](int c, const Codes &even, const Codes &odd) __attribute__((always_inline)) {
     const Codes first = load_codes(nibbles + 2 * c * kChunk), second = load_codes(nibbles + (2 * c + 1) * kChunk);
-    use(Count<0>{}, 4 * c + 0, wide<false>(chosen(0xf0, up<4>(even), first)));
-    use(Count<0>{}, 4 * c + 1, wide<false>(chosen(0xf0, up<4>(odd), down<4>(first))));
+    use(Count<0>{}, 4 * c + 0, wide<false>(chosen(0xf0, raised<4>(even), first)));
+    use(Count<0>{}, 4 * c + 1, wide<false>(chosen(0xf0, raised<4>(odd), lowered<4>(first))));
     use(Count<0>{}, 4 * c + 2, wide<false>(chosen(0xf0, even, second)));
-    use(Count<0>{}, 4 * c + 3, wide<false>(chosen(0xf0, odd, down<4>(second))));
+    use(Count<0>{}, 4 * c + 3, wide<false>(chosen(0xf0, odd, lowered<4>(second))));
   });
 }
 
 template <int Dot, class Use> MOESTRO_INLINE void unpack_bits(const uint8_t *plane, Use use) {
   const Codes bits = load_codes(plane);
   use(Count<Dot>{}, 0, masked(bits, 1));
-  use(Count<Dot>{}, 4, masked(down<1>(bits), 1));
-  use(Count<Dot>{}, 1, masked(down<2>(bits), 1));
-  use(Count<Dot>{}, 5, masked(down<3>(bits), 1));
-  use(Count<Dot>{}, 2, masked(down<4>(bits), 1));
-  use(Count<Dot>{}, 6, masked(down<5>(bits), 1));
-  use(Count<Dot>{}, 3, masked(down<6>(bits), 1));
-  use(Count<Dot>{}, 7, masked(down<7>(bits), 1));
+  use(Count<Dot>{}, 4, masked(lowered<1>(bits), 1));
+  use(Count<Dot>{}, 1, masked(lowered<2>(bits), 1));
+  use(Count<Dot>{}, 5, masked(lowered<3>(bits), 1));
+  use(Count<Dot>{}, 2, masked(lowered<4>(bits), 1));
+  use(Count<Dot>{}, 6, masked(lowered<5>(bits), 1));
+  use(Count<Dot>{}, 3, masked(lowered<6>(bits), 1));
+  use(Count<Dot>{}, 7, masked(lowered<7>(bits), 1));
 }
 
 template <int Dot, class Use> MOESTRO_INLINE void unpack_nibbles(const uint8_t *plane, Use use) {
@@ -161,7 +161,7 @@ template <int Dot, class Use> MOESTRO_INLINE void unpack_nibbles(const uint8_t *
   for (int c = 0; c < 4; ++c) {
     const Codes pair = load_codes(plane + c * kChunk);
     use(Count<Dot>{}, 2 * c + 0, masked(pair, 15));
-    use(Count<Dot>{}, 2 * c + 1, masked(down<4>(pair), 15));
+    use(Count<Dot>{}, 2 * c + 1, masked(lowered<4>(pair), 15));
   }
 }
 

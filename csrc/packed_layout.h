@@ -21,7 +21,7 @@ struct Layout {
   int64_t tile_bytes[kPlanes], group_bytes[kPlanes], scale_bytes[kPlanes];
 };
 
-constexpr int64_t kRowBytes = kTileRows16 * int64_t{sizeof(uint16_t)}; // one fp16 number for each row of a tile
+constexpr int64_t kRowBytes = kTile * int64_t{sizeof(uint16_t)}; // one fp16 number for each row of a tile
 
 inline Layout layout_of(const PackedMatrix &matrix) {
   Layout layout{};
@@ -38,7 +38,7 @@ inline Layout layout_of(const PackedMatrix &matrix) {
   layout.groups = groups;
   for (int p = 0; p < kPlanes; ++p) {
     if (matrix.regions[p] == nullptr) continue;
-    const int64_t codes = kTileRows16 * group * bits[p] / 8;
+    const int64_t codes = kTile * group * bits[p] / 8;
     layout.tiles[p] = matrix.regions[p] + (p == 0 ? kHeader : 0);
     layout.group_bytes[p] = codes + (p == 0 ? 2 * kRowBytes : 0);
     layout.scale_bytes[p] = p == 0 ? 2 * kRowBytes : (signs ? rounded_up(groups * kRowBytes, 64) : 0);

@@ -93,7 +93,7 @@ template <Form F, int Tokens> void tile_rows(const TileTask &task, const Layout 
   }
   for (int t = 0; t < Tokens; ++t) {
     for (int part = 0; part < kParts; ++part) {
-      write(task, layout.header.unit, tile * kTileRows16, part, first + t, acc[t][part]);
+      write(task, layout.header.unit, tile * kTile, part, first + t, acc[t][part]);
     }
   }
 }

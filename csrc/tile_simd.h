@@ -2,6 +2,7 @@
 // floats, each in kParts registers of the instruction set. All of them give the same bits.
 #pragma once
 
+#include "packed_tasks.h"
 #include "unroll.h"
 
 #if defined(__AVX512VNNI__)
@@ -17,10 +18,9 @@
 namespace moestro {
 namespace MOESTRO_ISA {
 
-constexpr int kTileRows16 = 16;
 constexpr int kChunk = 64;
 constexpr int kPartBytes = kChunk / kParts;
-constexpr int kPartRows = kTileRows16 / kParts;
+constexpr int kPartRows = kTile / kParts;
 
 struct Codes {
   Bytes part[kParts];
@@ -40,10 +40,10 @@ MOESTRO_INLINE Codes masked(const Codes &v, uint8_t mask) {
   return each_part([&](int i) { return mask_bytes(v.part[i], mask); });
 }
 // Bits move between bytes; masks must leave out those that came in.
-template <int N> MOESTRO_INLINE Codes up(const Codes &v) {
+template <int N> MOESTRO_INLINE Codes raised(const Codes &v) {
   return each_part([&](int i) { return shift_up<N>(v.part[i]); });
 }
-template <int N> MOESTRO_INLINE Codes down(const Codes &v) {
+template <int N> MOESTRO_INLINE Codes lowered(const Codes &v) {
   return each_part([&](int i) { return shift_down<N>(v.part[i]); });
 }
 // Bits of `one` where the mask has ones, of `zero` elsewhere.
