@@ -21,6 +21,9 @@ from moestro.store.writer import EncodedExpert
 _PRIOR = 1 / 16
 """The layer's rows weigh as much as this many rows of the expert's own for each input of the matrix."""
 
+_JUDGED = 512
+"""Most rows that errors are measured on; more do not change the mean by much."""
+
 _PLENTY = 4
 """With so many rows for each input, the expert's own are enough."""
 
@@ -44,6 +47,13 @@ class ExpertResult:
     raw_TH: torch.Tensor
     low_TH: torch.Tensor
     encoded: EncodedExpert | None
+
+
+def spread_rows(values_TH: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many rows, evenly spread."""
+    if len(values_TH) <= most:
+        return values_TH
+    return values_TH[torch.arange(most) * len(values_TH) // most]
 
 
 class ExpertMath:
@@ -88,10 +98,11 @@ class ExpertMath:
             sample_SK = self._sample_for(name, weights, input_TK)
             hessian_KK = mixed_hessian(input_TK, rows.own_weights_T, sample_SK)
             regions[name] = self._encoding.encode(weights[name], levels=self._levels, hessian_KK=hessian_KK)
+        judged_TH, wanted_TH = spread_rows(rows.own_TH, _JUDGED), spread_rows(own_TH, _JUDGED)
         errors = []
         for level in self._levels:
-            found_TH = self._forward(self._at_level(weights, regions, level), rows.own_TH)
-            errors.append(rounded(relative_error(own_TH, found_TH)))
+            found_TH = self._forward(self._at_level(weights, regions, level), judged_TH)
+            errors.append(rounded(relative_error(wanted_TH, found_TH)))
         return EncodedExpert(regions, tuple(errors))
 
     def _sample_for(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moestro.calibration.expert import ExpertResult, ExpertRows
+from moestro.calibration.expert import ExpertResult, ExpertRows, spread_rows
 from moestro.calibration.stream import LayerRows
 
 SAMPLE_ROWS = 1024
@@ -47,8 +47,7 @@ class LayerBatch:
     @property
     def sample(self) -> torch.Tensor:
         """Calibration rows [S, H] of the layer, evenly spread."""
-        rows = torch.linspace(0, self._own - 1, min(SAMPLE_ROWS, self._own)).long()
-        return self._hidden_RH[rows]
+        return spread_rows(self._hidden_RH[: self._own], SAMPLE_ROWS)
 
     @property
     def is_finite(self) -> bool:

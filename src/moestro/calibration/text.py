@@ -26,6 +26,11 @@ MOST_WINDOWS = 128
 LEAST_WINDOW = 8
 """Shorter pieces say nothing about a model's usual states."""
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model") + (
+    "vocab.json",
+    "vocab.txt",
+)
+
 _PROBE_PIECES = 4
 _PROBE_TOKENS = 128
 
@@ -76,6 +81,8 @@ def read_text(name: str) -> TextFile:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint folder, None where it has none or it cannot be loaded."""
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        return None  # transformers would make an empty one
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
