@@ -47,7 +47,19 @@ class Subject:
     @property
     def levels(self) -> tuple[int, ...]:
         """The levels that experts can be computed at."""
-        return tuple(sorted({plane.level for layout in self.layouts for plane in layout.planes}))
+        if self.store is not None:
+            return self.store.manifest.levels
+        return AUTOMATIC.promised_levels
+
+    @property
+    def exact_level(self) -> int:
+        """The level of exact results."""
+        return AUTOMATIC.exact_level if self.store is None else self.store.manifest.exact_level
+
+    @property
+    def encoding(self) -> str:
+        """How the experts' bits are stored."""
+        return AUTOMATIC.encoding if self.store is None else self.store.manifest.encoding
 
     @property
     def experts_per_token(self) -> tuple[int, ...]:
