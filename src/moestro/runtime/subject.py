@@ -81,8 +81,9 @@ class Subject:
         shape = ModelShape(
             name=folder.name,
             dense_bytes=planned_dense_bytes(skeleton, dtype),
-            slot_bytes=tuple(layout.nbytes for layout in layouts),
+            chains=tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts),
             experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
+            level=layouts[0].planes[-1].level,
         )
         return cls(folder, None, skeleton, layouts, shape)
 
