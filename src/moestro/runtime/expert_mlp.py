@@ -36,8 +36,8 @@ def activate(module: nn.Module, values_TG: torch.Tensor) -> torch.Tensor:
     """What the module of a family does between the two projections: [T, G] to [T, I].
 
     Each row gets the same bits whatever T is. Full groups of elements per row make that so for SiLU and for the
-    families with a gating of their own (gpt-oss). In other cases the rows are padded to full groups, so that torch takes
-    the same path for every element.
+    families with a gating of their own (gpt-oss). In other cases the rows are padded to full groups, so that torch
+    takes the same path for every element.
     """
     experts: Any = module
     function = experts._apply_gate if experts.has_gate else experts.act_fn

@@ -76,11 +76,11 @@ def level_of(store: Store, asked: int) -> int:
 
 def shape_of_store(store: Store, level: int = 0) -> ModelShape:
     """The sizes that a plan needs, from a store. Raises RequestError as `layouts_of`."""
-    return ModelShape(
+    return ModelShape.of(
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
-        chains=tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts_of(store, level)),
-        experts=tuple(layer.num_experts for layer in store.layers),
+        layouts=layouts_of(store, level),
+        experts=[layer.num_experts for layer in store.layers],
         level=level_of(store, level),
     )
 

@@ -22,6 +22,7 @@ from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
 from moestro.runtime.kv import block_bytes, blocks_for
 from moestro.runtime.probe import Probe, probe
+from moestro.store.layout import Layout
 
 STEP_ROWS = 512
 """Most tokens in one forward pass. It never depends on the memory given, so that results cannot either."""
@@ -61,6 +62,14 @@ class ModelShape:
     chains: tuple[tuple[int, ...], ...]
     experts: tuple[int, ...]
     level: int
+
+    @classmethod
+    def of(
+        cls, *, name: str, dense_bytes: int, layouts: Sequence[Layout], experts: Sequence[int], level: int
+    ) -> ModelShape:
+        """The shape of a model whose MoE layers have these layouts, which end at the level, and numbers of experts."""
+        chains = tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts)
+        return cls(name=name, dense_bytes=dense_bytes, chains=chains, experts=tuple(experts), level=level)
 
     @property
     def bytes_per_expert(self) -> tuple[int, ...]:
