@@ -1,11 +1,11 @@
 // Linear maps from quantised weights, on activations that are quantised once and then used by any number of matrices.
 //
-// Numbers. A row of activations is cut into groups; a group has int8 codes a and a scale sx = max|x| / 127. The dot product
-// of a group's codes is an exact integer, and groups are added in ascending order with fused multiply-adds:
+// Numbers. A row of activations is cut into groups; a group has int8 codes a and a scale sx = max|x| / 127. The dot
+// product of a group's codes is an exact integer, and groups are added in ascending order with fused multiply-adds:
 //   D' = 2 * sum(code * a) - (2^bits - 1) * sum(a)
 //   acc = fma(s, float(D') * (sx * kh), acc);  acc = fma(m, sx * float(sum(a)), acc);   out = acc * u + bias
-// with s and m the fp16 scale and middle of the weights' group, u and kh constants of the matrix. Every instruction set,
-// thread count and number of rows gives the same bits. A group with NaN or infinity makes its row's outputs NaN.
+// with s and m the fp16 scale and middle of the weights' group, u and kh constants of the matrix. Every instruction
+// set, thread count and number of rows gives the same bits. A group with NaN or infinity makes its row's outputs NaN.
 #pragma once
 
 #include <cstddef>
@@ -41,8 +41,8 @@ enum class Encoding : int32_t { nested = 0, signs = 1, flat8 = 2, flat4 = 3 };
 
 constexpr int kPlanes = 4;
 
-// A matrix [rows, columns] at one level (2, 3, 4, 8; of a flat matrix its bits). regions[p] is its place in plane p of its
-// chain, null where the level needs none.
+// A matrix [rows, columns] at one level (2, 3, 4, 8; of a flat matrix its bits). regions[p] is its place in plane p of
+// its chain, null where the level needs none.
 struct PackedMatrix {
   Encoding encoding;
   int32_t level;
