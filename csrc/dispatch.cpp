@@ -6,11 +6,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "rows.h"
+
 namespace moestro {
 namespace {
 
 #define MOESTRO_TABLE(isa)                                                                                             \
-  constexpr KernelTable isa##_table = {#isa, isa::linear, isa::attention, isa::linear_scratch, isa::attention_scratch};
+  constexpr KernelTable isa##_table = {                                                                                \
+      #isa, isa::linear, isa::attention, isa::linear_scratch, isa::attention_scratch, &isa::row_table};
 MOESTRO_TABLE(scalar)
 #ifdef MOESTRO_X86
 MOESTRO_TABLE(avx2)
@@ -54,6 +57,8 @@ void check_positions(const AttentionArgs &args, int64_t row, int64_t low, int64_
   checked.high = std::max(checked.high, high);
 }
 
+} // namespace
+
 std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   const int64_t most = std::max<int64_t>(1, kQueriesPerTask / (args.heads / args.heads_kv));
   std::vector<RowGroup> groups;
@@ -75,8 +80,6 @@ std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   }
   return groups;
 }
-
-} // namespace
 
 std::vector<const KernelTable *> available_kernels() {
   std::vector<const KernelTable *> tables;

@@ -1,6 +1,5 @@
 // The Python face of the kernels. Tensors come as addresses and sizes, already checked by moestro.kernels.cpu: a call
 // takes well under a microsecond, which tensor objects would not.
-#include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -8,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "dispatch.h"
 #include "thread_pool.h"
 
@@ -15,8 +15,6 @@ namespace nb = nanobind;
 
 namespace moestro {
 namespace {
-
-template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 void linear(uintptr_t x, int64_t x_stride, uintptr_t weight, int weight_type, uintptr_t bias, int bias_type,
             uintptr_t out, int64_t tokens, int64_t outputs, int64_t inputs) {
@@ -131,4 +129,5 @@ NB_MODULE(_native, m) {
       nb::arg("value_dim"));
   m.def("scratch_bytes", [] { return pool().scratch_bytes(); }, release());
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
+  bind_decoder(m);
 }

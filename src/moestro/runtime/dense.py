@@ -53,6 +53,12 @@ class DenseWeight(torch.Tensor):
             return func(*(_as_fp32(arg) for arg in args), **{key: _as_fp32(arg) for key, arg in kwargs.items()})
 
 
+def stored(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix behind a placed weight, in its stored type."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.as_subclass(torch.Tensor)
+
+
 def place_dense(model: nn.Module, tensors: Mapping[str, torch.Tensor], kernels: Kernels) -> None:
     """Put the stored dense tensors into the model in place of its meta parameters and buffers."""
     replaced: dict[int, torch.Tensor] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -20,6 +20,7 @@ from moestro.memory.arena import extent_bytes_for
 from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
 from moestro.runtime.kv import block_bytes, blocks_for
+from moestro.runtime.native import describe
 from moestro.runtime.probe import Probe, probe
 
 STEP_ROWS = 512
@@ -128,17 +129,18 @@ def resolve_context(config: PreTrainedConfig, asked: int) -> int:
     return asked or min(limit, DEFAULT_CONTEXT)
 
 
-def probe_for(skeleton: Skeleton, options: RuntimeOptions) -> Probe:
-    """The probe of a step as `options` allow it."""
+def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, native: bool = True) -> Probe:
+    """The probe of a step as `options` allow it, on the path that it will take (`native` False: always the general)."""
     if not 1 <= options.max_sequences <= STEP_ROWS:
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
-    return probe(
-        skeleton,
-        rows=min(STEP_ROWS, context * options.max_sequences),
-        history=context * options.max_sequences,
-        logit_rows=options.max_sequences,
-    )
+    rows, logit_rows = min(STEP_ROWS, context * options.max_sequences), options.max_sequences
+    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=logit_rows)
+    blueprint = describe(skeleton, probed) if native else None
+    if blueprint is None:
+        return probed
+    step_bytes = blueprint.step_bytes(rows=rows, logit_rows=logit_rows, experts_bytes=probed.experts_bytes)
+    return replace(probed, activation_bytes=step_bytes)
 
 
 def compute_threads(options: RuntimeOptions) -> int:
