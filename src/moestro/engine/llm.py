@@ -168,6 +168,7 @@ class LLM:
             staging_bytes=plan.staging_bytes,
             level=self._open.store.manifest.exact_level,
             policy=self.options.policy,
+            path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
             huge_pages=self._open.arena_buffer.huge_pages,
         )
