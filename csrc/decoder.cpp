@@ -37,10 +37,10 @@ bool divides(const Norm &norm, int64_t width, int64_t head_dim) {
 
 } // namespace
 
-Decoder::Decoder(const Weight &embedding, const Norm &norm, const Weight &head, const Workspace &workspace,
-                 int64_t blocks, int64_t block_size)
-    : embedding_(embedding), head_(head), norm_(norm), workspace_(workspace), width_(embedding.inputs), blocks_(blocks),
-      block_size_(block_size) {
+Decoder::Decoder(const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
+                 const Workspace &workspace, int64_t blocks, int64_t block_size)
+    : embedding_(embedding), head_(head), norm_(norm), rotation_(rotation), workspace_(workspace),
+      width_(embedding.inputs), blocks_(blocks), block_size_(block_size) {
   require(there(embedding) && there(head) && norm.weight != nullptr, "embedding, norm and head are needed");
   require(norm.width == width_ && head.inputs == width_, "embedding, norm and head differ in width");
   require(blocks > 0 && block_size > 0 && workspace.rows > 0, "no blocks, or no rows");
@@ -64,7 +64,7 @@ void Decoder::check_mlp(const Mlp &mlp) const {
 
 void Decoder::add(const Layer &layer) {
   const int64_t wide = layer.heads * layer.head_dim, wide_kv = layer.heads_kv * layer.head_dim;
-  require(layer.heads_kv > 0 && layer.heads % layer.heads_kv == 0 && layer.head_dim > 0 && layer.head_dim % 2 == 0,
+  require(layer.heads_kv > 0 && layer.heads % layer.heads_kv == 0 && layer.head_dim == 2 * rotation_.half,
           "heads do not go together");
   require(layers_.empty() || (layer.heads == layers_[0].heads && layer.heads_kv == layers_[0].heads_kv),
           "layers differ in heads");
@@ -120,6 +120,8 @@ void Decoder::begin(const Step &step) {
   for (int64_t row = 0; row < step.rows; ++row) {
     const int64_t token = step.token_ids[row];
     require(token >= 0 && token < embedding_.outputs, "token " + std::to_string(token) + " does not exist");
+    const int64_t position = step.row_position[row];
+    require(position < rotation_.positions, "position " + std::to_string(position) + " is beyond the context");
   }
   step_ = step;
   windows_.clear();
@@ -198,7 +200,7 @@ void Decoder::run_layer(int64_t index, const float *delta) {
   project(layer.k, workspace_.hidden, k, rows);
   project(layer.v, workspace_.hidden, v, rows);
   kernels().rows->place_qkv({q, k, v, rows, layer.heads, layer.heads_kv, layer.head_dim, layer.q_norm, layer.k_norm,
-                             layer.clip, step_.cos, step_.sin, step_.rotary_stride, layer.keys, layer.values,
+                             layer.clip, rotation_.cos, rotation_.sin, layer.keys, layer.values,
                              step_.block_table, step_.row_sequence, step_.row_position, step_.max_blocks, block_size_});
   attend(layer, q);
   project(layer.o, q, workspace_.hidden, rows);

@@ -49,18 +49,23 @@ struct Workspace {
   int64_t rows, scratch_width, picks;
 };
 
+// What turns queries and keys: cosines and sines [positions, half], for heads of twice the width.
+struct Rotation {
+  const float *cos, *sin;
+  int64_t positions, half;
+};
+
 // The packed rows of a step.
 struct Step {
   const int64_t *token_ids; // [rows]
-  const float *cos, *sin;   // [rows, ...] with a stride of `rotary_stride`
   const int32_t *block_table, *row_sequence, *row_position;
-  int64_t rows, rotary_stride, sequences, max_blocks;
+  int64_t rows, sequences, max_blocks;
 };
 
 class Decoder {
 public:
-  Decoder(const Weight &embedding, const Norm &norm, const Weight &head, const Workspace &workspace, int64_t blocks,
-          int64_t block_size);
+  Decoder(const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
+          const Workspace &workspace, int64_t blocks, int64_t block_size);
 
   // Throws std::invalid_argument when the layer does not fit the model or the workspace.
   void add(const Layer &layer);
@@ -97,6 +102,7 @@ private:
 
   Weight embedding_, head_;
   Norm norm_;
+  Rotation rotation_;
   Workspace workspace_;
   int64_t width_, blocks_, block_size_;
   std::vector<Layer> layers_;

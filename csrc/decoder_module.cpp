@@ -34,6 +34,12 @@ void bind_descriptors(nb::module_ &m) {
              new (self) KvTarget{pointer<float>(data), block_stride, head_stride, position_stride};
            },
            arg("data"), arg("block_stride"), arg("head_stride"), arg("position_stride"));
+  nb::class_<Rotation>(m, "Rotation")
+      .def("__init__",
+           [](Rotation *self, uintptr_t cos, uintptr_t sin, int64_t positions, int64_t half) {
+             new (self) Rotation{pointer<const float>(cos), pointer<const float>(sin), positions, half};
+           },
+           arg("cos"), arg("sin"), arg("positions"), arg("half"));
   nb::class_<Mlp>(m, "Mlp")
       .def(nb::init<>())
       .def("__init__",
@@ -75,18 +81,14 @@ void bind_layer(nb::module_ &m) {
       .def_rw("routing", &Layer::routing);
 }
 
-void begin(Decoder &decoder, uintptr_t token_ids, int64_t rows, uintptr_t cos, uintptr_t sin, int64_t rotary_stride,
-           uintptr_t block_table, int64_t sequences, int64_t max_blocks, uintptr_t row_sequence,
-           uintptr_t row_position) {
+void begin(Decoder &decoder, uintptr_t token_ids, int64_t rows, uintptr_t block_table, int64_t sequences,
+           int64_t max_blocks, uintptr_t row_sequence, uintptr_t row_position) {
   Step step{};
   step.token_ids = pointer<const int64_t>(token_ids);
-  step.cos = pointer<const float>(cos);
-  step.sin = pointer<const float>(sin);
   step.block_table = pointer<const int32_t>(block_table);
   step.row_sequence = pointer<const int32_t>(row_sequence);
   step.row_position = pointer<const int32_t>(row_position);
   step.rows = rows;
-  step.rotary_stride = rotary_stride;
   step.sequences = sequences;
   step.max_blocks = max_blocks;
   decoder.begin(step);
@@ -100,15 +102,15 @@ void bind_decoder(nb::module_ &m) {
   bind_layer(m);
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
-           [](Decoder *self, const Weight &embedding, const Norm &norm, const Weight &head, uintptr_t residual,
-              uintptr_t hidden, uintptr_t scratch, int64_t scratch_width, uintptr_t ids, uintptr_t weights,
+           [](Decoder *self, const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
+              uintptr_t residual, uintptr_t hidden, uintptr_t scratch, int64_t scratch_width, uintptr_t ids, uintptr_t weights,
               int64_t picks, int64_t rows, int64_t blocks, int64_t block_size) {
              const Workspace workspace{pointer<float>(residual), pointer<float>(hidden),  pointer<float>(scratch),
                                        pointer<int64_t>(ids),    pointer<float>(weights), rows,
                                        scratch_width,            picks};
-             new (self) Decoder(embedding, norm, head, workspace, blocks, block_size);
+             new (self) Decoder(embedding, norm, head, rotation, workspace, blocks, block_size);
            },
-           nb::kw_only(), arg("embedding"), arg("norm"), arg("head"), arg("residual"), arg("hidden"), arg("scratch"),
+           nb::kw_only(), arg("embedding"), arg("norm"), arg("head"), arg("rotation"), arg("residual"), arg("hidden"), arg("scratch"),
            arg("scratch_width"), arg("ids"), arg("weights"), arg("picks"), arg("rows"), arg("blocks"),
            arg("block_size"))
       .def("add", &Decoder::add, arg("layer"))

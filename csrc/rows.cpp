@@ -116,7 +116,8 @@ float *cached_row(const QkvArgs &args, const KvTarget &target, int64_t row) {
 
 void place_row(const QkvArgs &args, int64_t row) {
   const int64_t dim = args.head_dim, width = args.heads * dim, width_kv = args.heads_kv * dim;
-  const float *cos = args.cos + row * args.rotary_stride, *sin = args.sin + row * args.rotary_stride;
+  const int64_t angles = args.row_position[row] * (dim / 2);
+  const float *cos = args.cos + angles, *sin = args.sin + angles;
   float *q = args.q + row * width, *k = args.k + row * width_kv, *v = args.v + row * width_kv;
   norm_groups(q, width, args.q_norm);
   norm_groups(k, width_kv, args.k_norm);

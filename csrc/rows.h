@@ -35,8 +35,7 @@ struct QkvArgs {
   int64_t rows, heads, heads_kv, head_dim;
   Norm q_norm, k_norm; // `width` is a head's or a whole row's
   float clip;          // infinity: none
-  const float *cos, *sin; // [rows, head_dim / 2 or more]; element i turns elements i and i + head_dim / 2 of a head
-  int64_t rotary_stride;
+  const float *cos, *sin; // [positions, head_dim / 2]; element i turns elements i and i + head_dim / 2 of a head
   KvTarget keys, values;
   const int32_t *block_table; // [sequences, max_blocks]
   const int32_t *row_sequence, *row_position;

@@ -93,6 +93,11 @@ class KvTarget:
 
     def __init__(self, data: int, block_stride: int, head_stride: int, position_stride: int) -> None: ...
 
+class Rotation:
+    """Addresses of cosines and sines [positions, half], which turn heads of twice that width."""
+
+    def __init__(self, cos: int, sin: int, positions: int, half: int) -> None: ...
+
 class Mlp:
     @overload
     def __init__(self) -> None: ...
@@ -140,6 +145,7 @@ class Decoder:
         embedding: Weight,
         norm: Norm,
         head: Weight,
+        rotation: Rotation,
         residual: int,
         hidden: int,
         scratch: int,
@@ -160,9 +166,6 @@ class Decoder:
         self,
         token_ids: int,
         rows: int,
-        cos: int,
-        sin: int,
-        rotary_stride: int,
         block_table: int,
         sequences: int,
         max_blocks: int,

@@ -123,7 +123,7 @@ def _assemble(
         skeleton=skeleton,
         kernels=kernels,
         kv=kv,
-        native=NativeForward(blueprint, kv=kv, rows=plan.step_rows) if blueprint else None,
+        native=NativeForward(blueprint, kv=kv, rows=plan.step_rows, context=plan.context) if blueprint else None,
         planes=planes,
         views=SlotViews(arena_bytes=arena_buffer.tensor, layouts=layouts),
     )

@@ -139,8 +139,10 @@ def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, native: bool = Tru
     blueprint = describe(skeleton, probed) if native else None
     if blueprint is None:
         return probed
-    step_bytes = blueprint.step_bytes(rows=rows, logit_rows=logit_rows, experts_bytes=probed.experts_bytes)
-    return replace(probed, activation_bytes=step_bytes)
+    activation_bytes = blueprint.activation_bytes(
+        rows=rows, context=context, logit_rows=logit_rows, experts_bytes=probed.experts_bytes
+    )
+    return replace(probed, activation_bytes=activation_bytes)
 
 
 def compute_threads(options: RuntimeOptions) -> int:

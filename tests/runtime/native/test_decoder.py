@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from moestro._native import Decoder, KvTarget, Layer, Norm, Routing, Weight
+from moestro._native import Decoder, KvTarget, Layer, Norm, Rotation, Routing, Weight
 
 WIDTH, HEADS, HEADS_KV, DIM, EXPERTS, PICKS, VOCABULARY, BLOCKS, BLOCK, ROWS = 16, 4, 2, 4, 6, 2, 20, 3, 16, 8
+CONTEXT = 40
 
 
 class Parts:
@@ -19,10 +20,12 @@ class Parts:
         self._tensors: list[torch.Tensor] = []
         self._changes = changes
         self.hidden, self.ids = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS, PICKS, dtype=torch.int64)
+        angles = torch.ones(CONTEXT, DIM // 2)
         self.decoder = Decoder(
             embedding=self.weight(VOCABULARY, WIDTH),
             norm=self.norm(WIDTH),
             head=self.weight(VOCABULARY, changes.get("head_inputs", WIDTH)),
+            rotation=Rotation(self.address(angles), self.address(angles), CONTEXT, DIM // 2),
             residual=self.address(torch.zeros(ROWS, WIDTH)),
             hidden=self.hidden.data_ptr(),
             scratch=self.address(torch.zeros(ROWS, 64)),
@@ -67,13 +70,9 @@ class Parts:
         return layer
 
     def begin(self, tokens: list[int], positions: list[int], table: list[list[int]], sequence: int = 0) -> None:
-        angles = self.address(torch.ones(ROWS, DIM // 2))
         self.decoder.begin(
             self.address(torch.tensor(tokens)),
             len(tokens),
-            angles,
-            angles,
-            DIM // 2,
             self.address(torch.tensor(table, dtype=torch.int32)),
             len(table),
             len(table[0]),
@@ -110,6 +109,7 @@ def test_parts_of_different_width_are_refused() -> None:
         ([-1], [0], [[0]], 0, "token -1 does not exist"),
         ([1], [BLOCK], [[0]], 0, "position 16"),
         ([1], [-1], [[0]], 0, "position -1"),
+        ([1], [CONTEXT], [[0, 1, 2]], 0, "position 40 is beyond the context"),
         ([1], [0], [[BLOCKS]], 0, "block 3"),
         ([1], [BLOCK], [[-1, 0]], 0, "block -1"),
         ([1], [0], [[0]], 1, "sequence 1"),

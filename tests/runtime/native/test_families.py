@@ -104,6 +104,7 @@ def test_the_plan_counts_the_buffers() -> None:
     assert blueprint is not None
     # The residual, the hidden state, and queries, keys and values of 64 + 2 * 32; three picks of 12 bytes.
     assert blueprint.workspace_bytes(rows=10) == 10 * (4 * (64 + 64 + 128) + 3 * 12)
-    step = blueprint.step_bytes(rows=10, logit_rows=1, experts_bytes=1000)
-    assert step == blueprint.workspace_bytes(rows=10) + 10 * 4 * 64 + 5 * 10 * 4 * 16 + 1000
-    assert blueprint.step_bytes(rows=10, logit_rows=10, experts_bytes=1000) == step - 1000 + 10 * 4 * 160
+    # The angles of 99 positions, what the experts leave, and the experts themselves or the logits.
+    kept = blueprint.workspace_bytes(rows=10) + 99 * 4 * 16 + 10 * 4 * 64
+    for logit_rows, more in ((1, 1000), (10, 10 * 4 * 160)):
+        assert kept + more == blueprint.activation_bytes(rows=10, context=99, logit_rows=logit_rows, experts_bytes=1000)

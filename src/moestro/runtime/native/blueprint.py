@@ -12,8 +12,6 @@ from torch import nn
 from moestro import _native
 
 _FLOAT = 4
-_ROTARY_TENSORS = 5
-"""Angles, their doubled copy, two functions of them, and one product, each T times D, are there at once."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,15 @@ class Blueprint:
         routing = self.experts_per_token * (8 + _FLOAT)
         return rows * (_FLOAT * (2 * self.hidden + self.scratch_width) + routing)
 
-    def step_bytes(self, *, rows: int, logit_rows: int, experts_bytes: int) -> int:
-        """Most bytes of activations at once in a step, of which one layer's routed experts take `experts_bytes`."""
-        rotary = _ROTARY_TENSORS * _FLOAT * rows * self.layers[0].attention.head_dim
+    def activation_bytes(self, *, rows: int, context: int, logit_rows: int, experts_bytes: int) -> int:
+        """Most bytes at once in a step, of which one layer's routed experts take `experts_bytes`.
+
+        The angles of every position in the context are kept as well: half a head's width of cosines and of sines.
+        """
+        rotation = _FLOAT * context * self.layers[0].attention.head_dim
         delta = _FLOAT * rows * self.hidden
         logits = _FLOAT * logit_rows * self.head.out_features
-        return self.workspace_bytes(rows) + rotary + delta + max(experts_bytes, logits)
+        return self.workspace_bytes(rows) + rotation + delta + max(experts_bytes, logits)
 
 
 def _scratch_width(layer: LayerParts, hidden: int) -> int:

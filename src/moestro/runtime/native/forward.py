@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moestro import _native
@@ -17,20 +16,23 @@ from moestro.kernels.base import WEIGHT_DTYPES
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.dense import stored
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
-from moestro.runtime.narrow import GROUP
 from moestro.runtime.native.blueprint import Blueprint, LayerParts
 
 Experts = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(experts module, hidden [T, H], ids [T, K], weights [T, K]) -> their weighted sum [T, H]."""
 
 
+_TABLE_ROWS = 64
+
+
 class NativeForward:
-    """The decoder of a blueprint whose weights are in place, with buffers for steps of up to `rows` tokens.
+    """The decoder of a blueprint whose weights are in place, with buffers for steps of up to `rows` tokens, in
+    sequences of up to `context`.
 
     A row's logits have the same bits whatever else is in the step. Not thread-safe.
     """
 
-    def __init__(self, blueprint: Blueprint, *, kv: KVPool, rows: int) -> None:
+    def __init__(self, blueprint: Blueprint, *, kv: KVPool, rows: int, context: int) -> None:
         self._blueprint = blueprint
         self._kv = kv  # like the weights, kept because the decoder knows addresses only
         self._experts = [layer.experts for layer in blueprint.layers]
@@ -41,6 +43,7 @@ class NativeForward:
         self._scratch = torch.empty(rows, blueprint.scratch_width)
         self._ids = torch.empty(rows * blueprint.experts_per_token, dtype=torch.int64)
         self._weights = torch.empty(rows * blueprint.experts_per_token)
+        self._cos, self._sin = _rotation(blueprint.rotary, context)
         self._decoder = self._make_decoder(rows)
 
     @property
@@ -51,14 +54,10 @@ class NativeForward:
     def __call__(self, batch: PackedBatch, experts: Experts) -> torch.Tensor:
         """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
         rows, decoder = batch.rows, self._decoder
-        cos, sin = self._rotation(batch.positions_T)
         sequences, most_blocks = batch.block_table_SM.shape
         decoder.begin(
             batch.token_ids_T.data_ptr(),
             rows,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.stride(0),
             batch.block_table_SM.data_ptr(),
             sequences,
             most_blocks,
@@ -84,19 +83,13 @@ class NativeForward:
         decoder.logits(address, wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
         return logits_SV
 
-    def _rotation(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own cosines and sines, a row per position; padded where torch would treat the end differently."""
-        if self._blueprint.rotary.inv_freq.numel() % GROUP:  # type: ignore[operator]
-            positions_T = F.pad(positions_T, (0, -len(positions_T) % GROUP))
-        cos, sin = self._blueprint.rotary(self._residual, position_ids=positions_T.unsqueeze(0))
-        return cos[0], sin[0]
-
     def _make_decoder(self, rows: int) -> _native.Decoder:
         blueprint = self._blueprint
         decoder = _native.Decoder(
             embedding=_weight(blueprint.embedding),
             norm=_norm(blueprint.norm),
             head=_weight(blueprint.head),
+            rotation=_native.Rotation(self._cos.data_ptr(), self._sin.data_ptr(), *self._cos.shape),
             residual=self._residual.data_ptr(),
             hidden=self._hidden_RH.data_ptr(),
             scratch=self._scratch.data_ptr(),
@@ -111,6 +104,18 @@ class NativeForward:
         for index, layer in enumerate(blueprint.layers):
             decoder.add(_layer(layer, *self._kv.pools(index)))
         return decoder
+
+
+def _rotation(rotary: Any, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own cosines and sines of every position, [context, D / 2] each (their other half repeats it)."""
+    half = rotary.inv_freq.numel()
+    tables = torch.empty(2, context, half)
+    for first in range(0, context, _TABLE_ROWS):
+        # A multiple of 32 positions: torch treats the end of a tensor differently (see narrow.py).
+        positions = torch.arange(first, first + _TABLE_ROWS).unsqueeze(0)
+        for table, values in zip(tables, rotary(tables, position_ids=positions), strict=True):
+            table[first : first + _TABLE_ROWS] = values[0, : context - first, :half]
+    return tables[0], tables[1]
 
 
 def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _native.Layer:
