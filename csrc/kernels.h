@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rounding.h"
+
 namespace moestro {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -55,16 +57,19 @@ inline __attribute__((always_inline)) int64_t first_position(int64_t position, i
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
-struct RowTable;
+struct PackedTable; // packed_tasks.h
+struct RowTable; // rows.h
 
 struct KernelTable {
   const char *name;
+  const PackedTable *packed;
   void (*linear)(const LinearArgs &);
   void (*attention)(const AttentionArgs &, const RowGroup *, int64_t groups);
   // Most bytes of scratch per thread.
   size_t (*linear_scratch)();
   size_t (*attention_scratch)(int64_t positions, int64_t value_dim);
-  const RowTable *rows; // see rows.h
+  void (*round_columns)(const RoundArgs &);
+  const RowTable *rows;
 };
 
 #define MOESTRO_DECLARE_KERNELS(isa)                                                                                   \
@@ -73,6 +78,7 @@ struct KernelTable {
   void attention(const AttentionArgs &args, const RowGroup *groups, int64_t count);                                    \
   size_t linear_scratch();                                                                                             \
   size_t attention_scratch(int64_t positions, int64_t value_dim);                                                      \
+  void round_columns(const RoundArgs &args);                                                                           \
   }
 MOESTRO_DECLARE_KERNELS(scalar)
 MOESTRO_DECLARE_KERNELS(avx2)

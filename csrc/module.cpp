@@ -1,5 +1,6 @@
 // The Python face of the kernels. Tensors come as addresses and sizes, already checked by moestro.kernels.cpu: a call
 // takes well under a microsecond, which tensor objects would not.
+#include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -7,14 +8,17 @@
 #include <string>
 #include <vector>
 
-#include "bindings.h"
 #include "dispatch.h"
+#include "module_decoder.h"
+#include "module_packed.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
 
 namespace moestro {
 namespace {
+
+template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 void linear(uintptr_t x, int64_t x_stride, uintptr_t weight, int weight_type, uintptr_t bias, int bias_type,
             uintptr_t out, int64_t tokens, int64_t outputs, int64_t inputs) {
@@ -60,6 +64,38 @@ void attention(uintptr_t query, int64_t query_row_stride, int64_t query_head_str
   args.window = window;
   args.softcap = softcap;
   run_attention(args);
+}
+
+void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t target_row_stride,
+                   const std::vector<uintptr_t> &scales, int64_t groups, uintptr_t group_of, uintptr_t root,
+                   int64_t root_stride, uintptr_t errors, uintptr_t codes, uintptr_t nibbles,
+                   const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
+                   bool signs, int64_t rows, int64_t columns) {
+  if (scales.size() != kLevels || steps.size() != kLevels || priorities.size() != kLevels) {
+    throw std::invalid_argument("round_columns: scales, steps and priorities are one for each of the 4 levels");
+  }
+  RoundArgs args{};
+  args.targets = pointer<const float>(targets);
+  args.target_level_stride = target_level_stride;
+  args.target_row_stride = target_row_stride;
+  args.groups = groups;
+  args.group_of = pointer<const int32_t>(group_of);
+  args.root = pointer<const float>(root);
+  args.root_stride = root_stride;
+  args.errors = pointer<float>(errors);
+  args.codes = pointer<uint8_t>(codes);
+  args.nibbles = pointer<uint8_t>(nibbles);
+  for (int level = 0; level < kLevels; ++level) {
+    args.scales[level] = pointer<const float>(scales[level]);
+    args.steps[level] = steps[level];
+    args.priorities[level] = priorities[level];
+  }
+  args.hi = hi;
+  args.lo = lo;
+  args.signs = signs;
+  args.rows = rows;
+  args.columns = columns;
+  kernels().round_columns(args);
 }
 
 std::vector<std::string> available_isas() {
@@ -117,6 +153,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled CPU kernels; call them through moestro.kernels.";
   m.def("linear", &linear, release());
   m.def("attention", &attention, release());
+  m.def("round_columns", &round_columns, release());
   m.def("set_threads", &set_threads, release(), nb::arg("threads"));
   m.def("get_threads", [] { return pool().threads(); });
   m.def("available_isas", &available_isas);
@@ -129,5 +166,6 @@ NB_MODULE(_native, m) {
       nb::arg("value_dim"));
   m.def("scratch_bytes", [] { return pool().scratch_bytes(); }, release());
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
-  bind_decoder(m);
+  add_packed(m);
+  add_decoder(m);
 }

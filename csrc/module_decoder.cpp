@@ -1,5 +1,6 @@
 // The Python face of the decoder. Descriptors hold addresses; moestro.runtime.native keeps the tensors behind them.
-#include "bindings.h"
+#include "module_decoder.h"
+
 #include "decoder.h"
 
 namespace nb = nanobind;
@@ -8,6 +9,8 @@ namespace moestro {
 namespace {
 
 using nb::arg;
+
+template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 Weight make_weight(int kind, uintptr_t data, int64_t outputs, int64_t inputs, uintptr_t bias) {
   return {static_cast<Weight::Kind>(kind), pointer<const void>(data), outputs, inputs, pointer<const float>(bias)};
@@ -96,7 +99,7 @@ void begin(Decoder &decoder, uintptr_t token_ids, int64_t rows, uintptr_t block_
 
 } // namespace
 
-void bind_decoder(nb::module_ &m) {
+void add_decoder(nb::module_ &m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   bind_descriptors(m);
   bind_layer(m);
