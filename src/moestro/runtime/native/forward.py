@@ -5,11 +5,11 @@ Shapes: T rows of the batch, S rows whose logits are wanted, H hidden width, K e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
@@ -18,8 +18,8 @@ from moestro.runtime.dense import stored
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
 from moestro.runtime.native.blueprint import Blueprint, LayerParts
 
-Experts = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(experts module, hidden [T, H], ids [T, K], weights [T, K]) -> their weighted sum [T, H]."""
+Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(number of the MoE layer, hidden [T, H], ids [T, K], weights [T, K]) -> their weighted sum [T, H]."""
 
 
 _TABLE_ROWS = 64
@@ -35,7 +35,8 @@ class NativeForward:
     def __init__(self, blueprint: Blueprint, *, kv: KVPool, rows: int, context: int) -> None:
         self._blueprint = blueprint
         self._kv = kv  # like the weights, kept because the decoder knows addresses only
-        self._experts = [layer.experts for layer in blueprint.layers]
+        numbers = itertools.count()
+        self._moe_layer = [None if layer.experts is None else next(numbers) for layer in blueprint.layers]
         self._vocabulary = blueprint.head.out_features
         # Memory is taken when it is first written to: short steps never touch most of it.
         self._residual = torch.empty(rows, blueprint.hidden)
@@ -69,12 +70,12 @@ class NativeForward:
         ids_TK = self._ids[: rows * picks].view(rows, picks)
         weights_TK = self._weights[: rows * picks].view(rows, picks)
         address = 0
-        for index, module in enumerate(self._experts):
+        for index, moe_layer in enumerate(self._moe_layer):
             decoder.run_layer(index, address)
-            if module is None:
+            if moe_layer is None:
                 address = 0
                 continue
-            delta_TH = experts(module, hidden_TH, ids_TK, weights_TK)
+            delta_TH = experts(moe_layer, hidden_TH, ids_TK, weights_TK)
             assert delta_TH.dtype is torch.float32
             assert delta_TH.is_contiguous()
             address = delta_TH.data_ptr()
