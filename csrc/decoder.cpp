@@ -1,10 +1,12 @@
 #include "decoder.h"
 
+#include <array>
 #include <chrono>
 #include <stdexcept>
 #include <string>
 
 #include "dispatch.h"
+#include "unpack.h"
 
 namespace moestro {
 namespace {
@@ -16,6 +18,37 @@ void require(bool good, const std::string &what) {
 DType type_of(const Weight &weight) { return static_cast<DType>(weight.kind); }
 
 bool there(const Weight &weight) { return weight.kind != Weight::Kind::none; }
+
+bool flat(const Weight &weight) { return weight.kind == Weight::Kind::flat8 || weight.kind == Weight::Kind::flat4; }
+
+PackedMatrix packed(const Weight &weight) {
+  const bool wide = weight.kind == Weight::Kind::flat8;
+  PackedMatrix matrix{};
+  matrix.encoding = wide ? Encoding::flat8 : Encoding::flat4;
+  matrix.level = wide ? 8 : 4;
+  matrix.group = weight.group;
+  matrix.rows = weight.outputs;
+  matrix.columns = weight.inputs;
+  matrix.regions[0] = static_cast<const uint8_t *>(weight.data);
+  return matrix;
+}
+
+LinearArgs linear_args(const Weight &weight, const float *x, int64_t rows, float *y) {
+  LinearArgs args{};
+  args.x = x;
+  args.x_stride = weight.inputs;
+  args.w = weight.data;
+  args.w_type = type_of(weight);
+  args.bias = weight.bias;
+  args.bias_type = DType::f32;
+  args.y = y;
+  args.tokens = rows;
+  args.outputs = weight.outputs;
+  args.inputs = weight.inputs;
+  return args;
+}
+
+constexpr size_t kMostProducts = 3; // of one input
 
 // Adds the time until it goes to a sum of seconds.
 class Timer {
@@ -44,12 +77,30 @@ Decoder::Decoder(const Weight &embedding, const Norm &norm, const Weight &head, 
   require(there(embedding) && there(head) && norm.weight != nullptr, "embedding, norm and head are needed");
   require(norm.width == width_ && head.inputs == width_, "embedding, norm and head differ in width");
   require(blocks > 0 && block_size > 0 && workspace.rows > 0, "no blocks, or no rows");
+  if (flat(head)) check_flat(head);
 }
 
 void Decoder::check_weight(const Weight &weight, int64_t outputs, int64_t inputs, const char *name) const {
   require(there(weight) && weight.outputs == outputs && weight.inputs == inputs,
           std::string(name) + " is [" + std::to_string(weight.outputs) + ", " + std::to_string(weight.inputs) +
               "], expected [" + std::to_string(outputs) + ", " + std::to_string(inputs) + "]");
+  if (flat(weight)) check_flat(weight);
+}
+
+void Decoder::check_flat(const Weight &weight) const {
+  require(weight.group == 32 || weight.group == 64 || weight.group == 128, "a quantised matrix has an unknown group");
+  require(quantised_bytes(workspace_.rows, weight.inputs, weight.group) <= workspace_.quantised_size,
+          "the workspace is too small for quantised rows");
+}
+
+// Matrices that share their input share its quantised rows.
+void Decoder::check_together(std::initializer_list<const Weight *> weights) const {
+  int32_t group = 0;
+  for (const Weight *weight : weights) {
+    if (!flat(*weight)) continue;
+    require(group == 0 || weight->group == group, "matrices of one input differ in their groups");
+    group = weight->group;
+  }
 }
 
 void Decoder::check_mlp(const Mlp &mlp) const {
@@ -58,6 +109,7 @@ void Decoder::check_mlp(const Mlp &mlp) const {
   check_weight(mlp.up, inner, width_, "up");
   check_weight(mlp.down, width_, inner, "down");
   if (there(mlp.scale)) check_weight(mlp.scale, 1, width_, "scale");
+  check_together({&mlp.gate, &mlp.up});
   const int64_t scratch = inner + (inner > width_ ? inner : width_) + 1;
   require(scratch <= workspace_.scratch_width, "the workspace is too small for the MLP");
 }
@@ -76,6 +128,7 @@ void Decoder::add(const Layer &layer) {
   check_weight(layer.k, wide_kv, width_, "k");
   check_weight(layer.v, wide_kv, width_, "v");
   check_weight(layer.o, width_, wide, "o");
+  check_together({&layer.q, &layer.k, &layer.v});
   require(wide + 2 * wide_kv <= workspace_.scratch_width, "the workspace is too small for attention");
   require(layer.keys.data != nullptr && layer.values.data != nullptr, "there is no KV cache");
   if (there(layer.mlp.gate)) check_mlp(layer.mlp);
@@ -131,8 +184,13 @@ void Decoder::begin(const Step &step) {
     // The same checks hold for writing: a row's own position is among those that it attends to.
     if (!known) windows_.push_back({layer.window, group_rows(attention_args(layer, nullptr))});
   }
-  const EmbedArgs args{embedding_.data, type_of(embedding_), step.token_ids, workspace_.residual, step.rows, width_};
-  kernels().rows->embed(args);
+  embed(step);
+}
+
+void Decoder::embed(const Step &step) {
+  if (flat(embedding_)) return unpack_rows(packed(embedding_), step.token_ids, step.rows, workspace_.residual);
+  kernels().rows->embed(
+      {embedding_.data, type_of(embedding_), step.token_ids, workspace_.residual, step.rows, width_});
 }
 
 const std::vector<RowGroup> &Decoder::groups_of(const Layer &layer) const {
@@ -142,20 +200,20 @@ const std::vector<RowGroup> &Decoder::groups_of(const Layer &layer) const {
   throw std::logic_error("decoder: a layer runs outside a step");
 }
 
-void Decoder::project(const Weight &weight, const float *x, float *y, int64_t rows) {
+void Decoder::project(const float *x, int64_t rows, std::initializer_list<Product> products) {
   const Timer timer(kernel_seconds_);
-  LinearArgs args{};
-  args.x = x;
-  args.x_stride = weight.inputs;
-  args.w = weight.data;
-  args.w_type = type_of(weight);
-  args.bias = weight.bias;
-  args.bias_type = DType::f32;
-  args.y = y;
-  args.tokens = rows;
-  args.outputs = weight.outputs;
-  args.inputs = weight.inputs;
-  kernels().linear(args);
+  std::array<PackedLinear, kMostProducts> linears;
+  int64_t count = 0;
+  for (const auto &[weight, y] : products) {
+    if (!flat(weight)) {
+      kernels().linear(linear_args(weight, x, rows, y));
+      continue;
+    }
+    const QuantisedRows view = quantised_view(workspace_.quantised, rows, weight.inputs, weight.group);
+    if (count == 0) quantise(x, weight.inputs, weight.inputs, view);
+    linears[static_cast<size_t>(count++)] = {packed(weight), view, weight.bias, y, weight.outputs};
+  }
+  if (count > 0) packed_linear(linears.data(), count);
 }
 
 void Decoder::add_norm(const float *delta, const int64_t *pick, const Norm &norm, int64_t rows) {
@@ -171,21 +229,20 @@ void Decoder::attend(const Layer &layer, float *query) {
 void Decoder::run_mlp(const Mlp &mlp) {
   const int64_t rows = step_.rows, inner = mlp.gate.outputs;
   float *gate = workspace_.scratch, *up = gate + rows * inner;
-  project(mlp.gate, workspace_.hidden, gate, rows);
-  project(mlp.up, workspace_.hidden, up, rows);
+  project(workspace_.hidden, rows, {{mlp.gate, gate}, {mlp.up, up}});
   kernels().rows->gate({gate, up, rows, inner});
   float *out = up, *scale = nullptr;
-  project(mlp.down, gate, out, rows);
+  project(gate, rows, {{mlp.down, out}});
   if (there(mlp.scale)) {
     scale = out + rows * width_;
-    project(mlp.scale, workspace_.hidden, scale, rows);
+    project(workspace_.hidden, rows, {{mlp.scale, scale}});
   }
   kernels().rows->add_scaled({workspace_.residual, out, scale, rows, width_});
 }
 
 void Decoder::route(const Layer &layer) {
   const Weight &router = layer.router;
-  project(router, workspace_.hidden, workspace_.scratch, step_.rows);
+  project(workspace_.hidden, step_.rows, {{router, workspace_.scratch}});
   kernels().rows->route({workspace_.scratch, step_.rows, router.outputs, workspace_.picks, layer.routing,
                          workspace_.ids, workspace_.weights});
 }
@@ -196,14 +253,12 @@ void Decoder::run_layer(int64_t index, const float *delta) {
   const int64_t rows = step_.rows, wide = layer.heads * layer.head_dim, wide_kv = layer.heads_kv * layer.head_dim;
   float *q = workspace_.scratch, *k = q + rows * wide, *v = k + rows * wide_kv;
   add_norm(delta, nullptr, layer.input_norm, rows);
-  project(layer.q, workspace_.hidden, q, rows);
-  project(layer.k, workspace_.hidden, k, rows);
-  project(layer.v, workspace_.hidden, v, rows);
+  project(workspace_.hidden, rows, {{layer.q, q}, {layer.k, k}, {layer.v, v}});
   kernels().rows->place_qkv({q, k, v, rows, layer.heads, layer.heads_kv, layer.head_dim, layer.q_norm, layer.k_norm,
                              layer.clip, rotation_.cos, rotation_.sin, layer.keys, layer.values,
                              step_.block_table, step_.row_sequence, step_.row_position, step_.max_blocks, block_size_});
   attend(layer, q);
-  project(layer.o, q, workspace_.hidden, rows);
+  project(q, rows, {{layer.o, workspace_.hidden}});
   add_norm(workspace_.hidden, nullptr, layer.post_norm, rows);
   if (there(layer.mlp.gate)) run_mlp(layer.mlp);
   if (there(layer.router)) route(layer);
@@ -212,7 +267,7 @@ void Decoder::run_layer(int64_t index, const float *delta) {
 void Decoder::logits(const float *delta, const int64_t *rows, int64_t count, float *out) {
   for (int64_t i = 0; i < count; ++i) require(rows[i] >= 0 && rows[i] < step_.rows, "logits of a row that is not there");
   add_norm(delta, rows, norm_, count);
-  project(head_, workspace_.hidden, out, count);
+  project(workspace_.hidden, count, {{head_, out}});
 }
 
 } // namespace moestro

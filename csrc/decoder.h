@@ -4,19 +4,22 @@
 // Nothing is allocated per step: all buffers are the caller's, who also keeps whatever a descriptor points at.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
+#include "packed.h"
 #include "rows.h"
 
 namespace moestro {
 
 // A dense matrix [outputs, inputs] as it is stored.
 struct Weight {
-  enum class Kind : int { none = -1, f32 = 0, bf16 = 1, f16 = 2 };
+  enum class Kind : int { none = -1, f32 = 0, bf16 = 1, f16 = 2, flat8 = 3, flat4 = 4 };
 
   Kind kind = Kind::none;
-  const void *data = nullptr;
+  const void *data = nullptr; // of a flat matrix its region (see packed.h)
   int64_t outputs = 0, inputs = 0;
+  int32_t group = 0; // of a flat matrix
   const float *bias = nullptr; // [outputs]; null: none
 };
 
@@ -44,9 +47,11 @@ struct Layer {
 struct Workspace {
   float *residual, *hidden; // [rows, width]
   float *scratch;           // [rows, scratch_width]
+  void *quantised;          // quantised_size bytes, 64-byte aligned: rows that flat matrices are multiplied with
   int64_t *ids;             // [rows, picks]
   float *weights;           // [rows, picks]
   int64_t rows, scratch_width, picks;
+  size_t quantised_size;
 };
 
 // What turns queries and keys: cosines and sines [positions, half], for heads of twice the width.
@@ -91,8 +96,16 @@ private:
   };
 
   void check_weight(const Weight &weight, int64_t outputs, int64_t inputs, const char *name) const;
+  void check_flat(const Weight &weight) const;
+  void check_together(std::initializer_list<const Weight *> weights) const;
   void check_mlp(const Mlp &mlp) const;
-  void project(const Weight &weight, const float *x, float *y, int64_t rows);
+  // The products of a few matrices with the same rows, which are quantised at most once.
+  struct Product {
+    const Weight &weight;
+    float *y;
+  };
+  void project(const float *x, int64_t rows, std::initializer_list<Product> products);
+  void embed(const Step &step);
   void attend(const Layer &layer, float *query);
   void run_mlp(const Mlp &mlp);
   void route(const Layer &layer);

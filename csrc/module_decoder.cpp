@@ -12,18 +12,19 @@ using nb::arg;
 
 template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
-Weight make_weight(int kind, uintptr_t data, int64_t outputs, int64_t inputs, uintptr_t bias) {
-  return {static_cast<Weight::Kind>(kind), pointer<const void>(data), outputs, inputs, pointer<const float>(bias)};
+Weight make_weight(int kind, uintptr_t data, int64_t outputs, int64_t inputs, int32_t group, uintptr_t bias) {
+  const auto known = static_cast<Weight::Kind>(kind);
+  return {known, pointer<const void>(data), outputs, inputs, group, pointer<const float>(bias)};
 }
 
 void bind_descriptors(nb::module_ &m) {
   nb::class_<Weight>(m, "Weight")
       .def(nb::init<>())
       .def("__init__",
-           [](Weight *self, int kind, uintptr_t data, int64_t outputs, int64_t inputs, uintptr_t bias) {
-             new (self) Weight(make_weight(kind, data, outputs, inputs, bias));
+           [](Weight *self, int kind, uintptr_t data, int64_t outputs, int64_t inputs, int32_t group, uintptr_t bias) {
+             new (self) Weight(make_weight(kind, data, outputs, inputs, group, bias));
            },
-           arg("kind"), arg("data"), arg("outputs"), arg("inputs"), arg("bias"));
+           arg("kind"), arg("data"), arg("outputs"), arg("inputs"), arg("group"), arg("bias"));
   nb::class_<Norm>(m, "Norm")
       .def(nb::init<>())
       .def("__init__",
@@ -106,15 +107,24 @@ void add_decoder(nb::module_ &m) {
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
            [](Decoder *self, const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
-              uintptr_t residual, uintptr_t hidden, uintptr_t scratch, int64_t scratch_width, uintptr_t ids, uintptr_t weights,
-              int64_t picks, int64_t rows, int64_t blocks, int64_t block_size) {
-             const Workspace workspace{pointer<float>(residual), pointer<float>(hidden),  pointer<float>(scratch),
-                                       pointer<int64_t>(ids),    pointer<float>(weights), rows,
-                                       scratch_width,            picks};
+              uintptr_t residual, uintptr_t hidden, uintptr_t scratch, int64_t scratch_width, uintptr_t quantised,
+              size_t quantised_size, uintptr_t ids, uintptr_t weights, int64_t picks, int64_t rows, int64_t blocks,
+              int64_t block_size) {
+             Workspace workspace{};
+             workspace.residual = pointer<float>(residual);
+             workspace.hidden = pointer<float>(hidden);
+             workspace.scratch = pointer<float>(scratch);
+             workspace.quantised = pointer<void>(quantised);
+             workspace.ids = pointer<int64_t>(ids);
+             workspace.weights = pointer<float>(weights);
+             workspace.rows = rows;
+             workspace.scratch_width = scratch_width;
+             workspace.picks = picks;
+             workspace.quantised_size = quantised_size;
              new (self) Decoder(embedding, norm, head, rotation, workspace, blocks, block_size);
            },
            nb::kw_only(), arg("embedding"), arg("norm"), arg("head"), arg("rotation"), arg("residual"), arg("hidden"), arg("scratch"),
-           arg("scratch_width"), arg("ids"), arg("weights"), arg("picks"), arg("rows"), arg("blocks"),
+           arg("scratch_width"), arg("quantised"), arg("quantised_size"), arg("ids"), arg("weights"), arg("picks"), arg("rows"), arg("blocks"),
            arg("block_size"))
       .def("add", &Decoder::add, arg("layer"))
       .def("begin", &begin, release())

@@ -158,12 +158,15 @@ def quantised_bytes(rows: int, columns: int, group: int) -> int:
     """Bytes of quantised rows of activations, which `packed_linear` keeps."""
 
 class Weight:
-    """A dense matrix [outputs, inputs]: `kind` is its place in WEIGHT_DTYPES, `data` and `bias` (0: none) addresses."""
+    """A dense matrix [outputs, inputs]; `data` and `bias` (0: none) are addresses.
+
+    `kind` is its place in WEIGHT_DTYPES, 3 for flat8, 4 for flat4, whose activations are quantised in `group`s.
+    """
 
     @overload
     def __init__(self) -> None: ...
     @overload
-    def __init__(self, kind: int, data: int, outputs: int, inputs: int, bias: int) -> None: ...
+    def __init__(self, kind: int, data: int, outputs: int, inputs: int, group: int, bias: int) -> None: ...
 
 class Norm:
     """Root-mean-square norm over groups of `width` elements; `weight` is an address."""
@@ -235,6 +238,8 @@ class Decoder:
         hidden: int,
         scratch: int,
         scratch_width: int,
+        quantised: int,
+        quantised_size: int,
         ids: int,
         weights: int,
         picks: int,

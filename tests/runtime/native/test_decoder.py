@@ -30,6 +30,8 @@ class Parts:
             hidden=self.hidden.data_ptr(),
             scratch=self.address(torch.zeros(ROWS, 64)),
             scratch_width=changes.get("scratch_width", 64),
+            quantised=0,
+            quantised_size=0,
             ids=self.ids.data_ptr(),
             weights=self.address(torch.zeros(ROWS, PICKS)),
             picks=changes.get("picks", PICKS),
@@ -44,7 +46,7 @@ class Parts:
 
     def weight(self, outputs: int, inputs: int) -> Weight:
         data = self.address(torch.linspace(-1, 1, outputs * inputs))
-        return Weight(kind=0, data=data, outputs=outputs, inputs=inputs, bias=0)
+        return Weight(kind=0, data=data, outputs=outputs, inputs=inputs, group=0, bias=0)
 
     def norm(self, width: int) -> Norm:
         return Norm(self.address(torch.ones(width)), width, 1e-6)

@@ -102,8 +102,9 @@ def test_dense_layers_have_an_mlp_and_no_experts() -> None:
 def test_the_plan_counts_the_buffers() -> None:
     blueprint = _described(FAMILIES["olmoe"]())
     assert blueprint is not None
-    # The residual, the hidden state, and queries, keys and values of 64 + 2 * 32; three picks of 12 bytes.
-    assert blueprint.workspace_bytes(rows=10) == 10 * (4 * (64 + 64 + 128) + 3 * 12)
+    # The residual, the hidden state, and queries, keys and values of 64 + 2 * 32; three picks of 12 bytes; 64 codes and
+    # a group's 12 bytes for each row, in multiples of 64.
+    assert blueprint.workspace_bytes(rows=10) == 10 * (4 * (64 + 64 + 128) + 3 * 12) + 10 * 64 + 128
     # The angles of 99 positions, what the experts leave, and the experts themselves or the logits.
     kept = blueprint.workspace_bytes(rows=10) + 99 * 4 * 16 + 10 * 4 * 64
     for logit_rows, more in ((1, 1000), (10, 10 * 4 * 160)):

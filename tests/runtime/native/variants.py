@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedConfig
 
 from families import FAMILIES
 
-MakeStore = Callable[[Callable[[], PreTrainedConfig], torch.dtype], Path]
-"""Makes a store of a random model of a config, in a type of weights."""
+
+class MakeStore(Protocol):
+    """Makes a store of a random model of a config."""
+
+    def __call__(self, config: Callable[[], PreTrainedConfig], dtype: torch.dtype, dense_bits: int = 16) -> Path: ...
+
 
 NATIVE = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moestro import _native
+from moestro.quant.groups import group_size
 
 _FLOAT = 4
 
@@ -74,10 +75,18 @@ class Blueprint:
         """Floats per row that a layer needs beside the residual and the normed hidden state."""
         return max(_scratch_width(layer, self.hidden) for layer in self.layers)
 
+    def quantised_size(self, rows: int) -> int:
+        """Most bytes of `rows` quantised rows, wherever weights are quantised."""
+        attention = [layer.attention.o.in_features for layer in self.layers]
+        inner = [layer.mlp.down.in_features for layer in self.layers if layer.mlp is not None]
+        widths = {self.hidden, *attention, *inner}
+        return max(_native.quantised_bytes(rows, width, group_size(width)) for width in widths)
+
     def workspace_bytes(self, rows: int) -> int:
         """Bytes of the buffers that a step of `rows` tokens uses."""
         routing = self.experts_per_token * (8 + _FLOAT)
-        return rows * (_FLOAT * (2 * self.hidden + self.scratch_width) + routing)
+        floats = _FLOAT * (2 * self.hidden + self.scratch_width)
+        return rows * (floats + routing) + self.quantised_size(rows)
 
     def activation_bytes(self, *, rows: int, context: int, logit_rows: int, experts_bytes: int) -> int:
         """Most bytes at once in a step, of which one layer's routed experts take `experts_bytes`.

@@ -14,7 +14,7 @@ import torch
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
 from moestro.runtime.batch import PackedBatch
-from moestro.runtime.dense import stored
+from moestro.runtime.dense import PackedWeight, stored
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
 from moestro.runtime.native.blueprint import Blueprint, LayerParts
 
@@ -23,6 +23,8 @@ Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 
 
 _TABLE_ROWS = 64
+_ALIGNMENT = 64
+_KINDS = {"flat8": 3, "flat4": 4}
 
 
 class NativeForward:
@@ -42,6 +44,7 @@ class NativeForward:
         self._residual = torch.empty(rows, blueprint.hidden)
         self._hidden_RH = torch.empty(rows, blueprint.hidden)
         self._scratch = torch.empty(rows, blueprint.scratch_width)
+        self._quantised = torch.empty(blueprint.quantised_size(rows) + _ALIGNMENT, dtype=torch.uint8)
         self._ids = torch.empty(rows * blueprint.experts_per_token, dtype=torch.int64)
         self._weights = torch.empty(rows * blueprint.experts_per_token)
         self._cos, self._sin = _rotation(blueprint.rotary, context)
@@ -95,6 +98,8 @@ class NativeForward:
             hidden=self._hidden_RH.data_ptr(),
             scratch=self._scratch.data_ptr(),
             scratch_width=blueprint.scratch_width,
+            quantised=-(-self._quantised.data_ptr() // _ALIGNMENT) * _ALIGNMENT,
+            quantised_size=blueprint.quantised_size(rows),
             ids=self._ids.data_ptr(),
             weights=self._weights.data_ptr(),
             picks=blueprint.experts_per_token,
@@ -142,16 +147,17 @@ def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _nati
 
 
 def _weight(module: Any) -> _native.Weight:
-    matrix_NK = stored(module.weight)
-    assert matrix_NK.is_contiguous()
-    bias_N = getattr(module, "bias", None)
-    return _native.Weight(
-        kind=WEIGHT_DTYPES.index(matrix_NK.dtype),
-        data=matrix_NK.data_ptr(),
-        outputs=matrix_NK.shape[0],
-        inputs=matrix_NK.shape[1],
-        bias=0 if bias_N is None else _floats(bias_N),
-    )
+    weight_NK, bias_N = module.weight, getattr(module, "bias", None)
+    outputs, inputs = weight_NK.shape
+    bias = 0 if bias_N is None else _floats(bias_N)
+    if isinstance(weight_NK, PackedWeight):
+        packed, (offset,) = weight_NK.matrix, weight_NK.matrix.spec.offsets
+        kind, data, group = _KINDS[packed.spec.encoding], packed.bytes.data_ptr() + offset, packed.spec.group
+    else:
+        plain_NK = stored(weight_NK)
+        assert plain_NK.is_contiguous()
+        kind, data, group = WEIGHT_DTYPES.index(plain_NK.dtype), plain_NK.data_ptr(), 0
+    return _native.Weight(kind=kind, data=data, outputs=outputs, inputs=inputs, group=group, bias=bias)
 
 
 def _norm(module: Any) -> _native.Norm:
