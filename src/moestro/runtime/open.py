@@ -24,6 +24,7 @@ from moestro.runtime.dense_file import read_dense
 from moestro.runtime.experts import open_experts
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
+from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.runner import ModelRunner
@@ -85,8 +86,10 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int = 0) -> ModelSha
     )
 
 
-def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
+def open_model(store: Store, options: RuntimeOptions, *, native: bool = True) -> OpenModel:
     """Open `store` within the memory that `options` give.
+
+    With `native` False every family runs on the general path, which tests compare with.
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -96,7 +99,7 @@ def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
     level_of(store, options.level)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
-    probed = probe_for(skeleton, options)
+    probed = probe_for(skeleton, options, native=native)
     kernels = make_kernels("auto", threads=compute_threads(options))
     floor = measure_floor(kernels)
     shape = shape_of_store(store, skeleton, options.level)
@@ -107,7 +110,8 @@ def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
             "%s of memory and a process floor of %s are more than this machine or container has (%s).",
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
-    return _assemble(store, skeleton, plan, probed, options, kernels)
+    blueprint = describe(skeleton, probed) if native else None
+    return _assemble(store, skeleton, plan, probed, blueprint, options, kernels)
 
 
 def _assemble(
@@ -115,6 +119,7 @@ def _assemble(
     skeleton: Skeleton,
     plan: Plan,
     probed: Probe,
+    blueprint: Blueprint | None,
     options: RuntimeOptions,
     kernels: Kernels,
 ) -> OpenModel:
@@ -135,10 +140,12 @@ def _assemble(
         policy=policy,
         locate=store.plane,
     )
+    kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
     runner = ModelRunner(
         skeleton=skeleton,
         kernels=kernels,
-        kv=KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor),
+        kv=kv,
+        native=NativeForward(blueprint, kv=kv, rows=plan.step_rows, context=plan.context) if blueprint else None,
         experts=open_experts(
             skeleton=skeleton,
             kernels=kernels,
