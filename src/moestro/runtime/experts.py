@@ -174,11 +174,12 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(_packed(kernels, module, layout, level, arena))
+            layers.append(packed_layer(kernels, module, layout, level, arena))
     return RoutedExperts(planes, layers, chains)
 
 
-def _packed(kernels: Kernels, module: nn.Module, layout: Layout, level: int, arena: torch.Tensor) -> LayerExperts:
+def packed_layer(kernels: Kernels, module: nn.Module, layout: Layout, level: int, arena: torch.Tensor) -> LayerExperts:
+    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`."""
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
     if spec is not None:
