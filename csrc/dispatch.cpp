@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "rows.h"
+
 #ifdef MOESTRO_ARM64
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -23,7 +25,8 @@ namespace {
                                         floats::attention,                                                             \
                                         floats::linear_scratch,                                                        \
                                         floats::attention_scratch,                                                     \
-                                        floats::round_columns};
+                                        floats::round_columns,                                                         \
+                                        &floats::row_table};
 MOESTRO_PACKED(scalar)
 MOESTRO_TABLE(scalar, scalar, scalar)
 #ifdef MOESTRO_X86
@@ -76,6 +79,8 @@ void check_positions(const AttentionArgs &args, int64_t row, int64_t low, int64_
   checked.high = std::max(checked.high, high);
 }
 
+} // namespace
+
 std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   const int64_t most = std::max<int64_t>(1, kQueriesPerTask / (args.heads / args.heads_kv));
   std::vector<RowGroup> groups;
@@ -97,8 +102,6 @@ std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   }
   return groups;
 }
-
-} // namespace
 
 std::vector<const KernelTable *> available_kernels() {
   std::vector<const KernelTable *> tables;
