@@ -23,7 +23,7 @@ def plan_of(folder: Path, options: RuntimeOptions, memory_bytes: int = 1 << 40, 
     store = Store.open(folder)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     return make_plan(
-        shape_of_store(store),
+        shape_of_store(store, skeleton, options.level),
         probe_for(skeleton, options, native=native),
         replace(options, memory=str(memory_bytes)),
         config=skeleton.config,
@@ -41,8 +41,10 @@ def open_store(folder: Path, *, share: float = 1.0, native: bool = True, **optio
 class Feed:
     """Feeds token ids to a runner in chunks of the test's choosing and returns logits of every fed row."""
 
-    def __init__(self, opened: OpenModel) -> None:
+    def __init__(self, opened: OpenModel, *, every_row: bool = True) -> None:
+        """`every_row` false leaves it at the logits of each request's last row, as serving does."""
         self._runner = opened.runner
+        self._every_row = every_row
         self._starts: dict[int, int] = {}
         self._blocks: dict[int, list[int]] = {}
 
@@ -57,8 +59,11 @@ class Feed:
             segments.append(Segment(request, list(token_ids), start, tuple(blocks), True))
             self._starts[request] = start + len(token_ids)
         batch = PackedBatch(segments)
-        batch.logit_rows = torch.arange(batch.rows)
+        if self._every_row:
+            batch.logit_rows = torch.arange(batch.rows)
         logits = self._runner.forward(batch)
+        if not self._every_row:
+            return dict(zip(tokens, logits.split(1), strict=True))
         return dict(zip(tokens, logits.split([len(ids) for ids in tokens.values()]), strict=True))
 
 

@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 def locate_store(model: str, *, auto_pack: bool) -> Path:
     """The folder of the model's store, packed now if need be. Raises MoestroError."""
+    from moestro.calibration import pack
     from moestro.store.locate import locate
 
     with progress_bar("packing") as report:
-        return locate(model, auto_pack=auto_pack, progress=lambda step: report(step.done_bytes, step.total_bytes))
+        return locate(
+            model, auto_pack=auto_pack, pack=pack, progress=lambda step: report(step.done_bytes, step.total_bytes)
+        )
 
 
 def open_llm(model: str, options: RuntimeOptions) -> LLM:

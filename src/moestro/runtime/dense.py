@@ -92,7 +92,7 @@ class PackedWeight(DenseWeight):
     def of(cls, matrix: PackedMatrix, kernels: Kernels) -> PackedWeight:
         """Wrap a quantised matrix without copying it."""
         shape = (matrix.spec.rows, matrix.spec.columns)
-        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
         weight.kernels, weight.matrix = kernels, matrix
         return weight
 
@@ -111,7 +111,7 @@ class PackedWeight(DenseWeight):
         return (self.matrix.bytes.data_ptr(),)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} met a quantised matrix that was not unpacked for it")
 
 

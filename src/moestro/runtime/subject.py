@@ -51,10 +51,10 @@ class Subject:
         """The sizes at a level (0: the exact one). Raises RequestError when the model does not have it."""
         chosen = resolve_level(level, exact=self.exact_level, promised=self.levels, name=str(self.path))
         return ModelShape.of(
+            self.skeleton,
             name=self.path.name,
             dense_bytes=self.dense_bytes,
             layouts=[cut(layout, chosen) for layout in self.layouts],
-            experts=[layer.num_experts for layer in self.skeleton.expert_layers],
             level=chosen,
         )
 
@@ -70,6 +70,11 @@ class Subject:
     def dtypes(self) -> tuple[str, ...]:
         """The element types of the experts' tensors."""
         return tuple(sorted({t.dtype for layout in self.layouts for plane in layout.planes for t in plane.tensors}))
+
+    @property
+    def encoding(self) -> str:
+        """How the experts' bits are stored."""
+        return AUTOMATIC.encoding if self.store is None else self.store.manifest.encoding
 
     @property
     def experts_per_token(self) -> tuple[int, ...]:
