@@ -20,6 +20,11 @@ def locate_store(model: str, *, auto_pack: bool) -> Path:
         return locate(model, auto_pack=auto_pack, progress=lambda step: report(step.done_bytes, step.total_bytes))
 
 
+def locate_raw_store(model: str, *, auto_pack: bool) -> Path:
+    """The folder of a store with the model's weights as they are, packed now if need be. Raises MoestroError."""
+    return locate_store(model, auto_pack=auto_pack)
+
+
 def open_llm(model: str, options: RuntimeOptions) -> LLM:
     """The model within its budget. Raises MoestroError."""
     from moestro import LLM

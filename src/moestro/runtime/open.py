@@ -66,8 +66,10 @@ def shape_of_store(store: Store) -> ModelShape:
     )
 
 
-def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
+def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0) -> OpenModel:
     """Open `store` within the memory that `options` give.
+
+    `logit_rows`: how many rows of a step can get logits (0: the last one of each sequence).
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -75,7 +77,7 @@ def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
     """
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
-    probed = probe_for(skeleton, options)
+    probed = probe_for(skeleton, options, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
     floor = measure_floor(kernels)
     plan = make_plan(shape_of_store(store), probed, options, config=skeleton.config, floor_bytes=floor)

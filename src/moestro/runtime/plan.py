@@ -112,24 +112,30 @@ class Plan:
         )
 
 
+def longest_context(config: PreTrainedConfig) -> int:
+    """The most tokens that the model was made for."""
+    limit = int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CONTEXT)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") == "longrope":
+        # Long-range factors would depend on the longest sequence in the batch: stay inside the short range.
+        limit = min(limit, int(scaling.get("original_max_position_embeddings") or limit))
+    return limit
+
+
 def resolve_context(config: PreTrainedConfig, asked: int) -> int:
     """The longest prompt plus answer, in tokens: as asked, else the model's own limit or DEFAULT_CONTEXT.
 
     Raises:
         BudgetError: more than the model was made for.
     """
-    limit = int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CONTEXT)
-    scaling = getattr(config, "rope_parameters", None) or {}
-    if scaling.get("rope_type") == "longrope":
-        # Long-range factors would depend on the longest sequence in the batch: stay inside the short range.
-        limit = min(limit, int(scaling.get("original_max_position_embeddings") or limit))
+    limit = longest_context(config)
     if asked != 0 and not 2 <= asked <= limit:
         raise BudgetError(f"A context of {asked} tokens was asked for. This model takes 2 to {limit} (0: by itself).")
     return asked or min(limit, DEFAULT_CONTEXT)
 
 
-def probe_for(skeleton: Skeleton, options: RuntimeOptions) -> Probe:
-    """The probe of a step as `options` allow it."""
+def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, logit_rows: int = 0) -> Probe:
+    """The probe of a step as `options` allow it; `logit_rows` get logits (0: the last row of each sequence)."""
     if not 1 <= options.max_sequences <= STEP_ROWS:
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
@@ -137,7 +143,7 @@ def probe_for(skeleton: Skeleton, options: RuntimeOptions) -> Probe:
         skeleton,
         rows=min(STEP_ROWS, context * options.max_sequences),
         history=context * options.max_sequences,
-        logit_rows=options.max_sequences,
+        logit_rows=logit_rows or options.max_sequences,
     )
 
 

@@ -37,7 +37,7 @@ class Subject:
     def open(cls, model: str) -> Subject:
         """Look at a store, a checkpoint folder, a hub id or the built-in model. Raises MoestroError."""
         path = locate_shapes(model)
-        return cls._of_store(Store.open(path)) if has_manifest(path) else cls._of_checkpoint(path)
+        return cls.of_store(Store.open(path)) if has_manifest(path) else cls._of_checkpoint(path)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -60,14 +60,18 @@ class Subject:
             if path.is_file():
                 yield path.name, path.stat().st_size
 
-    def plan(self, options: RuntimeOptions) -> Plan:
-        """What would be placed where. Raises BudgetError for a memory that cannot be parsed, not for too little."""
-        probed = probe_for(self.skeleton, options)
+    def plan(self, options: RuntimeOptions, *, logit_rows: int = 0) -> Plan:
+        """What would be placed where; `logit_rows` as for `open_model`.
+
+        Raises BudgetError for a memory that cannot be parsed, not for too little.
+        """
+        probed = probe_for(self.skeleton, options, logit_rows=logit_rows)
         floor = measure_floor(make_kernels("auto", threads=compute_threads(options)))
         return make_plan(self.shape, probed, options, config=self.skeleton.config, floor_bytes=floor)
 
     @classmethod
-    def _of_store(cls, store: Store) -> Subject:
+    def of_store(cls, store: Store) -> Subject:
+        """An open store."""
         skeleton = build_skeleton(config_from_dict(store.config_dict))
         layouts = tuple(layer.layout for layer in store.layers)
         return cls(store.path, store, skeleton, layouts, shape_of_store(store))
