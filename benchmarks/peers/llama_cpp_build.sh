@@ -28,4 +28,7 @@ nice -n 10 cmake --build "$folder/build" -j "$JOBS" \
   --target llama-quantize llama-bench llama-perplexity llama-imatrix llama-tokenize
 
 ln -sfn build/bin "$folder/bin"
+# The Python binding beside it, as it is in the archive, on the same libraries: PYTHONPATH=FOLDER/python.
+ln -sfn "llama_cpp_python-$VERSION" "$folder/python"
+ln -sfn "$folder/build/bin" "$folder/python/llama_cpp/lib"
 echo "llama.cpp (llama-cpp-python $VERSION) in $folder/bin"

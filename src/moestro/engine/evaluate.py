@@ -165,9 +165,7 @@ def _score(
 def _window_size(store: Store, asked: int) -> int:
     longest = longest_context(config_from_dict(store.config_dict))
     if asked and not 2 <= asked <= longest:
-        raise RequestError(
-            f"The window is {asked} tokens. Expected 2 to {longest}, what the model takes (0: by itself)."
-        )
+        raise RequestError(f"The window is {asked} tokens. Expected 2 to {longest}, what it takes (0: by itself).")
     return asked or min(longest, DEFAULT_WINDOW)
 
 
