@@ -10,7 +10,8 @@ namespace moestro {
 namespace {
 
 #define MOESTRO_TABLE(isa)                                                                                             \
-  constexpr KernelTable isa##_table = {#isa, isa::linear, isa::attention, isa::linear_scratch, isa::attention_scratch};
+  constexpr KernelTable isa##_table = {#isa,\
+      isa::linear, isa::attention, isa::linear_scratch, isa::attention_scratch, isa::round_columns};
 MOESTRO_TABLE(scalar)
 #ifdef MOESTRO_X86
 MOESTRO_TABLE(avx2)

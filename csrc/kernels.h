@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rounding.h"
+
 namespace moestro {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -62,6 +64,7 @@ struct KernelTable {
   // Most bytes of scratch per thread.
   size_t (*linear_scratch)();
   size_t (*attention_scratch)(int64_t positions, int64_t value_dim);
+  void (*round_columns)(const RoundArgs &);
 };
 
 #define MOESTRO_DECLARE_KERNELS(isa)                                                                                   \
@@ -70,6 +73,7 @@ struct KernelTable {
   void attention(const AttentionArgs &args, const RowGroup *groups, int64_t count);                                    \
   size_t linear_scratch();                                                                                             \
   size_t attention_scratch(int64_t positions, int64_t value_dim);                                                      \
+  void round_columns(const RoundArgs &args);                                                                           \
   }
 MOESTRO_DECLARE_KERNELS(scalar)
 MOESTRO_DECLARE_KERNELS(avx2)

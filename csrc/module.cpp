@@ -64,6 +64,38 @@ void attention(uintptr_t query, int64_t query_row_stride, int64_t query_head_str
   run_attention(args);
 }
 
+void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t target_row_stride,
+                   const std::vector<uintptr_t> &scales, int64_t groups, uintptr_t group_of, uintptr_t root,
+                   int64_t root_stride, uintptr_t errors, uintptr_t codes, uintptr_t nibbles,
+                   const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
+                   bool signs, int64_t rows, int64_t columns) {
+  if (scales.size() != kLevels || steps.size() != kLevels || priorities.size() != kLevels) {
+    throw std::invalid_argument("round_columns: scales, steps and priorities are one for each of the 4 levels");
+  }
+  RoundArgs args{};
+  args.targets = pointer<const float>(targets);
+  args.target_level_stride = target_level_stride;
+  args.target_row_stride = target_row_stride;
+  args.groups = groups;
+  args.group_of = pointer<const int32_t>(group_of);
+  args.root = pointer<const float>(root);
+  args.root_stride = root_stride;
+  args.errors = pointer<float>(errors);
+  args.codes = pointer<uint8_t>(codes);
+  args.nibbles = pointer<uint8_t>(nibbles);
+  for (int level = 0; level < kLevels; ++level) {
+    args.scales[level] = pointer<const float>(scales[level]);
+    args.steps[level] = steps[level];
+    args.priorities[level] = priorities[level];
+  }
+  args.hi = hi;
+  args.lo = lo;
+  args.signs = signs;
+  args.rows = rows;
+  args.columns = columns;
+  kernels().round_columns(args);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const KernelTable *table : available_kernels()) names.emplace_back(table->name);
@@ -119,6 +151,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled CPU kernels; call them through moestro.kernels.";
   m.def("linear", &linear, release());
   m.def("attention", &attention, release());
+  m.def("round_columns", &round_columns, release());
   m.def("set_threads", &set_threads, release(), nb::arg("threads"));
   m.def("get_threads", [] { return pool().threads(); });
   m.def("available_isas", &available_isas);

@@ -46,6 +46,27 @@ def attention(
 ) -> None:
     """Raises ValueError when a row's sequence, position or block lies outside the table or the pool."""
 
+def round_columns(
+    targets: int,
+    target_level_stride: int,
+    target_row_stride: int,
+    scales: list[int],
+    groups: int,
+    group_of: int,
+    root: int,
+    root_stride: int,
+    errors: int,
+    codes: int,
+    nibbles: int,
+    steps: list[float],
+    priorities: list[float],
+    hi: float,
+    lo: float,
+    signs: bool,
+    rows: int,
+    columns: int,
+    /,
+) -> None: ...
 def set_threads(threads: int) -> None:
     """Size of the process-wide pool, the caller included (1 to 1024, else ValueError). Waits for a running kernel."""
 

@@ -1,0 +1,82 @@
+"""Integer-nested codes of 2 + 1 + 1 + 4 bits: one scale and middle per group, stored with the base plane.
+
+Shapes: N rows, K columns (both padded inside), G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moestro.quant.codes import LEVELS, Codes
+from moestro.quant.encoding import PRIORITIES, padded
+from moestro.quant.grid import Grid, decode, spread
+from moestro.quant.groups import group_size, groups, padded_columns, padded_rows
+from moestro.quant.hessian import compensation, importance
+from moestro.quant.rounding import Rule, round_columns
+from moestro.quant.scales import fit_grid, fit_steps
+from moestro.quant.tiles import (
+    BITS1,
+    BITS2,
+    BITS4,
+    HEADER,
+    code_bytes,
+    pack_codes,
+    pack_scaled,
+    unpack_codes,
+    unpack_scaled,
+)
+
+FORMS = {2: BITS2, 3: BITS1, 4: BITS1, 8: BITS4}
+
+
+class NestedEncoding:
+    """See `Encoding`. Levels that are not asked for are stored on the way but not cared for."""
+
+    name = "nested"
+
+    def plane_bytes(self, rows: int, columns: int, level: int) -> int:
+        rows, groups_, columns = padded_rows(rows), groups(columns), padded_columns(columns)
+        codes = code_bytes(rows, columns, FORMS[level])
+        return codes + HEADER + 4 * rows * groups_ if level == 2 else codes
+
+    def encode(
+        self, weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
+    ) -> dict[int, torch.Tensor]:
+        group = group_size(weights_NK.shape[1])
+        codes, grid = quantise(weights_NK, levels=levels, hessian_KK=hessian_KK)
+        base = pack_scaled((grid.scale_NG, grid.middle_NG), codes.plane(2), group, BITS2)
+        planes = {2: torch.cat((grid.header(), base))}
+        for level in LEVELS[1 : LEVELS.index(max(levels)) + 1]:
+            planes[level] = pack_codes(codes.plane(level), group, FORMS[level]).flatten()
+        return planes
+
+    def decode(self, regions: Sequence[torch.Tensor], rows: int, columns: int, level: int) -> torch.Tensor:
+        group, tall, wide = group_size(columns), padded_rows(rows), padded_columns(columns)
+        scales, base = unpack_scaled(regions[0][HEADER:], 2, tall, wide, group, BITS2)
+        planes = [base]
+        for region, above in zip(regions[1:], LEVELS[1 : LEVELS.index(level) + 1], strict=False):
+            planes.append(unpack_codes(region.view(tall // 16, wide // group, -1), group, FORMS[above]))
+        grid = Grid.parse(regions[0][:HEADER], *scales)
+        return decode(Codes.join(planes), level, grid, group)[:rows, :columns]
+
+
+def quantise(
+    weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
+) -> tuple[Codes, Grid]:
+    """Codes and grid of the padded matrix."""
+    rows, columns = weights_NK.shape
+    group = group_size(columns)
+    weights_NK = padded(weights_NK)
+    priorities = {level: PRIORITIES[level] for level in levels}
+    importance_K = importance(hessian_KK, weights_NK.shape[1])
+    grid = fit_grid(weights_NK, importance_K, group, priorities)
+    offset_NK = weights_NK - spread(grid.real_middle_NG, group)
+    for _ in range(2):
+        rule = Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
+        codes = round_columns(offset_NK, rule, group, None)
+        grid = fit_steps(weights_NK, importance_K, codes, grid, group)
+    rule = Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
+    codes = round_columns(offset_NK, rule, group, compensation(hessian_KK, weights_NK.shape[1]))
+    return codes, grid
