@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from moestro.errors import BudgetError, MoestroError, RequestError
+from moestro.errors import BudgetError, MoestroError, PackError, RequestError
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
@@ -63,3 +63,82 @@ class SamplingParams:
             raise RequestError(f"top_k is {self.top_k}, expected 0 (all tokens) or a positive whole number.")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1.")
+
+
+LEVELS = (2, 3, 4, 8)
+"""Bits that an expert can be quantised to; each level builds on those before it."""
+
+RAW = "raw"
+ENCODING_NAMES = ("nested", "signs")
+DENSE_BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """How a store is made of a checkpoint. Environment twins: `MOESTRO_LEVELS`, `MOESTRO_DENSE_BITS`, ...
+
+    Raises:
+        PackError: a value is not valid, or has no effect beside the others.
+    """
+
+    levels: str = option("2,3,4,8", "Bits that experts can be computed at, or raw to keep all weights as they are.")
+    exact_level: int = option(4, "The level of exact results, one of the levels.")
+    encoding: str = option("nested", "How experts' bits are stored: nested (one scale) or signs (a scale per plane).")
+    dense_bits: int = option(8, "Bits of the linear maps that are not experts: 16 (as they are), 8 or 4.")
+    calibration: bool = option(True, "Run the model over a text to find the codes that keep its outputs.")
+    calibrate: str = option("", "Text file to calibrate on, documents apart by form feeds (empty: the shipped sample).")
+    dtype: str = option("", "Type of weights that stay unquantised: bfloat16, float16, float32 (empty: their own).")
+
+    def __post_init__(self) -> None:
+        check_types(self, PackError)
+        if self.is_raw:
+            self._check_raw()
+        else:
+            self._check_quantised()
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether all weights are kept as they are."""
+        return self.levels == RAW
+
+    @property
+    def promised_levels(self) -> tuple[int, ...]:
+        """The levels, ascending; none where weights stay as they are."""
+        return () if self.is_raw else _parse_levels(self.levels)
+
+    def _check_raw(self) -> None:
+        fixed = {"exact_level": (), "encoding": (), "dense_bits": (16,), "calibration": (), "calibrate": ()}
+        defaults = {one.name: one.default for one in fields(self)}
+        for name, harmless in fixed.items():
+            value = getattr(self, name)
+            if value != defaults[name] and value not in harmless:
+                raise PackError(
+                    f"{name} is {value!r}, which has no effect on raw levels: they keep all weights as they are. "
+                    f"Leave {name} out, or give levels such as {defaults['levels']}."
+                )
+
+    def _check_quantised(self) -> None:
+        levels = _parse_levels(self.levels)
+        if self.exact_level not in levels:
+            raise PackError(
+                f"exact_level is {self.exact_level}, expected one of the levels {self.levels}: give one of them, or "
+                "add it to the levels."
+            )
+        if self.encoding not in ENCODING_NAMES:
+            raise PackError(f"encoding is {self.encoding!r}, expected one of: {', '.join(ENCODING_NAMES)}.")
+        if self.dense_bits not in DENSE_BITS:
+            raise PackError(f"dense_bits is {self.dense_bits}, expected 16 (as they are), 8 or 4.")
+        if self.calibrate and not self.calibration:
+            raise PackError(
+                f"calibrate is {self.calibrate!r}, which has no effect while calibration is off. Leave one of them out."
+            )
+
+
+def _parse_levels(text: str) -> tuple[int, ...]:
+    known = {str(level): level for level in LEVELS}
+    found = [known.get(part.strip(), 0) for part in text.split(",")]
+    if 0 in found or sorted(set(found)) != found:
+        raise PackError(
+            f"levels is {text!r}, expected {RAW!r} or some of {', '.join(known)}, ascending and apart by commas: 2,4."
+        )
+    return tuple(found)

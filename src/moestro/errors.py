@@ -25,6 +25,10 @@ class StoreError(MoestroError):
     """A store is missing, incomplete, damaged or of another format version."""
 
 
+class PackError(MoestroError):
+    """A store cannot be packed as asked: options that are not valid together, or an unusable calibration text."""
+
+
 class BudgetError(MoestroError):
     """The memory given cannot be parsed or is below the least number that would do."""
 

@@ -9,13 +9,13 @@ import pytest
 from cli.damage import copy_store
 from cli.running import MODEL
 from moestro.store.locate import locate_source
-from moestro.store.pack import pack
+from packing import pack_raw
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the built-in model. Do not change it."""
-    return pack(locate_source(MODEL), tmp_path_factory.mktemp("shipped") / "store").path
+    return pack_raw(locate_source(MODEL), tmp_path_factory.mktemp("shipped") / "store").path
 
 
 @pytest.fixture

@@ -104,11 +104,11 @@ def damaged_template(tmp_path: Path) -> Path:
     import shutil
 
     from moestro.store.locate import locate_source
-    from moestro.store.pack import pack
+    from packing import pack_raw
 
     source = Path(shutil.copytree(locate_source(MODEL), tmp_path / "plain"))
     (source / "chat_template.jinja").unlink()
-    return pack(source, tmp_path / "plain-store").path
+    return pack_raw(source, tmp_path / "plain-store").path
 
 
 def test_a_picture_is_written(store: Path, tmp_path: Path) -> None:

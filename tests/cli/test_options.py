@@ -12,29 +12,30 @@ from typer.testing import CliRunner
 
 from cli.running import run
 from moestro.cli.options import Flag, Only, flags_of, spread_options
-from moestro.config import RuntimeOptions, SamplingParams
+from moestro.config import PackOptions, RuntimeOptions, SamplingParams
 
-FLAGS = [*flags_of(RuntimeOptions), *flags_of(SamplingParams)]
+FLAGS = [*flags_of(RuntimeOptions), *flags_of(SamplingParams), *flags_of(PackOptions)]
 
 
 @pytest.fixture(scope="module")
-def generate_help() -> str:
-    wide = run("generate", "--help", env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).stdout
-    return re.sub(r"\s+", " ", wide)
+def helps() -> str:
+    wide = {"COLUMNS": "400", "TERMINAL_WIDTH": "400"}
+    return re.sub(r"\s+", " ", "".join(run(name, "--help", env=wide).stdout for name in ("generate", "pack")))
 
 
 def test_every_field_has_a_flag() -> None:
-    fields = [*dataclasses.fields(RuntimeOptions), *dataclasses.fields(SamplingParams)]
+    classes = (RuntimeOptions, SamplingParams, PackOptions)
+    fields = [field for one in classes for field in dataclasses.fields(one)]
     assert [flag.name for flag in FLAGS] == [field.name for field in fields]
     assert all(flag.type in (bool, int, float, str) for flag in FLAGS)
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
-def test_every_flag_is_in_the_help(flag: Flag, generate_help: str) -> None:
+def test_every_flag_is_in_the_help(flag: Flag, helps: str) -> None:
     for name in flag.declaration.split("/"):
-        assert f"{name} " in generate_help
-    assert f"[env var: {flag.variable}]" in generate_help
-    assert flag.help in generate_help
+        assert f"{name} " in helps
+    assert f"[env var: {flag.variable}]" in helps
+    assert flag.help in helps
 
 
 def _probe() -> tuple[typer.Typer, list[object]]:
@@ -42,10 +43,15 @@ def _probe() -> tuple[typer.Typer, list[object]]:
     seen: list[object] = []
     probe = typer.Typer()
 
-    def command(options: RuntimeOptions, sampling: SamplingParams) -> None:
-        seen.extend([options, sampling])
+    def command(options: RuntimeOptions, sampling: SamplingParams, packing: PackOptions) -> None:
+        seen.extend([options, sampling, packing])
 
-    command.__annotations__ = {"options": RuntimeOptions, "sampling": SamplingParams, "return": None}
+    command.__annotations__ = {
+        "options": RuntimeOptions,
+        "sampling": SamplingParams,
+        "packing": PackOptions,
+        "return": None,
+    }
     probe.command()(spread_options(command))
     return probe, seen
 
@@ -63,6 +69,13 @@ OTHER = {
     "top_k": 9,
     "seed": 13,
     "ignore_eos": True,
+    "levels": "2,4",
+    "exact_level": 8,
+    "encoding": "signs",
+    "dense_bits": 16,
+    "calibration": False,
+    "calibrate": "text.txt",
+    "dtype": "float16",
 }
 
 
@@ -81,8 +94,7 @@ def test_a_value_arrives(flag: Flag, way: str) -> None:
     environment = {flag.variable: str(flag.default if way.startswith("flag") else value)}
     result = CliRunner().invoke(probe, [] if way == "environment" else arguments, env=environment)
     assert result.exit_code == 0, result.output
-    options, sampling = seen
-    home = options if hasattr(options, flag.name) else sampling
+    home = next(options for options in seen if hasattr(options, flag.name))
     assert getattr(home, flag.name) == value
     assert dataclasses.replace(home, **{flag.name: flag.default}) == type(home)()  # type: ignore[type-var]
 
@@ -90,7 +102,7 @@ def test_a_value_arrives(flag: Flag, way: str) -> None:
 def test_defaults_are_those_of_the_dataclasses() -> None:
     probe, seen = _probe()
     assert CliRunner().invoke(probe, []).exit_code == 0
-    assert seen == [RuntimeOptions(), SamplingParams()]
+    assert seen == [RuntimeOptions(), SamplingParams(), PackOptions()]
 
 
 def test_only_some_fields_can_be_taken() -> None:

@@ -15,9 +15,9 @@ from moestro.engine.engine import Engine
 from moestro.engine.sequence import Sequence
 from moestro.errors import PlaneReadError, RequestError
 from moestro.runtime.open import OpenModel
-from moestro.store.pack import pack
 from moestro.store.reader import Store
 from opening import open_store
+from packing import pack_raw
 
 PROMPTS = [[5, 17, 3], [99, 42], [120, 64, 31, 77]]
 GREEDY = SamplingParams(max_tokens=6)
@@ -27,7 +27,7 @@ GREEDY = SamplingParams(max_tokens=6)
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
     save_checkpoint("qwen3_moe", folder / "checkpoint")
-    pack(folder / "checkpoint", folder / "store")
+    pack_raw(folder / "checkpoint", folder / "store")
     return folder / "store"
 
 

@@ -11,7 +11,7 @@ import pytest
 from moestro import LLM, MoestroError, SamplingParams
 from moestro.errors import BudgetError, RequestError
 from moestro.store.locate import locate_source
-from moestro.store.pack import pack
+from packing import pack_raw
 
 PROMPTS = ["def main(argv):\n    ", "The dictionary", "Der Befehl", "1 + 2 ="]
 GREEDY = SamplingParams(max_tokens=24)
@@ -21,7 +21,7 @@ RANDOM = [SamplingParams(max_tokens=20, temperature=0.9, top_p=0.9, seed=seed) f
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shipped") / "store"
-    pack(locate_source("tiny-qwen3moe-28m"), folder)
+    pack_raw(locate_source("tiny-qwen3moe-28m"), folder)
     return folder
 
 

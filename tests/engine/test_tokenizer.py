@@ -12,8 +12,8 @@ import pytest
 from families import FAMILIES, save_checkpoint
 from moestro.engine.tokenizer import end_token_ids, load_tokenizer
 from moestro.errors import StoreError
-from moestro.store.pack import pack
 from moestro.store.reader import Store
+from packing import pack_raw
 
 
 @dataclass
@@ -52,7 +52,7 @@ def test_damaged_end_tokens_are_named(tmp_path: Path, content: str) -> None:
 
 def test_a_model_packed_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     save_checkpoint("mixtral", tmp_path / "checkpoint")
-    store = pack(tmp_path / "checkpoint", tmp_path / "store")
+    store = pack_raw(tmp_path / "checkpoint", tmp_path / "store")
     assert isinstance(store, Store)
     with pytest.raises(StoreError, match="tokenizer"):
         load_tokenizer(store)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moestro.store.locate import locate_source
-from moestro.store.pack import pack
+from packing import pack_raw
 
 PROMPT = "import os\n\ndef walk(path):\n    " * 12
 
@@ -20,7 +20,7 @@ PROMPT = "import os\n\ndef walk(path):\n    " * 12
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shipped") / "store"
-    pack(locate_source("tiny-qwen3moe-28m"), folder)
+    pack_raw(locate_source("tiny-qwen3moe-28m"), folder)
     return folder
 
 

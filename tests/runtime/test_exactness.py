@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from families import FAMILIES, random_model
-from moestro.store.pack import pack
 from opening import Feed, logits_of, open_store
+from packing import pack_raw
 
 LONG = [(7 * index * index + 3 * index + 11) % 157 + 3 for index in range(140)]
 SHORT = [9, 4, 77]
@@ -47,7 +47,7 @@ CONFIGS = {
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     random_model(CONFIGS[request.param](), dtype=torch.bfloat16).save_pretrained(folder / "checkpoint")
-    pack(folder / "checkpoint", folder / "store")
+    pack_raw(folder / "checkpoint", folder / "store")
     return folder / "store"
 
 

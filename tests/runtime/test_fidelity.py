@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from families import FAMILIES, save_checkpoint
-from moestro.store.pack import pack
 from opening import logits_of, open_store
+from packing import pack_raw
 
 PROMPT = [5, 17, 3, 99, 42, 8, 120, 64, 31, 77, 12, 150, 9, 9, 23, 58, 101, 6, 44, 71]
 
@@ -19,7 +19,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(family: str, tmp_pat
     model = save_checkpoint(family, tmp_path / "checkpoint")
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")
-    pack(tmp_path / "checkpoint", tmp_path / "store")
+    pack_raw(tmp_path / "checkpoint", tmp_path / "store")
     expected, tokens = _greedy(model, PROMPT, new_tokens=12)
     with open_store(tmp_path / "store", share=0.0) as opened:
         actual = logits_of(opened, tokens[:-1])

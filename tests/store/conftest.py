@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moestro.store.locate import locate_source
-from moestro.store.pack import pack
 from moestro.store.reader import Store
+from packing import pack_raw
 
 
 @pytest.fixture(scope="session")
@@ -20,4 +20,4 @@ def shipped() -> Path:
 @pytest.fixture(scope="session")
 def shipped_store(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store of it. Do not change it."""
-    return pack(shipped, tmp_path_factory.mktemp("shipped") / "store")
+    return pack_raw(shipped, tmp_path_factory.mktemp("shipped") / "store")

@@ -10,8 +10,10 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from moestro.config import PackOptions
 from moestro.store.pack import PackLimits, pack
 
+RAW = PackOptions(levels="raw")
 LIMITS = PackLimits(sync_bytes=32 << 10)
 _CHANGING_CALLS = ("write", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "replace", "unlink", "mkdir")
 
@@ -31,16 +33,16 @@ def run(target: Callable[..., None], *args: Any) -> int | None:
     return process.exitcode
 
 
-def pack_until(source: Path, destination: Path, fatal_call: int) -> None:
+def pack_until(source: Path, destination: Path, fatal_call: int, options: PackOptions = RAW) -> None:
     """Pack, and die by SIGKILL in the middle of the `fatal_call`-th call that changes something on the disk."""
     _count_calls(lambda count: count == fatal_call)
-    pack(source, destination, limits=LIMITS)
+    pack(source, destination, options=options, limits=LIMITS)
 
 
-def pack_counting(source: Path, destination: Path, report: Path) -> None:
+def pack_counting(source: Path, destination: Path, report: Path, options: PackOptions = RAW) -> None:
     """Pack, and write to `report` how many calls changed something on the disk."""
     calls = _count_calls(lambda _: False)
-    pack(source, destination, limits=LIMITS)
+    pack(source, destination, options=options, limits=LIMITS)
     report.write_text(str(len(calls)))
 
 

@@ -7,23 +7,23 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moestro.store.journal import JOURNAL_NAME, Journal, read_header
+from moestro.store.journal import JOURNAL_NAME, Journal, UnitRecord, read_header
 
 HEADER = {"format": "moestro-store", "fingerprint": "1"}
-UNITS = {0: 1, 1: 2**64 - 1, 5: 77}
+UNITS = {0: UnitRecord((1,)), 1: UnitRecord((2**64 - 1, 3), (0.5, 1e-06)), 5: UnitRecord((77, 0), (0.0, 1 / 3))}
 
 
 def _written(folder: Path) -> Path:
     path = folder / JOURNAL_NAME
     path.unlink(missing_ok=True)
     journal = Journal(path, HEADER)
-    journal.add({0: 1, 1: 2**64 - 1})
-    journal.add({5: 77})
+    journal.add({0: UNITS[0], 1: UNITS[1]})
+    journal.add({5: UNITS[5]})
     journal.close()
     return path
 
 
-def _read(path: Path) -> dict[int, int]:
+def _read(path: Path) -> dict[int, UnitRecord]:
     journal = Journal(path, HEADER)
     journal.close()
     return journal.done
@@ -36,7 +36,7 @@ def test_what_was_noted_is_read_back(tmp_path: Path) -> None:
     assert read_header(tmp_path / "none") is None
 
 
-@given(cut=st.integers(0, 200), tail=st.binary(max_size=40))
+@given(cut=st.integers(0, 300), tail=st.binary(max_size=40))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_cut_or_garbled_end_is_dropped(cut: int, tail: bytes, tmp_path: Path) -> None:
     path = _written(tmp_path)
@@ -47,9 +47,9 @@ def test_a_cut_or_garbled_end_is_dropped(cut: int, tail: bytes, tmp_path: Path) 
     assert cut or done == UNITS
     assert _read(path) == done
     journal = Journal(path, HEADER)
-    journal.add({9: 9})
+    journal.add({9: UnitRecord((9,))})
     journal.close()
-    assert _read(path) == {**done, 9: 9}
+    assert _read(path) == {**done, 9: UnitRecord((9,))}
 
 
 def test_a_flipped_bit_ends_the_journal(tmp_path: Path) -> None:

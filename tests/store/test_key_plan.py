@@ -16,7 +16,7 @@ from moestro.hf.skeleton import build_skeleton
 from moestro.store.checkpoint import Checkpoint
 from moestro.store.conversion import check_expertwise, natural
 from moestro.store.key_plan import plan_keys
-from moestro.store.pack import pack
+from packing import pack_raw
 from store.reading import assert_holds, read_dense, read_expert
 
 
@@ -31,7 +31,7 @@ def test_twelve_experts_keep_their_numbers(tmp_path: Path) -> None:
     config.num_local_experts = 12
     model = random_model(config)
     model.save_pretrained(tmp_path / "source")
-    assert_holds(pack(tmp_path / "source", tmp_path / "store"), model.state_dict())
+    assert_holds(pack_raw(tmp_path / "source", tmp_path / "store"), model.state_dict())
 
 
 def test_keys_sort_naturally() -> None:
@@ -46,7 +46,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
         **{"model.layers.1.mlp.experts.4.up_proj.weight": None, "model.layers.2.self_attn.q_norm.weight": None},
     )
     with pytest.raises(CheckpointError, match=r"lacks 2 tensor\(s\)") as caught:
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
     assert "model.layers.1.mlp.experts.4 (mlp.experts.*.up_proj.weight)" in str(caught.value)
     assert "model.layers.2.self_attn.q_norm.weight" in str(caught.value)
     assert not (tmp_path / "store.partial").exists()
@@ -56,7 +56,7 @@ def test_a_whole_missing_layer_is_named(tmp_path: Path) -> None:
     save_checkpoint("gpt_oss", tmp_path)
     _edit(tmp_path, **{"model.layers.3.mlp.experts.down_proj_bias": None})
     with pytest.raises(CheckpointError, match=r"lacks 1 tensor\(s\).*model\.layers\.3\.mlp\.experts\.down_proj_bias"):
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
 
 
 @pytest.mark.parametrize(
@@ -74,28 +74,28 @@ def test_another_shape_is_named(family: str, key: str, shape: tuple[int, ...], t
     save_checkpoint(family, tmp_path)
     _edit(tmp_path, **{key: torch.zeros(shape)})
     with pytest.raises(CheckpointError, match=r"has shape .*, expected"):
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
 
 
 def test_halves_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save_checkpoint("qwen3_moe", tmp_path)
     _edit(tmp_path, **{"model.layers.1.mlp.experts.0.up_proj.weight": torch.zeros(32, 63)})
     with pytest.raises(CheckpointError, match=r"cannot be converted|has shape"):
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
 
 
 def test_an_expert_too_many_is_named(tmp_path: Path) -> None:
     save_checkpoint("qwen3_moe", tmp_path)
     _edit(tmp_path, **{"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(32, 64)})
     with pytest.raises(CheckpointError, match=r"experts\.8\.up_proj\.weight, but the config says .* has 8 experts"):
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
 
 
 def test_two_tensors_for_one_are_refused(tmp_path: Path) -> None:
     save_checkpoint("granitemoe", tmp_path)
     _edit(tmp_path, **{"model.layers.0.block_sparse_moe.experts.down_proj": torch.zeros(8, 64, 32)})
     with pytest.raises(CheckpointError, match=r"both stand for model\.layers\.0\.block_sparse_moe\.experts\.down_proj"):
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
 
 
 def test_what_the_model_does_not_use_is_listed(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_what_the_model_does_not_use_is_listed(tmp_path: Path) -> None:
     extra = {f"model.layers.3.mlp.experts.{i}.up_proj.weight": torch.zeros(2, 2) for i in range(12)}
     extra["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     _edit(tmp_path, **extra)
-    store = pack(tmp_path, tmp_path / "store")
+    store = pack_raw(tmp_path, tmp_path / "store")
     assert store.manifest.source.ignored == (
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "model.layers.3.mlp.experts.*.up_proj.weight",
@@ -114,7 +114,7 @@ def test_what_the_model_does_not_use_is_listed(tmp_path: Path) -> None:
 def test_a_tied_head_in_the_checkpoint_is_ignored(tmp_path: Path) -> None:
     model = save_checkpoint("qwen3_moe", tmp_path)
     _edit(tmp_path, **{"lm_head.weight": torch.zeros(160, 64)})
-    store = pack(tmp_path, tmp_path / "store")
+    store = pack_raw(tmp_path, tmp_path / "store")
     assert store.manifest.source.ignored == ("lm_head.weight",)
     assert_holds(store, model.state_dict(), frozenset({"lm_head.weight"}))
 
@@ -123,7 +123,7 @@ def test_tied_weights_stored_under_the_other_name_are_found(tmp_path: Path) -> N
     model = save_checkpoint("qwen3_moe", tmp_path)
     embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     _edit(tmp_path, **{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
-    store = pack(tmp_path, tmp_path / "store")
+    store = pack_raw(tmp_path, tmp_path / "store")
     assert store.manifest.source.ignored == ()
     assert_holds(store, model.state_dict(), frozenset({"lm_head.weight"}))
 
@@ -133,24 +133,24 @@ def test_a_checkpoint_of_the_base_model_is_found(tmp_path: Path) -> None:
     model = save_checkpoint("qwen3_moe", tmp_path)
     tensors = {name.removeprefix("model."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert_holds(pack(tmp_path, tmp_path / "store"), model.state_dict(), frozenset({"lm_head.weight"}))
+    assert_holds(pack_raw(tmp_path, tmp_path / "store"), model.state_dict(), frozenset({"lm_head.weight"}))
 
 
 def test_experts_that_are_fused_already_are_sliced(tmp_path: Path) -> None:
     """transformers' own layout, as saving a state dict by hand gives it, for a family that saves single experts."""
     model = save_checkpoint("mixtral", tmp_path)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
-    assert_holds(pack(tmp_path, tmp_path / "store"), model.state_dict())
+    assert_holds(pack_raw(tmp_path, tmp_path / "store"), model.state_dict())
 
 
 def test_a_wide_dense_matrix_keeps_its_bits_unless_asked(tmp_path: Path) -> None:
     save_checkpoint("qwen3_moe", tmp_path / "source", dtype=torch.bfloat16)
     router = torch.randn(8, 64)
     _edit(tmp_path / "source", **{"model.layers.1.mlp.gate.weight": router})
-    kept = pack(tmp_path / "source", tmp_path / "kept")
+    kept = pack_raw(tmp_path / "source", tmp_path / "kept")
     assert kept.manifest.dtype == "BF16"
     assert torch.equal(read_dense(kept)["model.layers.1.mlp.gate.weight"], router)
-    cast = pack(tmp_path / "source", tmp_path / "cast", dtype="bfloat16")
+    cast = pack_raw(tmp_path / "source", tmp_path / "cast", dtype="bfloat16")
     assert torch.equal(read_dense(cast)["model.layers.1.mlp.gate.weight"], router.bfloat16())
 
 
@@ -158,7 +158,7 @@ def test_experts_of_mixed_types_are_widened(tmp_path: Path) -> None:
     save_checkpoint("qwen3_moe", tmp_path / "source", dtype=torch.bfloat16)
     wide = torch.randn(32, 64)
     _edit(tmp_path / "source", **{"model.layers.2.mlp.experts.5.up_proj.weight": wide})
-    store = pack(tmp_path / "source", tmp_path / "store")
+    store = pack_raw(tmp_path / "source", tmp_path / "store")
     assert store.manifest.dtype == "F32"
     assert torch.equal(read_expert(store, 2, 5)["gate_up_proj"][32:], wide)
 

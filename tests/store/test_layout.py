@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.hf.skeleton import ExpertParam
+from moestro.quant import LEVELS
 from moestro.store.dtypes import STORED_FLOATS, tensor_bytes
-from moestro.store.layout import Layout, PlaneLayout, TensorLayout, layout_problem, raw_layout
+from moestro.store.layout import Layout, PlaneLayout, TensorLayout, layout_problem, quantised_layout, raw_layout
 
 _SHAPES = st.lists(st.integers(1, 70), min_size=1, max_size=2).map(tuple)
 
@@ -50,11 +51,47 @@ def test_tensors_are_aligned_and_apart(shapes: list[tuple[int, ...]], dtype: str
     assert layout_problem(layout) is None
 
 
-def test_chains_of_planes_are_valid() -> None:
-    code = TensorLayout("w", "U8", (3, 5), 0, 4, 32)
-    base = PlaneLayout("base", 2, 4096, (code,))
-    assert layout_problem(Layout((base, replace(base, kind="bit", level=4)))) is None
-    assert layout_problem(Layout((base, replace(base, kind="delta", level=8, tensors=())))) is None
+def test_a_known_quantised_layout() -> None:
+    """Sizes by the formulas of docs/format.md: 2 tiles of 16 rows, 2 groups of 32 and 1 of 64 columns."""
+    params = (ExpertParam("w", (20, 40), True), ExpertParam("b", (20,), False), ExpertParam("v", (40, 64), False))
+    base = PlaneLayout(
+        "base",
+        2,
+        4096,
+        (
+            TensorLayout("w", "nested", (20, 40), 0, 64 + 2 * 2 * (64 + 4 * 32), 32),
+            TensorLayout("b", "F32", (20,), 832, 80, None),
+            TensorLayout("v", "nested", (40, 64), 960, 64 + 3 * 1 * (64 + 4 * 64), 64),
+        ),
+    )
+    bits = (
+        TensorLayout("w", "nested", (20, 40), 0, 2 * 2 * 2 * 32, 32),
+        TensorLayout("v", "nested", (40, 64), 256, 3 * 2 * 64, 64),
+    )
+    nibbles = (
+        TensorLayout("w", "nested", (20, 40), 0, 2 * 2 * 8 * 32, 32),
+        TensorLayout("v", "nested", (40, 64), 1024, 3 * 8 * 64, 64),
+    )
+    chain = (
+        base,
+        PlaneLayout("bit", 3, 4096, bits),
+        PlaneLayout("bit", 4, 4096, bits),
+        PlaneLayout("bit", 8, 4096, nibbles),
+    )
+    assert quantised_layout(params, "nested", (2, 3, 4, 8)) == Layout(chain)
+    assert quantised_layout(params, "nested", (2, 4)) == Layout(chain[:3])
+    assert quantised_layout(params, "nested", (2,)) == Layout(chain[:1])
+
+
+@given(st.lists(_SHAPES, min_size=1, max_size=4), st.sampled_from(["nested", "signs"]), st.sampled_from(LEVELS))
+def test_chains_of_planes_are_valid(shapes: list[tuple[int, ...]], encoding: str, level: int) -> None:
+    params = [ExpertParam(f"t{i}", shape, False) for i, shape in enumerate([(3, 5), *shapes])]
+    layout = quantised_layout(params, encoding, (level,))
+    assert layout_problem(layout) is None
+    assert [plane.level for plane in layout.planes] == [bits for bits in LEVELS if bits <= level]
+    first = layout.planes[0]
+    assert {tensor.name: tensor.shape for tensor in first.tensors} == {param.name: param.shape for param in params}
+    assert layout_problem(Layout((*layout.planes, PlaneLayout("delta", 9, 4096, ())))) is None
 
 
 _W = TensorLayout("w", "F32", (4, 8), 64, 128, None)

@@ -12,8 +12,9 @@ import pytest
 from families import save_checkpoint
 from moestro.errors import CheckpointError, StoreError
 from moestro.store.locate import locate, locate_shapes, locate_source
-from moestro.store.pack import PackProgress, pack
+from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
+from packing import pack_raw
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_store_is_itself(checkpoint: Path, tmp_path: Path) -> None:
-    store = pack(checkpoint, tmp_path / "store").path
+    store = pack_raw(checkpoint, tmp_path / "store").path
     assert locate(str(store), auto_pack=False) == store
     assert locate_shapes(str(store)) == store
     with pytest.raises(StoreError, match="is a store already"):
@@ -86,7 +87,7 @@ def test_too_little_disk_is_said_before_packing(checkpoint: Path, cache: Path, m
 
 
 def test_an_unfinished_store_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    pack(checkpoint, tmp_path / "store").path.rename(tmp_path / "store.partial")
+    pack_raw(checkpoint, tmp_path / "store").path.rename(tmp_path / "store.partial")
     for name in ("store", "store.partial"):
         for find in (locate_source, locate_shapes, lambda model: locate(model, auto_pack=True)):
             with pytest.raises(StoreError, match=r"store\.partial is an unfinished store\. Run the `moestro pack`"):

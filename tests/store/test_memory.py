@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import GraniteMoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from moestro.hf.skeleton import build_skeleton, load_config
-from moestro.store.pack import pack
+from packing import pack_raw
 from store.crash import run
 
 _HIDDEN, _WIDTH, _EXPERTS = 512, 1024, 32
@@ -61,7 +61,7 @@ def pack_measured(source: Path, destination: Path, report: Path) -> None:
     """Pack in this process; report its peak resident bytes before and after."""
     build_skeleton(load_config(source))
     before = _peak_bytes()
-    pack(source, destination)
+    pack_raw(source, destination)
     report.write_text(json.dumps([before, _peak_bytes()]))
 
 

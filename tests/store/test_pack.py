@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from families import save_checkpoint
+from moestro.config import PackOptions
 from moestro.errors import CheckpointError, StoreError, UnsupportedModelError
 from moestro.hf.skeleton import build_skeleton, load_config
 from moestro.store.disk import FolderLock
-from moestro.store.pack import PackLimits, PackProgress, pack
+from moestro.store.pack import PackLimits, PackProgress
 from moestro.store.pack_plan import planned_dense_bytes
 from moestro.store.reader import Store
+from packing import pack_raw
 from store.reading import assert_holds, read_expert
 
 
@@ -35,7 +37,7 @@ def _names(folder: Path) -> list[str]:
 
 def test_progress_counts_every_byte(model: PreTrainedModel, tmp_path: Path) -> None:
     reports: list[PackProgress] = []
-    store = pack(tmp_path / "source", tmp_path / "deep" / "store", progress=reports.append)
+    store = pack_raw(tmp_path / "source", tmp_path / "deep" / "store", progress=reports.append)
     assert reports[0].done_bytes == 0
     assert reports[-1].done_bytes == reports[-1].total_bytes == store.expert_bytes + store.dense_bytes
     assert [report.stage for report in (reports[0], reports[-1])] == ["dense weights", "experts"]
@@ -43,20 +45,20 @@ def test_progress_counts_every_byte(model: PreTrainedModel, tmp_path: Path) -> N
 
 
 def test_the_same_again_returns_the_store(model: PreTrainedModel, tmp_path: Path) -> None:
-    first = pack(tmp_path / "source", tmp_path / "store")
+    first = pack_raw(tmp_path / "source", tmp_path / "store")
     before = {path.name: path.stat().st_mtime_ns for path in first.path.iterdir()}
-    assert pack(tmp_path / "source", tmp_path / "store", dtype="float32") == first
+    assert pack_raw(tmp_path / "source", tmp_path / "store", dtype="float32") == first
     assert {path.name: path.stat().st_mtime_ns for path in first.path.iterdir()} == before
     assert _names(tmp_path) == ["source", "store"]
 
 
 def test_another_store_is_not_overwritten(model: PreTrainedModel, tmp_path: Path) -> None:
-    pack(tmp_path / "source", tmp_path / "store")
-    with pytest.raises(StoreError, match=r"is a store of another checkpoint or dtype .* in F32; asked for .* in BF16"):
-        pack(tmp_path / "source", tmp_path / "store", dtype="bfloat16")
+    pack_raw(tmp_path / "source", tmp_path / "store")
+    with pytest.raises(StoreError, match=r"is a store of another checkpoint or .* in F32, raw; asked for .* BF16"):
+        pack_raw(tmp_path / "source", tmp_path / "store", dtype="bfloat16")
     save_checkpoint("olmoe", tmp_path / "source", seed=1)
     with pytest.raises(StoreError, match="is a store of another checkpoint"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
     assert_holds(Store.open(tmp_path / "store"), model.state_dict())
 
 
@@ -65,34 +67,34 @@ def test_other_folders_are_not_touched(model: PreTrainedModel, tmp_path: Path) -
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious.txt").write_text("mine")
     with pytest.raises(StoreError, match="exists and is not a store"):
-        pack(tmp_path / "source", tmp_path / "notes")
+        pack_raw(tmp_path / "source", tmp_path / "notes")
     with pytest.raises(StoreError, match=r"store\.partial holds files that are not an unfinished store"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
     with pytest.raises(StoreError, match=r"ends in \.partial"):
-        pack(tmp_path / "source", tmp_path / "store.partial")
+        pack_raw(tmp_path / "source", tmp_path / "store.partial")
     for name in ("notes", "store.partial"):
         assert _names(tmp_path / name) == ["precious.txt"]
 
 
 def test_an_empty_folder_is_filled(model: PreTrainedModel, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    assert_holds(pack(tmp_path / "source", tmp_path / "store"), model.state_dict())
+    assert_holds(pack_raw(tmp_path / "source", tmp_path / "store"), model.state_dict())
 
 
 def test_two_packs_do_not_write_one_store(model: PreTrainedModel, tmp_path: Path) -> None:
     lock = FolderLock(tmp_path / "store.partial")
     with pytest.raises(StoreError, match=r"Another process is writing .*store\.partial"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
     lock.close()
-    assert pack(tmp_path / "source", tmp_path / "store").verify() == []
+    assert pack_raw(tmp_path / "source", tmp_path / "store").verify() == []
 
 
 def test_a_finished_partial_only_gets_its_name(model: PreTrainedModel, tmp_path: Path) -> None:
-    pack(tmp_path / "source", tmp_path / "store").path.rename(tmp_path / "store.partial")
-    with pytest.raises(StoreError, match="unfinished store of another source, dtype"):
-        pack(tmp_path / "source", tmp_path / "store", dtype="float16")
+    pack_raw(tmp_path / "source", tmp_path / "store").path.rename(tmp_path / "store.partial")
+    with pytest.raises(StoreError, match="unfinished store of another source, with other options"):
+        pack_raw(tmp_path / "source", tmp_path / "store", dtype="float16")
     reports: list[PackProgress] = []
-    assert pack(tmp_path / "source", tmp_path / "store", progress=reports.append).verify() == []
+    assert pack_raw(tmp_path / "source", tmp_path / "store", progress=reports.append).verify() == []
     assert reports == []
 
 
@@ -100,7 +102,7 @@ def test_too_little_disk_is_said_first(model: PreTrainedModel, tmp_path: Path, m
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match=r"Packing source needs .* of free disk in .*, which has 0\.00 GiB"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
     assert _names(tmp_path) == ["source"]
 
 
@@ -119,10 +121,10 @@ def test_a_full_disk_keeps_what_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", limited)
         with pytest.raises(StoreError, match=r"could not be written: No space left on device\. What is finished"):
-            pack(tmp_path / "source", tmp_path / "store", limits=PackLimits(sync_bytes=4096))
+            pack_raw(tmp_path / "source", tmp_path / "store", limits=PackLimits(sync_bytes=4096))
     assert _names(tmp_path) == ["source", "store.partial"]
     reports: list[PackProgress] = []
-    assert_holds(pack(tmp_path / "source", tmp_path / "store", progress=reports.append), model.state_dict())
+    assert_holds(pack_raw(tmp_path / "source", tmp_path / "store", progress=reports.append), model.state_dict())
     assert reports[0].done_bytes > 0
 
 
@@ -135,16 +137,16 @@ def test_a_cast_that_overflows_names_the_tensor_and_leaves_nothing(
     save_file(tensors, tmp_path / "source" / "model.safetensors")
     named = r"model\.layers\.1\.mlp\.experts\.gate_up_proj of expert 3" if "experts" in name else r"lm_head\.weight"
     with pytest.raises(CheckpointError, match=f"Tensor {named} has values up to 1e\\+06, more than F16 can hold"):
-        pack(tmp_path / "source", tmp_path / "store", dtype="float16")
+        pack_raw(tmp_path / "source", tmp_path / "store", dtype="float16")
     assert _names(tmp_path) == ["source"]
-    assert pack(tmp_path / "source", tmp_path / "store", dtype="bfloat16").verify() == []
+    assert pack_raw(tmp_path / "source", tmp_path / "store", dtype="bfloat16").verify() == []
 
 
 def test_infinities_and_nan_are_kept(model: PreTrainedModel, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "source" / "model.safetensors")
     tensors["model.layers.0.mlp.experts.1.down_proj.weight"][0, :2] = torch.tensor([float("nan"), float("inf")])
     save_file(tensors, tmp_path / "source" / "model.safetensors")
-    stored = read_expert(pack(tmp_path / "source", tmp_path / "store"), 0, 1)["down_proj"]
+    stored = read_expert(pack_raw(tmp_path / "source", tmp_path / "store"), 0, 1)["down_proj"]
     assert stored[0, 0].isnan()
     assert stored[0, 1].isinf()
 
@@ -152,16 +154,16 @@ def test_infinities_and_nan_are_kept(model: PreTrainedModel, tmp_path: Path) -> 
 def test_models_that_are_not_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UnsupportedModelError, match="not a mixture-of-experts model"):
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
     (tmp_path / "config.json").write_text('{"model_type": "nobody_knows_me"}')
     with pytest.raises(UnsupportedModelError, match="nobody_knows_me"):
-        pack(tmp_path, tmp_path / "store")
+        pack_raw(tmp_path, tmp_path / "store")
 
 
 @pytest.mark.parametrize(("option", "dtype"), [(None, "F32"), ("bfloat16", "BF16")])
 @pytest.mark.parametrize("family", ["ernie4_5_moe", "gpt_oss", "qwen3_moe"])
 def test_the_dense_file_is_as_large_as_planned(family: str, option: str | None, dtype: str, tmp_path: Path) -> None:
     save_checkpoint(family, tmp_path / "source")
-    store = pack(tmp_path / "source", tmp_path / "store", dtype=option)
+    store = pack_raw(tmp_path / "source", tmp_path / "store", dtype=option)
     skeleton = build_skeleton(load_config(tmp_path / "source"))
-    assert planned_dense_bytes(skeleton, dtype) == store.dense_file.stat().st_size
+    assert planned_dense_bytes(skeleton, dtype, PackOptions(levels="raw")) == store.dense_file.stat().st_size

@@ -12,7 +12,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from families import save_checkpoint
 from moestro.errors import CheckpointError, MoestroError
-from moestro.store.pack import pack
+from packing import pack_raw
 from store.quantised_checkpoints import rewrite, save_fp8, save_mxfp4
 from store.reading import read_dense, read_expert
 
@@ -20,7 +20,7 @@ from store.reading import read_dense, read_expert
 @pytest.mark.parametrize(("option", "stored"), [(None, "BF16"), ("float32", "F32")])
 def test_mxfp4_experts_are_dequantised(option: str | None, stored: str, tmp_path: Path) -> None:
     tensors = save_mxfp4(tmp_path / "source")
-    store = pack(tmp_path / "source", tmp_path / "store", dtype=option)
+    store = pack_raw(tmp_path / "source", tmp_path / "store", dtype=option)
     assert store.manifest.dtype == stored
     assert store.manifest.source.quantisation == "mxfp4"
     assert store.manifest.source.ignored == ()
@@ -47,7 +47,7 @@ def test_block_fp8_is_dequantised(tile: tuple[int, int], tmp_path: Path) -> None
         rows, columns = tensors[name].shape
         return (tensors[name].float() * wide[:rows, :columns]).bfloat16()
 
-    store = pack(tmp_path / "source", tmp_path / "store")
+    store = pack_raw(tmp_path / "source", tmp_path / "store")
     assert store.manifest.dtype == "BF16"
     assert store.manifest.source.quantisation == "fp8"
     assert store.manifest.source.ignored == ()
@@ -71,7 +71,7 @@ def test_other_methods_are_refused_by_name(method: str | None, tmp_path: Path) -
     path = tmp_path / "source" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}))
     with pytest.raises(MoestroError, match=str(method)):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
 
 
@@ -81,7 +81,7 @@ def test_fp8_without_scales_is_refused(tmp_path: Path) -> None:
     del tensors[f"{name}_scale_inv"]
     rewrite(tmp_path / "source", tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]})
     with pytest.raises(CheckpointError, match=f"{name} holds fp8 numbers without scales"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
 
 
 @pytest.mark.parametrize("block_size", [None, [64, 64, 1], [16, 128], [0, 0]])
@@ -89,7 +89,7 @@ def test_fp8_scales_of_another_shape_are_refused(block_size: object, tmp_path: P
     tensors = save_fp8(tmp_path / "source", (128, 128))
     rewrite(tmp_path / "source", tensors, {"quant_method": "fp8", "weight_block_size": block_size})
     with pytest.raises(CheckpointError, match="does not match the config's weight_block_size"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
 
 
 def test_mxfp4_blocks_without_scales_are_refused(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_mxfp4_blocks_without_scales_are_refused(tmp_path: Path) -> None:
     del tensors["model.layers.2.mlp.experts.down_proj_scales"]
     rewrite(tmp_path / "source", tensors, {"quant_method": "mxfp4"})
     with pytest.raises(CheckpointError, match=r"MXFP4 tensor model\.layers\.2\.mlp\.experts\.down_proj_blocks"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")
 
 
 def test_integers_that_say_not_how_they_are_quantised_are_refused(tmp_path: Path) -> None:
@@ -106,4 +106,4 @@ def test_integers_that_say_not_how_they_are_quantised_are_refused(tmp_path: Path
     integers = {name: (t * 100).to(torch.int8) if "experts" in name else t for name, t in tensors.items()}
     save_file(integers, tmp_path / "source" / "model.safetensors")
     with pytest.raises(CheckpointError, match="experts are stored as I8"):
-        pack(tmp_path / "source", tmp_path / "store")
+        pack_raw(tmp_path / "source", tmp_path / "store")

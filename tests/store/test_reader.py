@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from families import save_checkpoint
 from moestro.errors import StoreError
-from moestro.store.pack import pack
 from moestro.store.reader import Store
 from moestro.store.verify import VerifyProgress
+from packing import pack_raw
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("reader")
     save_checkpoint("mixtral", folder / "source")
-    return pack(folder / "source", folder / "store")
+    return pack_raw(folder / "source", folder / "store")
 
 
 @pytest.fixture

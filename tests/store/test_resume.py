@@ -10,8 +10,9 @@ import pytest
 
 from families import save_checkpoint
 from moestro.errors import StoreError
-from moestro.store.pack import PackProgress, pack
+from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
+from packing import pack_raw
 from store.crash import LIMITS, pack_counting, pack_until, run
 
 
@@ -48,7 +49,7 @@ def test_killed_at_a_random_point(
         if not destination.exists():
             with pytest.raises(StoreError, match=r"not finished|no store"):
                 Store.open(destination)
-    assert pack(source, destination, limits=LIMITS).verify() == []
+    assert pack_raw(source, destination, limits=LIMITS).verify() == []
     assert _content(destination) == content
     assert not destination.with_name("store.partial").exists()
 
@@ -58,7 +59,7 @@ def test_killed_at_each_of_the_last_calls(source: Path, whole: tuple[dict[str, b
     for back in range(9):
         destination = tmp_path / f"store{back}"
         assert run(pack_until, source, destination, calls - back) == -signal.SIGKILL
-        pack(source, destination, limits=LIMITS)
+        pack_raw(source, destination, limits=LIMITS)
         assert _content(destination) == content, f"killed {back} calls before the end"
 
 
@@ -67,7 +68,7 @@ def test_a_resumed_pack_does_not_write_again_what_is_done(
 ) -> None:
     assert run(pack_until, source, tmp_path / "store", whole[1] * 3 // 4) == -signal.SIGKILL
     reports: list[PackProgress] = []
-    pack(source, tmp_path / "store", progress=reports.append)
+    pack_raw(source, tmp_path / "store", progress=reports.append)
     assert reports[0].done_bytes > reports[0].total_bytes // 3
     assert reports[-1].done_bytes == reports[-1].total_bytes
     assert [report.done_bytes for report in reports] == sorted(report.done_bytes for report in reports)
@@ -81,7 +82,7 @@ def test_a_file_lost_in_between_is_written_again(
         destination = tmp_path / name
         assert run(pack_until, source, destination, whole[1] * 3 // 4) == -signal.SIGKILL
         (tmp_path / f"{name}.partial" / name).unlink()
-        pack(source, destination)
+        pack_raw(source, destination)
         assert _content(destination) == whole[0]
 
 
@@ -91,11 +92,11 @@ def test_another_source_or_dtype_does_not_continue(
     destination = tmp_path / "store"
     assert run(pack_until, source, destination, whole[1] // 2) == -signal.SIGKILL
     left = _content(tmp_path / "store.partial")
-    with pytest.raises(StoreError, match=r"store\.partial is an unfinished store of another source, dtype"):
-        pack(source, destination, dtype="bfloat16")
+    with pytest.raises(StoreError, match=r"store\.partial is an unfinished store of another source, with"):
+        pack_raw(source, destination, dtype="bfloat16")
     save_checkpoint("deepseek_v3", tmp_path / "other", seed=1)
-    with pytest.raises(StoreError, match=r"store\.partial is an unfinished store of another source, dtype"):
-        pack(tmp_path / "other", destination)
+    with pytest.raises(StoreError, match=r"store\.partial is an unfinished store of another source, with"):
+        pack_raw(tmp_path / "other", destination)
     assert _content(tmp_path / "store.partial") == left
-    pack(source, destination)
+    pack_raw(source, destination)
     assert _content(destination) == whole[0]

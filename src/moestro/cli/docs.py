@@ -6,18 +6,20 @@ import sys
 from collections.abc import Iterator
 
 from moestro.cli.options import flags_of
-from moestro.config import RuntimeOptions, SamplingParams
+from moestro.config import PackOptions, RuntimeOptions, SamplingParams
 
 _HEAD = """\
 # Options
 
 Generated from `src/moestro/config.py` by `make docs`; do not edit. A flag wins over its environment variable, which
-wins over the default. In Python the same names are keywords of `LLM(...)` and `SamplingParams(...)`.
+wins over the default. In Python the same names are keywords of `LLM(...)`, `SamplingParams(...)` and
+`PackOptions(...)`.
 """
 
 _SECTIONS = (
     ("How a model is opened", RuntimeOptions, "`generate` (all) and `plan` (memory, context, max-sequences)"),
     ("How tokens are picked", SamplingParams, "`generate`"),
+    ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),
 )
 
 

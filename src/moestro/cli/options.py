@@ -17,7 +17,11 @@ import typer
 
 Command = Callable[..., None]
 
-_PANELS = {"RuntimeOptions": "How the model is opened", "SamplingParams": "How tokens are picked"}
+_PANELS = {
+    "RuntimeOptions": "How the model is opened",
+    "SamplingParams": "How tokens are picked",
+    "PackOptions": "How the store is made",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from moestro.runtime.open import measure_floor, shape_of_store
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import probe
 from moestro.store.dtypes import STORED_FLOATS, dtype_name
-from moestro.store.layout import Layout, raw_layout
-from moestro.store.locate import locate_shapes
+from moestro.store.layout import Layout
+from moestro.store.locate import AUTOMATIC, locate_shapes
 from moestro.store.manifest import has_manifest
-from moestro.store.pack_plan import planned_dense_bytes
+from moestro.store.pack_plan import expert_layouts, planned_dense_bytes
 from moestro.store.reader import Store
 
 
@@ -81,10 +81,10 @@ class Subject:
         config = load_config(folder)
         dtype = _checkpoint_dtype(config)
         skeleton = build_skeleton(config)
-        layouts = tuple(raw_layout(layer.params, dtype) for layer in skeleton.expert_layers)
+        layouts = expert_layouts(skeleton, dtype, AUTOMATIC)
         shape = ModelShape(
             name=folder.name,
-            dense_bytes=planned_dense_bytes(skeleton, dtype),
+            dense_bytes=planned_dense_bytes(skeleton, dtype, AUTOMATIC),
             slot_bytes=tuple(layout.nbytes for layout in layouts),
             experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
         )

@@ -75,6 +75,22 @@ class CastOverflowError(CheckpointError):
     """Finite values of a checkpoint are too large for the dtype that was asked for."""
 
 
+class NotFiniteError(CheckpointError):
+    """A checkpoint holds NaN or infinities, which cannot be quantised."""
+
+
+def check_finite(values: torch.Tensor, name: str) -> None:
+    """Raise NotFiniteError, which names the tensor, unless all values are numbers."""
+    if not values.is_floating_point():
+        return
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise NotFiniteError(
+            f"Tensor {name} holds {bad} value(s) that are NaN or infinite, which cannot be quantised. Download or copy "
+            "the checkpoint again; `--levels raw` packs the weights as they are."
+        )
+
+
 def cast_into(destination: torch.Tensor, values: torch.Tensor, name: str) -> None:
     """Copy `values` into `destination`, which has the same shape and the stored type.
 

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moestro.quant.flat import flat_bytes
 from moestro.store.dtypes import tensor_bytes
 from moestro.store.layout import ALIGNMENT, align
 
 PADDING_PREFIX = "moestro.padding."
+FLAT_BITS = {"flat8": 8, "flat4": 4}
+"""Element types of quantised dense matrices. In the safetensors file they are bytes (U8)."""
 
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """A tensor to be stored."""
+    """A tensor to be stored: `shape` is that of its values, `dtype` as in the manifest."""
 
     name: str
     dtype: str
@@ -44,6 +47,14 @@ class DenseLayout:
     nbytes: int
 
 
+def dense_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor in the dense file."""
+    if dtype not in FLAT_BITS:
+        return tensor_bytes(dtype, shape)
+    rows, columns = shape
+    return flat_bytes(rows, columns, FLAT_BITS[dtype])
+
+
 def dense_layout(specs: Sequence[DenseSpec]) -> DenseLayout:
     """Lay out `specs` in their order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -54,8 +65,9 @@ def dense_layout(specs: Sequence[DenseSpec]) -> DenseLayout:
         start = align(end, ALIGNMENT)
         if start > end:
             header[f"{PADDING_PREFIX}{len(relative)}"] = _entry("U8", (start - end,), end, start)
-        end = start + tensor_bytes(spec.dtype, spec.shape)
-        header[spec.name] = _entry(spec.dtype, spec.shape, start, end)
+        end = start + dense_bytes(spec.dtype, spec.shape)
+        as_bytes = spec.dtype in FLAT_BITS
+        header[spec.name] = _entry(*(("U8", (end - start,)) if as_bytes else (spec.dtype, spec.shape)), start, end)
         relative.append((spec, start, end - start))
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(align(8 + len(text), ALIGNMENT) - 8)

@@ -44,9 +44,20 @@ class Fields:
             raise self._wrong(key, "a whole number", value)
         return value
 
+    def checksum_or_none(self, key: str) -> int | None:
+        """A checksum or null."""
+        return None if self._get(key) is None else self.checksum(key)
+
     def size_or_none(self, key: str) -> int | None:
         """A whole number or null."""
         return None if self._get(key) is None else self.size(key)
+
+    def number(self, key: str | int) -> float:
+        """A number that is written with a point or an exponent, finite and not negative."""
+        value = self._get(key)
+        if type(value) is not float or not 0.0 <= value < float("inf"):
+            raise self._wrong(key, "a number", value)
+        return value
 
     def checksum(self, key: str | int) -> int:
         """A checksum of 16 lower-case hex digits."""
@@ -59,6 +70,26 @@ class Fields:
         """An array of whole numbers."""
         items = Fields(self._array(key), f"{key} of {self._where}")
         return tuple(items.size(index) for index in range(len(items._values)))
+
+    def numbers(self, key: str | int) -> tuple[float, ...]:
+        """An array of numbers."""
+        items = Fields(self._array(key), f"{key} of {self._where}")
+        return tuple(items.number(index) for index in range(len(items._values)))
+
+    def numbers_or_none(self, key: str) -> tuple[float, ...] | None:
+        """An array of numbers, or null."""
+        return None if self._get(key) is None else self.numbers(key)
+
+    def number_tables(self, key: str) -> tuple[tuple[tuple[float, ...], ...], ...]:
+        """An array of arrays of arrays of numbers."""
+        tables = Fields(self._array(key), f"{key} of {self._where}")
+        return tuple(
+            tuple(rows.numbers(index) for index in range(len(rows._values)))
+            for rows in (
+                Fields(tables._array(place), f"{place} of {key} of {self._where}")
+                for place in range(len(tables._values))
+            )
+        )
 
     def texts(self, key: str) -> tuple[str, ...]:
         """An array of strings."""
@@ -75,6 +106,10 @@ class Fields:
     def object(self, key: str) -> Fields:
         """An object."""
         return Fields(self.raw_object(key), f"{key} of {self._where}")
+
+    def object_or_none(self, key: str) -> Fields | None:
+        """An object or null."""
+        return None if self._get(key) is None else self.object(key)
 
     def objects(self, key: str) -> Iterator[Fields]:
         """An array of objects."""

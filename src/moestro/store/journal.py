@@ -1,14 +1,15 @@
 """What of an unfinished store is already on disk.
 
 The journal is a file of JSON lines that only grows. Its first line says which pack it belongs to; each further line
-[unit, checksum, check] says that a unit's bytes were on disk (synced) before the line was; `check` is the line's own
-checksum. A line that was cut or garbled by a crash ends the journal.
+[unit, checksums, errors, check] says that a unit's bytes were on disk (synced) before the line was; `check` is the
+line's own checksum. A line that was cut or garbled by a crash ends the journal.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ from moestro.store.disk import write_all
 JOURNAL_NAME = "journal.jsonl"
 
 
+@dataclass(frozen=True)
+class UnitRecord:
+    """A finished unit: the checksum of a dense tensor, or those of an expert's planes and its error at each level."""
+
+    checksums: tuple[int, ...]
+    errors: tuple[float, ...] = ()
+
+
 class Journal:
-    """The journal of one pack. `done` maps each finished unit (its number) to its checksum."""
+    """The journal of one pack. `done` maps each finished unit (its number) to what is to be known of it."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.done: dict[int, int] = {}
+        self.done: dict[int, UnitRecord] = {}
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             kept = self._replay(path.read_bytes(), header)
@@ -38,7 +47,7 @@ class Journal:
         """Close the file."""
         os.close(self._descriptor)
 
-    def add(self, units: dict[int, int]) -> None:
+    def add(self, units: dict[int, UnitRecord]) -> None:
         """Note that units are on disk. The caller has synced them; they are noted for good when this returns."""
         self._append([_record(unit, value) for unit, value in units.items()])
         self.done.update(units)
@@ -63,23 +72,28 @@ class Journal:
                 if entry != header:
                     return 0
             else:
-                if not isinstance(entry, list) or len(entry) != 3 or entry != _record(entry[0], _value(entry[1])):
+                if not _read(entry, self.done):
                     break
-                self.done[entry[0]] = _value(entry[1])
             kept += len(line)
         return kept
 
 
-def _record(unit: int, value: int) -> list[Any]:
-    return [unit, to_hex(value), to_hex(checksum(f"{unit} {value}".encode()))]
+def _record(unit: int, record: UnitRecord) -> list[Any]:
+    content = [unit, [to_hex(value) for value in record.checksums], list(record.errors)]
+    return [*content, to_hex(checksum(json.dumps(content).encode()))]
 
 
-def _value(text: Any) -> int:
-    """A checksum from its digits; anything else gives a number that no record has."""
+def _read(entry: Any, done: dict[int, UnitRecord]) -> bool:
+    """Take over a line; whether it was whole."""
     try:
-        return int(text, 16)
+        unit, checksums, errors, _ = entry
+        record = UnitRecord(tuple(int(digits, 16) for digits in checksums), tuple(errors))
+        if entry != _record(unit, record):
+            return False
+        done[unit] = record
     except (TypeError, ValueError):
-        return 0
+        return False
+    return True
 
 
 def read_header(path: Path) -> Any:

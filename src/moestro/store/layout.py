@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moestro.store.dtypes import STORED_FLOATS, tensor_bytes
+from moestro.quant import LEVELS, make_encoding
+from moestro.quant.groups import group_size
+from moestro.store.dtypes import STORED_FLOATS, TORCH_DTYPES, tensor_bytes
 
 if TYPE_CHECKING:
     from moestro.hf.skeleton import ExpertParam
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 PAGE = 4096
 PLANE_KINDS = ("base", "bit", "delta", "raw")
+ENCODED = ("nested", "signs")
+"""Element types of matrices that are quantised, plane by plane."""
+
 RAW_LEVELS = {"BF16": 16, "F16": 16, "F32": 32}
 """The level of a raw plane: the bits of its elements."""
 
@@ -73,6 +78,35 @@ def raw_layout(params: Sequence[ExpertParam], dtype: str) -> Layout:
     return Layout(planes=(PlaneLayout("raw", RAW_LEVELS[dtype], align(end, PAGE), tuple(tensors)),))
 
 
+def quantised_layout(params: Sequence[ExpertParam], encoding: str, levels: Sequence[int]) -> Layout:
+    """The layout of an expert whose matrices are quantised so that all of `levels` can be computed.
+
+    The chain has every plane up to the highest level. Each plane holds a region per matrix, in the order of `params`;
+    the base plane also holds the biases, as F32.
+    """
+    chain = LEVELS[: LEVELS.index(max(levels)) + 1]
+    return Layout(planes=tuple(_quantised_plane(params, encoding, level) for level in chain))
+
+
+def _quantised_plane(params: Sequence[ExpertParam], encoding: str, level: int) -> PlaneLayout:
+    is_base = level == LEVELS[0]
+    tensors = []
+    end = 0
+    for param in params:
+        if len(param.shape) == 2:
+            rows, columns = param.shape
+            nbytes = make_encoding(encoding).plane_bytes(rows, columns, level)
+            group: int | None = group_size(columns)
+            dtype = encoding
+        elif is_base:
+            nbytes, group, dtype = tensor_bytes("F32", param.shape), None, "F32"
+        else:
+            continue
+        tensors.append(TensorLayout(param.name, dtype, param.shape, align(end, ALIGNMENT), nbytes, group))
+        end = tensors[-1].offset + nbytes
+    return PlaneLayout("base" if is_base else "bit", level, align(end, PAGE), tuple(tensors))
+
+
 def layout_problem(layout: Layout) -> str | None:
     """What is wrong with a layout that was read from a file, or None."""
     if not layout.planes:
@@ -97,7 +131,19 @@ def _tensors_problem(plane: PlaneLayout) -> str | None:
     for tensor in plane.tensors:
         if tensor.offset % ALIGNMENT or tensor.offset < end or tensor.offset + tensor.nbytes > plane.nbytes:
             return f"tensor {tensor.name!r} at a place where it cannot be ({tensor.offset}, {tensor.nbytes} bytes)"
-        if plane.kind == "raw" and tensor.nbytes != tensor_bytes(tensor.dtype, tensor.shape):
+        if plane.kind != "delta" and tensor.nbytes != _region_bytes(tensor, plane.level):
             return f"tensor {tensor.name!r} of {tensor.nbytes} bytes, which does not match its shape"
         end = tensor.offset + tensor.nbytes
     return None
+
+
+def _region_bytes(tensor: TensorLayout, level: int) -> int | None:
+    """The size that a tensor must have, None for one that cannot be."""
+    if tensor.dtype in TORCH_DTYPES:
+        return tensor_bytes(tensor.dtype, tensor.shape) if tensor.group_size is None else None
+    if tensor.dtype not in ENCODED or level not in LEVELS or len(tensor.shape) != 2 or 0 in tensor.shape:
+        return None
+    rows, columns = tensor.shape
+    if tensor.group_size != group_size(columns):
+        return None
+    return make_encoding(tensor.dtype).plane_bytes(rows, columns, level)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+from moestro.config import PackOptions
 from moestro.errors import StoreError
 from moestro.store.checkpoint import Checkpoint
 from moestro.store.fingerprint import fingerprint
@@ -14,6 +15,9 @@ from moestro.store.hub import download, is_hub_id
 from moestro.store.manifest import MANIFEST_NAME, has_manifest
 from moestro.store.pack import PackProgress, pack
 from moestro.store.reader import PARTIAL_SUFFIX, Store
+
+AUTOMATIC = PackOptions(levels="raw")
+"""How a checkpoint is packed that has no store yet."""
 
 BUILT_IN = ("tiny-qwen3moe-28m",)
 """Models that come with moestro."""
@@ -45,7 +49,7 @@ def locate(model: str, *, auto_pack: bool, progress: Callable[[PackProgress], No
             f"{model} is a checkpoint and there is no store of it yet, and packing it automatically is switched off. "
             f"Pack it with `moestro pack {model} STORE`, then give STORE."
         )
-    return pack(source, destination, progress=progress).path
+    return pack(source, destination, options=AUTOMATIC, progress=progress).path
 
 
 def locate_source(model: str, *, weights: bool = True) -> Path:

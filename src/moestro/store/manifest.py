@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moestro.config import DENSE_BITS, ENCODING_NAMES, RAW
 from moestro.errors import StoreError
+from moestro.store.calibration_facts import CalibrationFacts, facts_body, facts_problem, parse_facts
 from moestro.store.checksum import checksum, to_hex
-from moestro.store.dtypes import STORED_FLOATS, TORCH_DTYPES, tensor_bytes
+from moestro.store.dense_file import FLAT_BITS, dense_bytes
+from moestro.store.dtypes import STORED_FLOATS, TORCH_DTYPES
 from moestro.store.fields import Fields
 from moestro.store.layout import ALIGNMENT, PAGE, Layout, PlaneLayout, TensorLayout, layout_problem
 
 FORMAT = "moestro-store"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _MAX_BYTES = 1 << 30
 
@@ -63,7 +66,7 @@ class PlaneEntry:
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A tensor of dense.safetensors: `nbytes` bytes from `offset` of the file."""
+    """A tensor of dense.safetensors: `nbytes` bytes from `offset` of the file; `shape` is that of its values."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -76,10 +79,14 @@ class DenseTensor:
 class Manifest:
     """The whole manifest. `planes` is in the order (layer, expert, plane).
 
-    `dense_file.checksum` is that of the first bytes of the file, up to the first tensor.
+    `encoding` is "raw", "nested" or "signs"; `dtype` is the type of matrices that are not quantised; `levels` are those
+    that the store promises. `dense_file.checksum` is that of the first bytes of the file, up to the first tensor.
+    `calibration` is None where all weights are as they were.
     """
 
+    encoding: str
     dtype: str
+    dense_bits: int
     exact_level: int
     levels: tuple[int, ...]
     source: Source
@@ -91,6 +98,7 @@ class Manifest:
     dense_file: FileEntry
     dense: dict[str, DenseTensor]
     assets: tuple[FileEntry, ...]
+    calibration: CalibrationFacts | None
 
     def layout_of(self, layer: LayerEntry) -> Layout:
         """The planes of one expert of `layer`."""
@@ -177,7 +185,9 @@ def _body(manifest: Manifest) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
+        "encoding": manifest.encoding,
         "dtype": manifest.dtype,
+        "dense_bits": manifest.dense_bits,
         "exact_level": manifest.exact_level,
         "levels": list(manifest.levels),
         "source": {
@@ -193,6 +203,7 @@ def _body(manifest: Manifest) -> dict[str, Any]:
         "dense_file": _checked_file(manifest.dense_file),
         "dense": {name: _dense_tensor(tensor) for name, tensor in manifest.dense.items()},
         "assets": [_checked_file(entry) for entry in manifest.assets],
+        "calibration": None if manifest.calibration is None else facts_body(manifest.calibration),
     }
 
 
@@ -222,8 +233,11 @@ def _dense_tensor(tensor: DenseTensor) -> list[Any]:
 
 def _parse(body: Fields) -> Manifest:
     source = body.object("source")
+    facts = body.object_or_none("calibration")
     return Manifest(
+        encoding=body.text("encoding"),
         dtype=body.text("dtype"),
+        dense_bits=body.size("dense_bits"),
         exact_level=body.size("exact_level"),
         levels=body.sizes("levels"),
         source=Source(source.text("fingerprint"), source.text_or_none("quantisation"), source.texts("ignored")),
@@ -241,6 +255,7 @@ def _parse(body: Fields) -> Manifest:
             for name, row in body.named_rows("dense", columns=5)
         },
         assets=tuple(_parse_checked_file(entry) for entry in body.objects("assets")),
+        calibration=None if facts is None else parse_facts(facts),
     )
 
 
@@ -270,16 +285,46 @@ def _inconsistency(manifest: Manifest) -> str | None:
     """What contradicts itself in a manifest whose text is intact, or None."""
     if manifest.dtype not in STORED_FLOATS:
         return f"its dtype is {manifest.dtype!r}, expected one of {', '.join(STORED_FLOATS)}"
+    if manifest.dense_bits not in DENSE_BITS:
+        return f"its dense weights have {manifest.dense_bits} bits"
     for layout in manifest.layouts:
         problem = layout_problem(layout)
         if problem:
             return f"it describes {problem}"
     if any(layer.layout >= len(manifest.layouts) or layer.experts < 1 for layer in manifest.layers):
         return "it describes a layer without experts or without a layout"
+    return (
+        _level_problem(manifest)
+        or _encoding_problem(manifest)
+        or _misplaced_plane(manifest)
+        or _misplaced_tensor(manifest)
+    )
+
+
+def _level_problem(manifest: Manifest) -> str | None:
     levels = {plane.level for layout in manifest.layouts for plane in layout.planes}
-    if manifest.exact_level not in levels or set(manifest.levels) != levels:
+    promised = manifest.levels
+    if tuple(sorted(set(promised))) != promised or not levels.issuperset(promised) or max(levels) not in promised:
         return "its levels are not those of its planes"
-    return _misplaced_plane(manifest) or _misplaced_tensor(manifest)
+    if manifest.exact_level not in promised:
+        return f"its exact level {manifest.exact_level} is not one of its levels"
+    return None
+
+
+def _encoding_problem(manifest: Manifest) -> str | None:
+    layouts, facts = manifest.layouts, manifest.calibration
+    types = {tensor.dtype for layout in layouts for plane in layout.planes for tensor in plane.tensors}
+    if manifest.encoding == RAW:
+        if any(plane.kind != RAW for layout in layouts for plane in layout.planes):
+            return "its planes are not raw, its encoding is"
+        return None if facts is None else "it was calibrated, which raw weights are not"
+    if manifest.encoding not in ENCODING_NAMES:
+        return f"its encoding is {manifest.encoding!r}, expected {RAW} or one of {', '.join(ENCODING_NAMES)}"
+    if manifest.encoding not in types or not types <= {manifest.encoding, "F32"}:
+        return f"its planes are not of its encoding {manifest.encoding}"
+    if facts is None:
+        return "it does not say how its codes were found"
+    return facts_problem(facts, [layer.experts for layer in manifest.layers], manifest.levels)
 
 
 def _misplaced_plane(manifest: Manifest) -> str | None:
@@ -299,7 +344,8 @@ def _misplaced_plane(manifest: Manifest) -> str | None:
 def _misplaced_tensor(manifest: Manifest) -> str | None:
     end = 0
     for name, tensor in sorted(manifest.dense.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if tensor.dtype not in TORCH_DTYPES or tensor.nbytes != tensor_bytes(tensor.dtype, tensor.shape):
+        known = tensor.dtype in TORCH_DTYPES or (tensor.dtype in FLAT_BITS and len(tensor.shape) == 2)
+        if not known or tensor.nbytes != dense_bytes(tensor.dtype, tensor.shape):
             return f"dense tensor {name} has {tensor.nbytes} bytes, which does not match its shape"
         if tensor.offset % ALIGNMENT or tensor.offset < end:
             return f"dense tensor {name} lies at byte {tensor.offset}, where it cannot be"

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moestro.config import PackOptions
 from moestro.errors import StoreError
 from moestro.hf.skeleton import build_skeleton, load_config
 from moestro.store.assets import asset_paths, copy_assets
-from moestro.store.casting import CastOverflowError
+from moestro.store.calibration_facts import CalibrationFacts
+from moestro.store.casting import CastOverflowError, NotFiniteError
 from moestro.store.checkpoint import Checkpoint
 from moestro.store.checksum import checksum
+from moestro.store.data_free import DataFree
 from moestro.store.disk import FolderLock, allocated_bytes, check_free, sync_file, write_durably
-from moestro.store.journal import JOURNAL_NAME, read_header
+from moestro.store.expert_work import ExpertEncoder, ExpertWork, Findings
+from moestro.store.journal import JOURNAL_NAME, UnitRecord, read_header
 from moestro.store.manifest import (
     MANIFEST_NAME,
     DenseTensor,
@@ -33,7 +37,11 @@ from moestro.store.manifest import (
 )
 from moestro.store.pack_plan import DENSE_NAME, PLANE_FILE_BYTES, PackPlan, plan_pack
 from moestro.store.reader import PARTIAL_SUFFIX, Store
+from moestro.store.recipe import recipe_of
 from moestro.store.writer import SYNC_BYTES, UnitWriter
+
+SCRATCH_NAME = "scratch"
+"""Folder of an unfinished store for what its encoder wants to find again after an interruption."""
 
 _SMALL_FILES = 16 << 20
 """Allowance for the manifest and the journal when free disk is checked."""
@@ -60,32 +68,37 @@ def pack(
     source: Path,
     destination: Path,
     *,
-    dtype: str | None = None,
+    options: PackOptions | None = None,
+    encoder: ExpertEncoder | None = None,
     progress: Callable[[PackProgress], None] | None = None,
     limits: PackLimits | None = None,
 ) -> Store:
     """Pack the checkpoint folder `source` into a store at `destination`, or return the store that is already there.
 
-    Memory: a few experts plus the largest tensor that is not an expert's and needs a conversion. `dtype`: "bfloat16",
-    "float16", "float32", or None for the checkpoint's own (bf16 where it is quantised). Keys of the checkpoint that the
-    model does not use are listed in the store's `manifest.source.ignored`.
+    `encoder` finds the experts' codes. Raw and data-free packs need none; `moestro.calibration.pack` calls this with
+    one that calibrates. Memory: a few experts plus the largest tensor that is not an expert's and is quantised or
+    converted, besides what the encoder says. Keys of the checkpoint that the model does not use are listed in the
+    store's `manifest.source.ignored`.
 
     Raises:
         CheckpointError: the source is incomplete, damaged, or of a format that is not read.
         UnsupportedModelError: the model is not one that moestro runs.
         StoreError: the destination holds something else, another process writes it, or the disk is full.
     """
-    limits = limits or PackLimits()
+    options, limits = options or PackOptions(), limits or PackLimits()
+    if encoder is None:
+        assert options.is_raw or not options.calibration, "calibration needs an encoder: moestro.calibration.pack"
+        encoder = DataFree()
     if destination.name.endswith(PARTIAL_SUFFIX):
         raise StoreError(f"{destination} ends in {PARTIAL_SUFFIX}, which marks unfinished stores. Choose another name.")
     skeleton = build_skeleton(load_config(source))
     with Checkpoint(source) as checkpoint:
-        plan = plan_pack(checkpoint, skeleton, dtype, plane_file_bytes=limits.plane_file_bytes)
+        plan = plan_pack(checkpoint, skeleton, options, text=encoder.text, plane_file_bytes=limits.plane_file_bytes)
         ready = _existing(destination, plan)
         if ready is not None:
             return ready
         try:
-            return _Packer(source, destination, plan, checkpoint, progress, limits).run()
+            return _Packer(source, destination, plan, checkpoint, encoder, progress, limits).run()
         except OSError as error:
             raise StoreError(
                 f"The store {destination} could not be written: {error.strerror or error}. What is finished is kept: "
@@ -100,17 +113,19 @@ class _Packer:
         destination: Path,
         plan: PackPlan,
         checkpoint: Checkpoint,
+        encoder: ExpertEncoder,
         progress: Callable[[PackProgress], None] | None,
         limits: PackLimits,
     ) -> None:
         self._source, self._destination, self._plan, self._checkpoint = source, destination, plan, checkpoint
-        self._progress, self._limits = progress, limits
+        self._encoder, self._progress, self._limits = encoder, progress, limits
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
-        self._total = plan.total_bytes
+        self._done, self._total = 0, plan.total_bytes
 
     def run(self) -> Store:
         assets = sum(path.stat().st_size for path in asset_paths(self._source))
         needed = self._plan.file_bytes + assets + _SMALL_FILES - allocated_bytes(self._partial)
+        needed += self._encoder.scratch_bytes(self._plan)
         check_free(self._partial, needed, f"Packing {self._source.name}")
         lock = FolderLock(self._partial)
         try:
@@ -121,13 +136,14 @@ class _Packer:
                 return ready
             self._refuse_other_work()
             if not has_manifest(self._partial):
-                self._write_manifest(self._write_units())
+                self._write_manifest(*self._write_units())
+            shutil.rmtree(self._partial / SCRATCH_NAME, ignore_errors=True)
             (self._partial / JOURNAL_NAME).unlink(missing_ok=True)
             sync_file(self._partial)
             os.rename(self._partial, self._destination)
             sync_file(self._destination.parent)
-        except CastOverflowError:
-            # Another dtype has to be chosen: what is finished in this one is of no use.
+        except (CastOverflowError, NotFiniteError):
+            # Another dtype or another checkpoint has to be taken: what is finished is of no use.
             shutil.rmtree(self._partial)
             raise
         finally:
@@ -138,7 +154,7 @@ class _Packer:
         """Raise StoreError unless the partial folder is empty or of this very pack."""
         here = {entry.name for entry in self._partial.iterdir()}
         if MANIFEST_NAME in here:
-            if _made_from(read_manifest(self._partial), self._plan):
+            if recipe_of(read_manifest(self._partial)) == self._plan.recipe:
                 return
         elif JOURNAL_NAME in here:
             header = read_header(self._partial / JOURNAL_NAME)
@@ -152,31 +168,41 @@ class _Packer:
                 "Move them away, or choose another destination."
             )
         raise StoreError(
-            f"{self._partial} is an unfinished store of another source, dtype or moestro version. "
+            f"{self._partial} is an unfinished store of another source, with other options or of another moestro "
+            f"version (asked for: {self._plan.recipe}). "
             "Finish it with the command that began it, or delete that folder and run this command again."
         )
 
-    def _write_units(self) -> dict[int, int]:
-        with UnitWriter(self._partial, self._plan, self._checkpoint, sync_bytes=self._limits.sync_bytes) as writer:
-            done = sum(self._plan.unit_bytes(unit) for unit in writer.done)
-            self._report(done, 0)
-            for unit in range(self._plan.units):
-                if unit in writer.done:
-                    continue
-                writer.write(unit)
-                done += self._plan.unit_bytes(unit)
-                self._report(done, unit)
+    def _write_units(self) -> tuple[dict[int, UnitRecord], Findings]:
+        plan = self._plan
+        with UnitWriter(self._partial, plan, self._checkpoint, sync_bytes=self._limits.sync_bytes) as writer:
+            self._report(sum(plan.unit_bytes(unit) for unit in writer.done), "dense weights")
+            for unit in range(len(plan.dense_sources)):
+                if unit not in writer.done:
+                    writer.write_dense(unit)
+                    self._report(plan.unit_bytes(unit), "dense weights")
+            if plan.options.is_raw:
+                self._write_raw(writer)
+                findings = Findings()
+            else:
+                findings = self._encoder.run(ExpertWork(plan, self._partial / SCRATCH_NAME, writer, self._report))
             writer.sync()
-            return dict(writer.done)
+            return dict(writer.done), findings
 
-    def _report(self, done: int, unit: int) -> None:
+    def _write_raw(self, writer: UnitWriter) -> None:
+        for unit in range(len(self._plan.dense_sources), self._plan.units):
+            if unit not in writer.done:
+                writer.write_raw(unit)
+                self._report(self._plan.unit_bytes(unit), "experts")
+
+    def _report(self, more_bytes: int, stage: str) -> None:
+        self._done += more_bytes
         if self._progress:
-            stage = "dense weights" if unit < len(self._plan.dense_sources) else "experts"
-            self._progress(PackProgress(done, self._total, stage))
+            self._progress(PackProgress(self._done, self._total, stage))
 
-    def _write_manifest(self, checksums: dict[int, int]) -> None:
+    def _write_manifest(self, done: dict[int, UnitRecord], findings: Findings) -> None:
         assets = copy_assets(self._source, self._partial)
-        manifest = _manifest(self._plan, checksums, assets)
+        manifest = _manifest(self._plan, done, assets, findings)
         for entry in assets:
             sync_file(self._partial / entry.name)
         write_durably(self._partial / MANIFEST_NAME, encode(manifest))
@@ -189,41 +215,63 @@ def _existing(destination: Path, plan: PackPlan) -> Store | None:
     if not has_manifest(destination):
         raise StoreError(f"{destination} exists and is not a store. Choose another destination, or move it away.")
     store = Store.open(destination)
-    if not _made_from(store.manifest, plan):
+    recipe = recipe_of(store.manifest)
+    if recipe != plan.recipe:
         raise StoreError(
-            f"{destination} is a store of another checkpoint or dtype (source {store.manifest.source.fingerprint} in "
-            f"{store.manifest.dtype}; asked for {plan.source.fingerprint} in {plan.dtype}). "
+            f"{destination} is a store of another checkpoint or packed otherwise ({recipe}; asked for {plan.recipe}). "
             "Choose another destination, or delete that store."
         )
     return store
 
 
-def _made_from(manifest: Manifest, plan: PackPlan) -> bool:
-    return (manifest.source.fingerprint, manifest.dtype) == (plan.source.fingerprint, plan.dtype)
-
-
-def _manifest(plan: PackPlan, checksums: dict[int, int], assets: tuple[FileEntry, ...]) -> Manifest:
-    dense = {}
-    for unit, place in enumerate(plan.dense.places):
-        spec = place.spec
-        dense[spec.name] = DenseTensor(spec.dtype, spec.shape, place.offset, place.nbytes, checksums[unit])
-    first_plane = len(plan.dense.places)
-    levels = sorted({plane.level for layout in plan.layouts for plane in layout.planes})
+def _manifest(
+    plan: PackPlan, done: dict[int, UnitRecord], assets: tuple[FileEntry, ...], findings: Findings
+) -> Manifest:
+    recipe = plan.recipe
     first = min((place.offset for place in plan.dense.places), default=plan.dense.nbytes)
     assert first == len(plan.dense.head)
     return Manifest(
+        encoding=recipe.encoding,
         dtype=plan.dtype,
-        exact_level=levels[-1],
-        levels=tuple(levels),
+        dense_bits=recipe.dense_bits,
+        exact_level=recipe.exact_level,
+        levels=plan.levels,
         source=plan.source,
         model=plan.model,
         layouts=plan.layouts,
         layers=plan.layers,
         plane_files=plan.plane_files,
-        planes=tuple(
-            PlaneEntry(job.file, job.offset, checksums[first_plane + index]) for index, job in enumerate(plan.planes)
-        ),
+        planes=tuple(_plane_entries(plan, done)),
         dense_file=FileEntry(DENSE_NAME, plan.dense.nbytes, checksum(plan.dense.head)),
-        dense=dense,
+        dense=dict(_dense_entries(plan, done)),
         assets=assets,
+        calibration=None if plan.options.is_raw else _facts(plan, done, findings),
+    )
+
+
+def _dense_entries(plan: PackPlan, done: dict[int, UnitRecord]) -> Iterator[tuple[str, DenseTensor]]:
+    for unit, place in enumerate(plan.dense.places):
+        (value,) = done[unit].checksums
+        yield place.spec.name, DenseTensor(place.spec.dtype, place.spec.shape, place.offset, place.nbytes, value)
+
+
+def _plane_entries(plan: PackPlan, done: dict[int, UnitRecord]) -> Iterator[PlaneEntry]:
+    for unit, job in enumerate(plan.experts, len(plan.dense_sources)):
+        offset = job.offset
+        for plane, value in zip(job.layout.planes, done[unit].checksums, strict=True):
+            yield PlaneEntry(job.file, offset, value)
+            offset += plane.nbytes
+
+
+def _facts(plan: PackPlan, done: dict[int, UnitRecord], findings: Findings) -> CalibrationFacts:
+    return CalibrationFacts(
+        text=plan.text,
+        tokens=findings.tokens,
+        errors=tuple(
+            tuple(done[plan.expert_unit(layer, expert)].errors for expert in range(entry.experts))
+            for layer, entry in enumerate(plan.layers)
+        ),
+        sensitivity=findings.sensitivity,
+        unrouted=findings.unrouted,
+        warnings=findings.warnings,
     )
