@@ -18,7 +18,7 @@ from moestro.engine.results import Evaluation
 from moestro.engine.windows import Text, cut_windows
 from moestro.errors import BudgetError, RequestError
 from moestro.store.locate import locate_source
-from moestro.store.pack import pack
+from packing import pack_raw
 
 TEXTS = [Text("code and words", TEXT), Text("words", TEXT[200:])]
 WINDOW = 48
@@ -31,12 +31,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack(locate_source(MODEL), tmp_path_factory.mktemp("raw") / "store").path
+    return pack_raw(locate_source(MODEL), tmp_path_factory.mktemp("raw") / "store").path
 
 
 @pytest.fixture(scope="module")
 def store(checkpoint: Path) -> Path:
-    return pack(checkpoint, checkpoint.parent / "store").path
+    return pack_raw(checkpoint, checkpoint.parent / "store").path
 
 
 def _measure(store: Path, raw: Path | None = None, memory: str = "100MiB") -> Evaluation:
@@ -124,4 +124,4 @@ def test_a_reference_of_another_vocabulary_is_refused(store: Path, raw: Path, tm
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(RequestError, match="another vocabulary"):
-        _measure(store, pack(other, tmp_path / "store").path)
+        _measure(store, pack_raw(other, tmp_path / "store").path)

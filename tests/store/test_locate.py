@@ -44,7 +44,7 @@ def test_a_checkpoint_is_packed_once(checkpoint: Path, cache: Path) -> None:
     reports: list[PackProgress] = []
     found = locate(str(checkpoint), auto_pack=True, progress=reports.append)
     assert found.parent == cache
-    assert found.name == f"olmoe-{Store.open(found).manifest.source.fingerprint}"
+    assert found.name == f"olmoe-{Store.open(found).manifest.source.fingerprint}-raw"
     assert reports[-1].done_bytes == reports[-1].total_bytes
     reports.clear()
     assert locate(str(checkpoint), auto_pack=False, progress=reports.append) == found

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moestro.cli.console import progress_bar
-from moestro.config import RuntimeOptions
+from moestro.config import PackOptions, RuntimeOptions
 
 if TYPE_CHECKING:
     from moestro import LLM
@@ -21,8 +21,19 @@ def locate_store(model: str, *, auto_pack: bool) -> Path:
 
 
 def locate_raw_store(model: str, *, auto_pack: bool) -> Path:
-    """The folder of a store with the model's weights as they are, packed now if need be. Raises MoestroError."""
-    return locate_store(model, auto_pack=auto_pack)
+    """The folder of a store with the model's weights as they are, packed now if need be. Raises MoestroError.
+
+    A store is taken as it is, whatever it holds.
+    """
+    from moestro.store.locate import locate
+
+    with progress_bar("packing") as report:
+        return locate(
+            model,
+            auto_pack=auto_pack,
+            options=PackOptions(levels="raw"),
+            progress=lambda step: report(step.done_bytes, step.total_bytes),
+        )
 
 
 def open_llm(model: str, options: RuntimeOptions) -> LLM:

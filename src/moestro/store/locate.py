@@ -28,8 +28,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOESTRO_CACHE") or Path.home() / ".cache" / "moestro")
 
 
-def locate(model: str, *, auto_pack: bool, progress: Callable[[PackProgress], None] | None = None) -> Path:
+def locate(
+    model: str,
+    *,
+    auto_pack: bool,
+    options: PackOptions = AUTOMATIC,
+    progress: Callable[[PackProgress], None] | None = None,
+) -> Path:
     """The folder of a store of `model`; a checkpoint is packed once into the cache folder when `auto_pack` allows it.
+
+    `options` say how a checkpoint is packed; a store is taken as it is.
 
     Raises:
         StoreError: there is no such model, its store is not finished, there is no store and `auto_pack` is off, or the
@@ -41,7 +49,8 @@ def locate(model: str, *, auto_pack: bool, progress: Callable[[PackProgress], No
         return Store.open(folder).path
     source = folder if folder is not None else _remote_folder(model, weights=True)
     with Checkpoint(source) as checkpoint:
-        destination = cache_folder() / "stores" / f"{_store_name(model)}-{fingerprint(checkpoint)}"
+        kind = "-raw" if options.is_raw else ""
+        destination = cache_folder() / "stores" / f"{_store_name(model)}-{fingerprint(checkpoint)}{kind}"
     if has_manifest(destination):
         return Store.open(destination).path
     if not auto_pack:
@@ -49,7 +58,7 @@ def locate(model: str, *, auto_pack: bool, progress: Callable[[PackProgress], No
             f"{model} is a checkpoint and there is no store of it yet, and packing it automatically is switched off. "
             f"Pack it with `moestro pack {model} STORE`, then give STORE."
         )
-    return pack(source, destination, options=AUTOMATIC, progress=progress).path
+    return pack(source, destination, options=options, progress=progress).path
 
 
 def locate_source(model: str, *, weights: bool = True) -> Path:
