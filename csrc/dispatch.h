@@ -4,11 +4,13 @@
 #include <vector>
 
 #include "kernels.h"
+#include "packed_tasks.h"
 
 namespace moestro {
 
 // The kernels in use: the fastest that the machine has, unless use_kernels() has picked others.
 const KernelTable &kernels();
+inline const PackedTable &packed_kernels() { return *kernels().packed; }
 // All that this machine can run, fastest first.
 std::vector<const KernelTable *> available_kernels();
 // Returns false when this machine has no kernels of that name.

@@ -57,8 +57,11 @@ inline __attribute__((always_inline)) int64_t first_position(int64_t position, i
   return window > 0 && position >= window ? position - window + 1 : 0;
 }
 
+struct PackedTable; // packed_tasks.h
+
 struct KernelTable {
   const char *name;
+  const PackedTable *packed;
   void (*linear)(const LinearArgs &);
   void (*attention)(const AttentionArgs &, const RowGroup *, int64_t groups);
   // Most bytes of scratch per thread.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "module_packed.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -164,4 +165,5 @@ NB_MODULE(_native, m) {
       nb::arg("value_dim"));
   m.def("scratch_bytes", [] { return pool().scratch_bytes(); }, release());
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
+  add_packed(m);
 }

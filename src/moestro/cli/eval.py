@@ -28,7 +28,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 def evaluate(
     model: Model,
-    options: Annotated[RuntimeOptions, Only("memory", "threads", "policy", "auto_pack")],
+    options: Annotated[RuntimeOptions, Only("memory", "level", "threads", "policy", "auto_pack")],
     text: Annotated[
         list[Path], typer.Option("--text", help="A UTF-8 file to measure on; give the flag once for each file.")
     ],
@@ -50,6 +50,8 @@ def evaluate(
 
     if raw and reference is not None:
         raise RequestError("--raw measures the raw model itself, so --reference has no use. Give one of the two.")
+    if raw and options.level:
+        raise RequestError("--raw measures weights as they are, which --level would not. Give one of the two.")
     texts = [_read_text(path) for path in text]
     store, raw_store = _locate(model, reference, raw=raw, auto_pack=options.auto_pack)
     measured = evaluate_store(

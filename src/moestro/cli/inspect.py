@@ -62,7 +62,7 @@ def _facts(subject: Subject) -> dict[str, Any]:
         "levels": list(subject.levels),
         "dense_bytes": shape.dense_bytes,
         "expert_bytes": shape.expert_bytes,
-        "bytes_per_expert": max(shape.slot_bytes),
+        "bytes_per_expert": max(shape.bytes_per_expert),
         "files": dict(subject.files()),
     }
 

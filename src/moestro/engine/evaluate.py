@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from moestro.config import RuntimeOptions
+from moestro.config import RAW, RuntimeOptions
 from moestro.engine.results import Evaluation, TextScore
 from moestro.engine.tokenizer import load_tokenizer
 from moestro.engine.windows import Text, Window, cut_windows
@@ -26,11 +26,10 @@ from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import format_bytes, peak_resident_bytes
 from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
-from moestro.runtime.open import OpenModel, open_model
+from moestro.runtime.open import OpenModel, level_of, open_model
 from moestro.runtime.plan import STEP_ROWS, Plan, longest_context
 from moestro.runtime.subject import Subject
 from moestro.store.reader import Store
-from moestro.store.sizes import bits_per_weight, dense_bits, is_raw
 
 DEFAULT_WINDOW = 512
 
@@ -72,6 +71,7 @@ def evaluate(
         MoestroError: as `LLM` when opening a store, and when a plane cannot be read.
     """
     store = Store.open(store_path)
+    level_of(store, (options or RuntimeOptions()).level)
     reference = None if reference_path is None or reference_path == store_path else Store.open(reference_path)
     size = _window_size(store, window)
     windows = cut_windows(load_tokenizer(store), texts, window=size, max_tokens=max_tokens)
@@ -87,7 +87,7 @@ def evaluate(
         scores = _score(feeds, windows, len(texts), progress)
         seconds = opened[0].runner.stats.forward_s
         plans = [model.plan for model in opened]
-    return _result(store, reference is None and is_raw(store), texts, windows, scores, seconds, plans)
+    return _result(store, reference is None and _is_raw(store), texts, windows, scores, seconds, plans)
 
 
 class _Feed:
@@ -174,10 +174,15 @@ def _chunk_rows(store: Store, window: int) -> int:
     return max(1, min(window - 1, STEP_ROWS, _LOGIT_BYTES // (4 * vocabulary)))
 
 
+def _is_raw(store: Store) -> bool:
+    """Whether all weights are kept as they are, neither experts nor dense ones quantised."""
+    return store.manifest.encoding == RAW and store.manifest.dense_bits == 16
+
+
 def _check_reference(
     store: Store, reference: Store, windows: Sequence[Window], texts: Sequence[Text], max_tokens: int
 ) -> None:
-    if not is_raw(reference):
+    if not _is_raw(reference):
         raise RequestError(
             f"The reference {reference.path} does not hold raw weights. Give the checkpoint, or a store of it that was "
             "packed with its weights as they are."
@@ -197,8 +202,8 @@ def _divide_memory(
     """Both stores with their parts of the memory: the least each needs, the rest as their experts can use it."""
     if reference is None:
         return [(store, options)]
-    stores = (store, reference)
-    plans = [Subject.of_store(one).plan(options, logit_rows=rows) for one in stores]
+    asked = ((store, options), (reference, replace(options, level=0)))
+    plans = [Subject.of_store(one).plan(its_options, logit_rows=rows) for one, its_options in asked]
     total, least = plans[0].memory_bytes, [plan.least_bytes for plan in plans]
     if total < sum(least):
         raise BudgetError(
@@ -209,7 +214,7 @@ def _divide_memory(
     more = [max(0, plan.bytes_for_experts(1.0) - plan.least_bytes) for plan in plans]
     part = min(1.0, (total - sum(least)) / max(1, sum(more)))
     given = [str(low + int(part * extra)) for low, extra in zip(least, more, strict=True)]
-    return [(one, replace(options, memory=memory)) for one, memory in zip(stores, given, strict=True)]
+    return [(one, replace(its_options, memory=memory)) for (one, its_options), memory in zip(asked, given, strict=True)]
 
 
 def _result(
@@ -228,16 +233,16 @@ def _result(
         for text in (whole, *scores):
             text.raw_loss, text.same_choice = text.loss, text.tokens
     compared = is_reference or len(plans) > 1
-    level = store.manifest.exact_level
+    subject = Subject.of_store(store)
     return Evaluation(
         perplexity=math.exp(whole.loss / whole.tokens),
         loss=whole.loss / whole.tokens,
         kl_to_raw=whole.divergence / whole.tokens if compared else None,
         raw_perplexity=math.exp(whole.raw_loss / whole.tokens) if compared else None,
         same_choice=whole.same_choice / whole.tokens if compared else None,
-        level=level,
-        bits_per_weight=bits_per_weight(store, level),
-        dense_bits=dense_bits(store),
+        level=plans[0].level,
+        bits_per_weight=subject.bits_per_weight(plans[0].level),
+        dense_bits=subject.dense_bits,
         tokens=whole.tokens,
         windows=len(windows),
         window=len(windows[0].token_ids),

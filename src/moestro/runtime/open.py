@@ -21,11 +21,13 @@ from moestro.memory.transfer import TransferEngine
 from moestro.policy import make_policy
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
+from moestro.runtime.experts import open_experts
 from moestro.runtime.kv import KVPool
+from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.runner import ModelRunner
-from moestro.runtime.slots import SlotViews
+from moestro.store.layout import Layout
 from moestro.store.reader import Store
 
 
@@ -56,13 +58,30 @@ class OpenModel:
         self.close()
 
 
-def shape_of_store(store: Store) -> ModelShape:
-    """The sizes that a plan needs, from a store."""
-    return ModelShape(
+def layouts_of(store: Store, level: int) -> tuple[Layout, ...]:
+    """The layout of each MoE layer up to one of the store's levels; 0 is its exact level.
+
+    Raises:
+        RequestError: the store does not promise that level.
+    """
+    chosen = level_of(store, level)
+    return tuple(cut(layer.layout, chosen) for layer in store.layers)
+
+
+def level_of(store: Store, asked: int) -> int:
+    """The level that a store is served at. Raises RequestError as `layouts_of`."""
+    manifest = store.manifest
+    return resolve_level(asked, exact=manifest.exact_level, promised=manifest.levels, name=str(store.path))
+
+
+def shape_of_store(store: Store, level: int = 0) -> ModelShape:
+    """The sizes that a plan needs, from a store. Raises RequestError as `layouts_of`."""
+    return ModelShape.of(
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
-        slot_bytes=tuple(sum(plane.nbytes for plane in layer.layout.planes) for layer in store.layers),
-        experts=tuple(layer.num_experts for layer in store.layers),
+        layouts=layouts_of(store, level),
+        experts=[layer.num_experts for layer in store.layers],
+        level=level_of(store, level),
     )
 
 
@@ -73,14 +92,16 @@ def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0) ->
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
+        RequestError: the store does not promise the level asked for.
         UnsupportedModelError, StoreError: the store is of a model that cannot be run, or is damaged.
     """
+    level_of(store, options.level)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
     probed = probe_for(skeleton, options, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
     floor = measure_floor(kernels)
-    plan = make_plan(shape_of_store(store), probed, options, config=skeleton.config, floor_bytes=floor)
+    plan = make_plan(shape_of_store(store, options.level), probed, options, config=skeleton.config, floor_bytes=floor)
     plan.require_fit()
     if floor + plan.memory_bytes > machine_bytes():
         logging.getLogger("moestro").warning(
@@ -103,7 +124,7 @@ def _assemble(
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
     arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
-    layouts = [layer.layout for layer in store.layers]
+    layouts = layouts_of(store, plan.level)
     planes = PlaneCache(
         arena=Arena(
             plan.arena_bytes,
@@ -119,8 +140,14 @@ def _assemble(
         skeleton=skeleton,
         kernels=kernels,
         kv=KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor),
-        planes=planes,
-        views=SlotViews(arena_bytes=arena_buffer.tensor, layouts=layouts),
+        experts=open_experts(
+            skeleton=skeleton,
+            kernels=kernels,
+            planes=planes,
+            layouts=layouts,
+            level=plan.level,
+            arena=arena_buffer.tensor,
+        ),
     )
     return OpenModel(
         store=store,
