@@ -18,9 +18,13 @@ namespace {
   constexpr PackedTable isa##_packed = {isa::packed_tiles, isa::packed_tile_scratch, isa::quantise_row, isa::activate};
 // `floats` and `packed` name the builds that a table's kernels come from.
 #define MOESTRO_TABLE(name, floats, packed)                                                                            \
-  constexpr KernelTable name##_table = {                                                                               \
-      #name, &packed##_packed, floats::linear, floats::attention, floats::linear_scratch, floats::attention_scratch,  \
-      floats::round_columns};
+  constexpr KernelTable name##_table = {#name,                                                                         \
+                                        &packed##_packed,                                                              \
+                                        floats::linear,                                                                \
+                                        floats::attention,                                                             \
+                                        floats::linear_scratch,                                                        \
+                                        floats::attention_scratch,                                                     \
+                                        floats::round_columns};
 MOESTRO_PACKED(scalar)
 MOESTRO_TABLE(scalar, scalar, scalar)
 #ifdef MOESTRO_X86

@@ -282,10 +282,10 @@ void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenR
   pool().run(blocks * parts_of(all_tiles, run.down_tiles), scratch, parallel, down_task, &run);
 }
 
-size_t experts_shared_bytes(const ExpertShape &shape, int64_t rows, int64_t listed, int threads) {
-  return quantised_bytes(rows, shape.up.columns, shape.up.group) +
-         quantised_bytes(listed, shape.down.columns, shape.down.group) +
-         parted_bytes(kUnitsPerThread * threads, kMostRows);
+size_t experts_shared_bytes(int64_t rows, int64_t hidden, int32_t hidden_group, int64_t listed, int64_t width,
+                            int32_t width_group, int threads) {
+  return quantised_bytes(rows, hidden, hidden_group) + quantised_bytes(listed, width, width_group) +
+         parted_bytes(kUnitsPerThread * threads, std::min(listed, kMostRows));
 }
 
 size_t experts_scratch_bytes() {

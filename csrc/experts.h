@@ -50,8 +50,10 @@ PackedMatrix packed_matrix(const MatrixShape &shape, const int64_t *planes, int3
 // are wrong, before anything is computed.
 void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenRows &hidden, const OutputRows &out);
 
-// Most bytes that run_experts shares between threads: `rows` distinct rows of hidden, `listed` rows in the lists.
-size_t experts_shared_bytes(const ExpertShape &shape, int64_t rows, int64_t listed, int threads);
+// Most bytes that `threads` threads share in run_experts: `rows` distinct rows of hidden with `hidden` columns,
+// `listed` rows in the lists, experts of `width`.
+size_t experts_shared_bytes(int64_t rows, int64_t hidden, int32_t hidden_group, int64_t listed, int64_t width,
+                            int32_t width_group, int threads);
 // Most bytes of scratch of each thread.
 size_t experts_scratch_bytes();
 

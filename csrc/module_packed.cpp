@@ -95,10 +95,9 @@ void add_packed(nb::module_ &m) {
   m.def("unpack", &unpack_matrix);
   m.def("packed_rows", &matrix_rows);
   m.def("activate", &activate_row, release());
-  m.def("experts_shared_bytes", &experts_shared_bytes, nb::arg("experts"), nb::arg("rows"), nb::arg("listed"),
-        nb::arg("threads"));
+  m.def("experts_shared_bytes", &experts_shared_bytes, nb::arg("rows"), nb::arg("hidden"), nb::arg("hidden_group"),
+        nb::arg("listed"), nb::arg("width"), nb::arg("width_group"), nb::arg("threads"));
   m.def("experts_scratch_bytes", &experts_scratch_bytes);
-  m.def("packed_tile_scratch_bytes", [] { return packed_kernels().tile_scratch(); });
   m.def("quantised_bytes", &quantised_bytes, nb::arg("rows"), nb::arg("columns"), nb::arg("group"));
 }
 

@@ -101,11 +101,8 @@ float flat_offset(const GroupReader &reader, const Constants &constants, int64_t
   return 2.0f * constants.kh[0] * centred;
 }
 
-float signs_residual(const GroupReader &reader, int level, int64_t column) {
-  float sum = level >= 3 ? reader.scale(1) * static_cast<float>(2 * reader.code(1, column) - 1) : 0.0f;
-  if (level >= 4) sum += reader.scale(2) * static_cast<float>(2 * reader.code(2, column) - 1);
-  if (level >= 8) sum += reader.scale(3) * (static_cast<float>(reader.code(3, column)) - 7.5f);
-  return sum;
+float sign_of(const GroupReader &reader, int plane, int64_t column) {
+  return reader.scale(plane) * static_cast<float>(2 * reader.code(plane, column) - 1);
 }
 
 float value_of(const PackedMatrix &matrix, const GroupReader &reader, const Constants &constants, int64_t column) {
@@ -114,7 +111,9 @@ float value_of(const PackedMatrix &matrix, const GroupReader &reader, const Cons
   const float offset = flat ? flat_offset(reader, constants, column)
                             : nested_offset(reader, constants, signs ? 2 : matrix.level, column);
   float value = reader.middle() + reader.scale() * offset;
-  if (signs) value += signs_residual(reader, matrix.level, column);
+  if (signs && matrix.level >= 3) value += sign_of(reader, 1, column);
+  if (signs && matrix.level >= 4) value += sign_of(reader, 2, column);
+  if (signs && matrix.level >= 8) value += reader.scale(3) * (static_cast<float>(reader.code(3, column)) - 7.5f);
   return constants.unit * value;
 }
 

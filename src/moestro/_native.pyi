@@ -1,5 +1,10 @@
 """Compiled CPU kernels (csrc/). Addresses and strides are not checked here: `moestro.kernels.cpu` does that."""
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 def linear(
     x: int,
     x_stride: int,
@@ -89,3 +94,63 @@ def scratch_bytes() -> int:
 
 def sum_words(address: int, nbytes: int) -> int:
     """Sum, modulo 2^64, of the whole 8-byte words at an address: a plain read on all threads, to compare with."""
+
+class Matrix:
+    """Shape, encoding and offsets of a quantised matrix."""
+
+class Experts:
+    """The MLP that all experts of a layer share."""
+
+def make_matrix(encoding: int, rows: int, columns: int, group: int, offsets: Sequence[int], /) -> Matrix: ...
+def make_experts(
+    up: Matrix,
+    down: Matrix,
+    up_bias: int,
+    down_bias: int,
+    gate: int,
+    activation: int,
+    alpha: float,
+    limit: float,
+    /,
+) -> Experts:
+    """Biases are offsets in plane 0, negative for none."""
+
+def experts(
+    experts: Experts,
+    planes: NDArray[np.int64],
+    levels: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    places: NDArray[np.int32],
+    hidden: int,
+    hidden_stride: int,
+    hidden_rows: int,
+    out: int,
+    out_stride: int,
+    out_rows: int,
+    /,
+) -> None:
+    """Raises ValueError when a job's level, planes or rows are wrong, before anything is computed."""
+
+def packed_linear(
+    matrix: Matrix, planes: Sequence[int], level: int, x: int, x_stride: int, rows: int, bias: int, out: int, /
+) -> None:
+    """Raises ValueError when the level is unknown or a plane that it needs is absent; so do the next two."""
+
+def unpack(matrix: Matrix, planes: Sequence[int], level: int, out: int, /) -> None: ...
+def packed_rows(matrix: Matrix, planes: Sequence[int], ids: int, count: int, out: int, /) -> None:
+    """Raises ValueError also when an id is not a row."""
+
+def activate(experts: Experts, gate: int, up: int, count: int, out: int, /) -> None:
+    """The activation of one row of values; reads and writes up to the next multiple of 8 values."""
+
+def experts_shared_bytes(
+    rows: int, hidden: int, hidden_group: int, listed: int, width: int, width_group: int, threads: int
+) -> int:
+    """Most bytes that `experts` shares between threads."""
+
+def experts_scratch_bytes() -> int:
+    """Most bytes of scratch that `experts`, `packed_linear` and `unpack` keep per thread."""
+
+def quantised_bytes(rows: int, columns: int, group: int) -> int:
+    """Bytes of quantised rows of activations, which `packed_linear` keeps."""

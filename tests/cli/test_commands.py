@@ -20,6 +20,9 @@ INSPECT_KEYS = {
     "active_experts",
     "dtypes",
     "levels",
+    "exact_level",
+    "bits_per_weight",
+    "dense_bits",
     "dense_bytes",
     "expert_bytes",
     "bytes_per_expert",
@@ -30,6 +33,7 @@ INSPECT_KEYS = {
 
 PLAN_KEYS = {
     "model",
+    "level",
     "memory_bytes",
     "floor_bytes",
     "model_bytes",

@@ -6,6 +6,7 @@ values, S sequences, J jobs (experts with rows), R rows of all jobs, P rows of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -92,7 +93,7 @@ class Kernels(Protocol):
         self,
         x_TK: torch.Tensor,
         matrix: MatrixSpec,
-        planes: tuple[int, ...],
+        planes: Sequence[int],
         level: int,
         bias_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -104,10 +105,10 @@ class Kernels(Protocol):
         """
         ...
 
-    def unpack(self, matrix: MatrixSpec, planes: tuple[int, ...], level: int) -> torch.Tensor:
+    def unpack(self, matrix: MatrixSpec, planes: Sequence[int], level: int) -> torch.Tensor:
         """The values that a quantised matrix stands for at a level, fp32 [N, K]."""
         ...
 
-    def packed_rows(self, matrix: MatrixSpec, planes: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
+    def packed_rows(self, matrix: MatrixSpec, planes: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
         """Rows of a flat matrix (an embedding), fp32 [R, K], from ids int64 [R]. ValueError when an id is not a row."""
         ...

@@ -11,6 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moestro.quant import LEVELS
+from moestro.quant.groups import GROUP_SIZES
+
 Encoding = Literal["nested", "signs", "flat8", "flat4"]
 Gate = Literal["none", "halves", "interleaved"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "sigmoid", "clamped_swiglu"]
@@ -28,8 +31,6 @@ ACTIVATIONS: tuple[ActivationName, ...] = (
     "sigmoid",
     "clamped_swiglu",
 )
-LEVELS = (2, 3, 4, 8)
-"""Plane p of a chain brings an expert to LEVELS[p] bits."""
 FLAT_BITS = {"flat8": 8, "flat4": 4}
 
 
@@ -51,7 +52,7 @@ class MatrixSpec:
         assert self.encoding in ENCODINGS, self.encoding
         assert self.rows > 0, self.rows
         assert self.columns > 0, self.columns
-        assert self.group in (32, 64, 128), self.group
+        assert self.group in GROUP_SIZES, self.group
         assert len(self.offsets) == 1 if self.flat else 1 <= len(self.offsets) <= len(LEVELS), self.offsets
 
     @property

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from moestro.kernels.activations import activate
 from moestro.kernels.base import ActivationSpec
 from moestro.kernels.specs import ACTIVATIONS, Gate
 
@@ -30,22 +30,10 @@ def find_activation(module: nn.Module) -> tuple[Gate, ActivationSpec] | None:
     values_SG = _SPREAD * torch.randn(_SAMPLE_ROWS, width, generator=torch.Generator().manual_seed(0))
     expected_SI = (experts._apply_gate if experts.has_gate else experts.act_fn)(values_SG)
     for gate, activation in _candidates(experts):
-        actual_SI = apply_activation(gate, activation, values_SG)
+        actual_SI = activate(activation, gate, values_SG)
         if actual_SI.shape == expected_SI.shape and torch.allclose(actual_SI, expected_SI, rtol=1e-5, atol=1e-5):
             return gate, activation
     return None
-
-
-def apply_activation(gate: Gate, activation: ActivationSpec, values_SG: torch.Tensor) -> torch.Tensor:
-    """What the kernels compute between the two projections, in plain torch: [S, G] to [S, I]."""
-    if gate == "none":
-        return _function(activation, values_SG)
-    gate_SI, up_SI = (values_SG[:, ::2], values_SG[:, 1::2]) if gate == "interleaved" else values_SG.chunk(2, dim=-1)
-    if activation.name != "clamped_swiglu":
-        return _function(activation, gate_SI) * up_SI
-    gate_SI = gate_SI.clamp(max=activation.limit)
-    up_SI = up_SI.clamp(-activation.limit, activation.limit)
-    return gate_SI * torch.sigmoid(activation.alpha * gate_SI) * (up_SI + 1)
 
 
 def _candidates(experts: Any) -> Iterator[tuple[Gate, ActivationSpec]]:
@@ -64,23 +52,3 @@ def _candidates(experts: Any) -> Iterator[tuple[Gate, ActivationSpec]]:
 def _number(experts: Any, *names: str) -> float | None:
     found = [getattr(experts, name) for name in names if isinstance(getattr(experts, name, None), (int, float))]
     return float(found[0]) if found else None
-
-
-def _function(activation: ActivationSpec, values: torch.Tensor) -> torch.Tensor:
-    match activation.name:
-        case "silu":
-            return F.silu(values)
-        case "gelu":
-            return F.gelu(values)
-        case "gelu_tanh":
-            return F.gelu(values, approximate="tanh")
-        case "gelu_quick":
-            return values * torch.sigmoid(1.702 * values)
-        case "relu":
-            return F.relu(values)
-        case "relu2":
-            return F.relu(values).square()
-        case "sigmoid":
-            return torch.sigmoid(values)
-        case _:
-            raise AssertionError(f"{activation.name} takes a gate")

@@ -47,7 +47,8 @@ class Grouping:
 
     def rows_of(self, expert: int) -> Ints:
         """The rows of the batch that are routed to one expert, ascending."""
-        return self.places_of(expert) // self._per_row
+        rows: Ints = self.places_of(expert) // self._per_row
+        return rows
 
     def jobs(self, experts: Sequence[int], planes_JP: Ints, level: int) -> ExpertJobs:
         """Jobs for these experts, whose planes lie at the addresses `planes_JP`."""

@@ -74,13 +74,13 @@ def level_of(store: Store, asked: int) -> int:
     return resolve_level(asked, exact=manifest.exact_level, promised=manifest.levels, name=str(store.path))
 
 
-def shape_of_store(store: Store, level: int = 0) -> ModelShape:
+def shape_of_store(store: Store, skeleton: Skeleton, level: int = 0) -> ModelShape:
     """The sizes that a plan needs, from a store. Raises RequestError as `layouts_of`."""
     return ModelShape.of(
+        skeleton,
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
         layouts=layouts_of(store, level),
-        experts=[layer.num_experts for layer in store.layers],
         level=level_of(store, level),
     )
 
@@ -101,7 +101,8 @@ def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0) ->
     probed = probe_for(skeleton, options, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
     floor = measure_floor(kernels)
-    plan = make_plan(shape_of_store(store, options.level), probed, options, config=skeleton.config, floor_bytes=floor)
+    shape = shape_of_store(store, skeleton, options.level)
+    plan = make_plan(shape, probed, options, config=skeleton.config, floor_bytes=floor)
     plan.require_fit()
     if floor + plan.memory_bytes > machine_bytes():
         logging.getLogger("moestro").warning(

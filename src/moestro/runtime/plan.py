@@ -20,6 +20,7 @@ from moestro.kernels.cpu import scratch_bytes
 from moestro.memory.arena import extent_bytes_for, least_bytes_for
 from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
+from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.kv import block_bytes, blocks_for
 from moestro.runtime.probe import Probe, probe
 from moestro.store.layout import Layout
@@ -54,7 +55,8 @@ _LEAST_CHAINS = 2
 class ModelShape:
     """Sizes of a model at a level, from a store or from a skeleton.
 
-    `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level.
+    `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level. `packed` are the inputs of
+    the widest up projection, down projection and dense matrix where weights are quantised (None where they are not).
     """
 
     name: str
@@ -62,14 +64,21 @@ class ModelShape:
     chains: tuple[tuple[int, ...], ...]
     experts: tuple[int, ...]
     level: int
+    packed: tuple[int, int, int] | None = None
 
     @classmethod
     def of(
-        cls, *, name: str, dense_bytes: int, layouts: Sequence[Layout], experts: Sequence[int], level: int
+        cls, skeleton: Skeleton, *, name: str, dense_bytes: int, layouts: Sequence[Layout], level: int
     ) -> ModelShape:
-        """The shape of a model whose MoE layers have these layouts, which end at the level, and numbers of experts."""
-        chains = tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts)
-        return cls(name=name, dense_bytes=dense_bytes, chains=chains, experts=tuple(experts), level=level)
+        """The shape of a model whose MoE layers have these layouts, which end at the plane of `level`."""
+        return cls(
+            name=name,
+            dense_bytes=dense_bytes,
+            chains=tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts),
+            experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
+            level=level,
+            packed=None if all(is_raw(layout) for layout in layouts) else _widths(skeleton),
+        )
 
     @property
     def bytes_per_expert(self) -> tuple[int, ...]:
@@ -235,11 +244,33 @@ def _staging_bytes(
         threads=compute_threads(options),
         positions=context + 15,
         value_dim=probed.value_width,
+        **_packed_scratch(shape, probed),
     )
     gathered = any(layer.gathered for layer in probed.kv_layers)
     history = _HISTORY_BYTES * context * options.max_sequences if gathered else 0
     sampling = _SAMPLING_BYTES * int(config.vocab_size)
     return _STAGING_BYTES + scratch + history + sampling + _SLOT_BYTES * sum(shape.experts)
+
+
+def _packed_scratch(shape: ModelShape, probed: Probe) -> dict[str, int]:
+    """What the kernels of quantised weights need scratch for."""
+    if shape.packed is None:
+        return {}
+    hidden, expert_width, dense_width = shape.packed
+    return {
+        "rows": probed.rows,
+        "top_k": max(probed.experts_per_token),
+        "hidden": hidden,
+        "expert_width": expert_width,
+        "dense_width": dense_width,
+    }
+
+
+def _widths(skeleton: Skeleton) -> tuple[int, int, int]:
+    params = [param for layer in skeleton.expert_layers for param in layer.params if len(param.shape) == 2]
+    down = [param.shape[1] for param in params if param.name == "down_proj"]
+    up = [param.shape[1] for param in params if param.name != "down_proj"]
+    return max(up), max(down), max(shape[1] for shape, _ in skeleton.dense.values() if len(shape) == 2)
 
 
 def _whole_arena(shape: ModelShape, extent: int) -> int:

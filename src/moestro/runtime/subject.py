@@ -51,10 +51,10 @@ class Subject:
         """The sizes at a level (0: the exact one). Raises RequestError when the model does not have it."""
         chosen = resolve_level(level, exact=self.exact_level, promised=self.levels, name=str(self.path))
         return ModelShape.of(
+            self.skeleton,
             name=self.path.name,
             dense_bytes=self.dense_bytes,
             layouts=[cut(layout, chosen) for layout in self.layouts],
-            experts=[layer.num_experts for layer in self.skeleton.expert_layers],
             level=chosen,
         )
 
