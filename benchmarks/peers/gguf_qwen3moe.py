@@ -1,11 +1,13 @@
 """Write a Qwen3-MoE checkpoint (the built-in model unless another is named) as GGUF files for llama.cpp.
 
     python benchmarks/peers/gguf_qwen3moe.py FOLDER [--model CHECKPOINT] [--bin LLAMA_CPP/bin] [--recipes q8_0,q4_0]
+        [--calibrate FILE]
 
 Writes FOLDER/f32.gguf, the exact values, and with `--bin` one quantised file for each recipe, made by llama-quantize.
 Needs `pip install gguf`. Recipes: a type of llama-quantize (q4_0, q5_0, q8_0, q4_k_m, q3_k_m, q2_k: as users run it, so
 the tied head and some tensors get more bits), or `experts-TYPE`: TYPE for the experts and Q8_0 for all the rest. A
-K-quant needs rows of a multiple of 256 values; llama-quantize takes another type for tensors that have not.
+K-quant needs rows of a multiple of 256 values; llama-quantize takes another type for tensors that have not. With
+`--calibrate` a recipe may end in `-imatrix`: llama-imatrix first measures on that text which inputs matter.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ PARTS = {
 }
 EXPERT_PARTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
 RECIPES = "q8_0,q5_0,q4_0,experts-q8_0,experts-q5_0,experts-q4_0,q4_k_m,q3_k_m,q2_k"
+CALIBRATED = "experts-q5_0-imatrix,experts-q4_0-imatrix,q4_k_m-imatrix,q3_k_m-imatrix,q2_k-imatrix"
 
 
 def write_f32(checkpoint: Path, file: Path) -> None:
@@ -121,11 +124,14 @@ class _Weights:
         return self._home[name].get_tensor(name).to(torch.float32).numpy()
 
 
-def quantise(source: Path, recipe: str, tools: Path, target: Path) -> None:
+def quantise(source: Path, recipe: str, tools: Path, target: Path, importance: Path) -> None:
     """Make `target` from the fp32 file with llama-quantize."""
     command: list[str | Path] = [tools / "llama-quantize"]
-    kind = recipe.removeprefix("experts-")
-    if kind != recipe:
+    plain = recipe.removesuffix("-imatrix")
+    if plain != recipe:
+        command += ["--imatrix", importance]
+    kind = plain.removeprefix("experts-")
+    if kind != plain:
         command += ["--tensor-type", f"_exps={kind}", "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"]
         kind = "q8_0"
     subprocess.run(
@@ -133,18 +139,32 @@ def quantise(source: Path, recipe: str, tools: Path, target: Path) -> None:
     )
 
 
+def measure_importance(source: Path, text: Path, tools: Path, target: Path) -> None:
+    """Which inputs of each matrix matter, by llama-imatrix, in windows of 256 tokens."""
+    command: list[str | Path] = [tools / "llama-imatrix", "-m", source, "-f", text, "-o", target]
+    command += ["-c", "256", "-b", "256", "-t", "2", "--no-ppl"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="tiny-qwen3moe-28m", help="checkpoint folder, hub id or built-in model")
     parser.add_argument("--bin", type=Path, help="folder with llama-quantize, for the quantised files")
-    parser.add_argument("--recipes", default=RECIPES)
+    parser.add_argument("--calibrate", type=Path, help="text for recipes that end in -imatrix")
+    parser.add_argument("--recipes", help=f"default: {RECIPES}; with --calibrate also {CALIBRATED}")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     exact = arguments.folder / "f32.gguf"
     write_f32(locate_source(arguments.model), exact)
-    for recipe in arguments.recipes.split(",") if arguments.bin else ():
-        quantise(exact, recipe, arguments.bin, arguments.folder / f"{recipe}.gguf")
+    if not arguments.bin:
+        return
+    recipes = arguments.recipes or ",".join([RECIPES, CALIBRATED] if arguments.calibrate else [RECIPES])
+    importance = arguments.folder / "importance.dat"
+    if arguments.calibrate:
+        measure_importance(exact, arguments.calibrate, arguments.bin, importance)
+    for recipe in recipes.split(","):
+        quantise(exact, recipe, arguments.bin, arguments.folder / f"{recipe}.gguf", importance)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -10,6 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from families import save_checkpoint
+from moestro.calibration import pack
 from moestro.errors import CheckpointError, StoreError
 from moestro.store.locate import locate, locate_shapes, locate_source
 from moestro.store.pack import PackProgress
@@ -34,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_a_store_is_itself(checkpoint: Path, tmp_path: Path) -> None:
     store = pack_raw(checkpoint, tmp_path / "store").path
-    assert locate(str(store), auto_pack=False) == store
+    assert locate(str(store), auto_pack=False, pack=pack) == store
     assert locate_shapes(str(store)) == store
     with pytest.raises(StoreError, match="is a store already"):
         locate_source(str(store))
@@ -42,21 +44,21 @@ def test_a_store_is_itself(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_packed_once(checkpoint: Path, cache: Path) -> None:
     reports: list[PackProgress] = []
-    found = locate(str(checkpoint), auto_pack=True, progress=reports.append)
+    found = locate(str(checkpoint), auto_pack=True, pack=pack, progress=reports.append)
     assert found.parent == cache
-    assert found.name == f"olmoe-{Store.open(found).manifest.source.fingerprint}-raw"
+    assert re.fullmatch(rf"olmoe-{Store.open(found).manifest.source.fingerprint}-[0-9a-f]{{8}}", found.name)
     assert reports[-1].done_bytes == reports[-1].total_bytes
     reports.clear()
-    assert locate(str(checkpoint), auto_pack=False, progress=reports.append) == found
+    assert locate(str(checkpoint), auto_pack=False, pack=pack, progress=reports.append) == found
     assert reports == []
     save_checkpoint("olmoe", checkpoint, seed=1)
-    assert locate(str(checkpoint), auto_pack=True) != found
+    assert locate(str(checkpoint), auto_pack=True, pack=pack) != found
     assert len(list(cache.iterdir())) == 2
 
 
 def test_no_auto_pack_says_how_to_pack(checkpoint: Path, cache: Path) -> None:
     with pytest.raises(StoreError, match=f"Pack it with `moestro pack {checkpoint} STORE`"):
-        locate(str(checkpoint), auto_pack=False)
+        locate(str(checkpoint), auto_pack=False, pack=pack)
     assert not cache.exists()
     assert locate_source(str(checkpoint)) == locate_shapes(str(checkpoint)) == checkpoint
 
@@ -64,7 +66,7 @@ def test_no_auto_pack_says_how_to_pack(checkpoint: Path, cache: Path) -> None:
 def test_the_built_in_model(cache: Path) -> None:
     source = locate_source("tiny-qwen3moe-28m")
     assert (source / "README.md").is_file()
-    assert locate("tiny-qwen3moe-28m", auto_pack=True).parent == cache
+    assert locate("tiny-qwen3moe-28m", auto_pack=True, pack=pack).parent == cache
 
 
 def test_a_folder_comes_before_the_built_in_name(
@@ -75,21 +77,21 @@ def test_a_folder_comes_before_the_built_in_name(
     assert locate_source("tiny-qwen3moe-28m") == Path("tiny-qwen3moe-28m")
     monkeypatch.chdir(tmp_path / "tiny-qwen3moe-28m")
     assert locate_source(".") == Path(".")
-    assert locate(".", auto_pack=True).name.startswith("tiny-qwen3moe-28m-")
+    assert locate(".", auto_pack=True, pack=pack).name.startswith("tiny-qwen3moe-28m-")
 
 
 def test_too_little_disk_is_said_before_packing(checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(0, 0, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match=r"needs .* of free disk"):
-        locate(str(checkpoint), auto_pack=True)
+        locate(str(checkpoint), auto_pack=True, pack=pack)
     assert not cache.exists()
 
 
 def test_an_unfinished_store_is_named(checkpoint: Path, tmp_path: Path) -> None:
     pack_raw(checkpoint, tmp_path / "store").path.rename(tmp_path / "store.partial")
     for name in ("store", "store.partial"):
-        for find in (locate_source, locate_shapes, lambda model: locate(model, auto_pack=True)):
+        for find in (locate_source, locate_shapes, lambda model: locate(model, auto_pack=True, pack=pack)):
             with pytest.raises(StoreError, match=r"store\.partial is an unfinished store\. Run the `moestro pack`"):
                 find(str(tmp_path / name))
 
@@ -108,9 +110,9 @@ def test_what_is_no_model_is_said(tmp_path: Path) -> None:
         "owner/name": "could not be downloaded: the Hugging Face hub cannot be reached",
     }.items():
         with pytest.raises(StoreError, match=message):
-            locate(model, auto_pack=True)
+            locate(model, auto_pack=True, pack=pack)
     with pytest.raises(CheckpointError, match="holds no weights"):
-        locate(str(tmp_path / "bare"), auto_pack=True)
+        locate(str(tmp_path / "bare"), auto_pack=True, pack=pack)
 
 
 def test_a_hub_model_in_the_cache_is_found_offline(checkpoint: Path, tmp_path: Path, cache: Path) -> None:
@@ -120,4 +122,4 @@ def test_a_hub_model_in_the_cache_is_found_offline(checkpoint: Path, tmp_path: P
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     assert locate_shapes("owner/name") == repository / "snapshots" / commit
-    assert locate("owner/name", auto_pack=True).name.startswith("owner--name-")
+    assert locate("owner/name", auto_pack=True, pack=pack).name.startswith("owner--name-")

@@ -12,7 +12,7 @@ import typer
 from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import say
 from moestro.cli.console import Row, print_json, print_table
-from moestro.cli.opening import locate_raw_store, locate_store
+from moestro.cli.opening import locate_store
 from moestro.cli.options import Only
 from moestro.config import RuntimeOptions
 from moestro.errors import RequestError
@@ -87,11 +87,11 @@ def _locate(model: str, reference: str | None, *, raw: bool, auto_pack: bool) ->
 
     is_store = has_manifest(locate_shapes(model))
     if raw:
-        return locate_raw_store(model, auto_pack=auto_pack), None
+        return locate_store(model, auto_pack=auto_pack, raw=True), None
     if reference is None and not is_store:
         reference = model
     store = locate_store(model, auto_pack=auto_pack)
-    return store, None if reference is None else locate_raw_store(reference, auto_pack=auto_pack)
+    return store, None if reference is None else locate_store(reference, auto_pack=auto_pack, raw=True)
 
 
 class _Lines:

@@ -12,26 +12,20 @@ if TYPE_CHECKING:
     from moestro import LLM
 
 
-def locate_store(model: str, *, auto_pack: bool) -> Path:
-    """The folder of the model's store, packed now if need be. Raises MoestroError."""
-    from moestro.store.locate import locate
+def locate_store(model: str, *, auto_pack: bool, raw: bool = False) -> Path:
+    """The folder of the model's store, packed now if need be. Raises MoestroError.
 
-    with progress_bar("packing") as report:
-        return locate(model, auto_pack=auto_pack, progress=lambda step: report(step.done_bytes, step.total_bytes))
-
-
-def locate_raw_store(model: str, *, auto_pack: bool) -> Path:
-    """The folder of a store with the model's weights as they are, packed now if need be. Raises MoestroError.
-
-    A store is taken as it is, whatever it holds.
+    With `raw` a checkpoint is packed with its weights as they are; a store is taken as it is, whatever it holds.
     """
-    from moestro.store.locate import locate
+    from moestro.calibration import pack
+    from moestro.store.locate import AUTOMATIC, locate
 
     with progress_bar("packing") as report:
         return locate(
             model,
             auto_pack=auto_pack,
-            options=PackOptions(levels="raw"),
+            pack=pack,
+            options=PackOptions(levels="raw") if raw else AUTOMATIC,
             progress=lambda step: report(step.done_bytes, step.total_bytes),
         )
 

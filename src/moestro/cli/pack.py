@@ -22,8 +22,8 @@ def pack(
     options: PackOptions,
 ) -> None:
     """Make a store from a checkpoint, one expert at a time; it can be interrupted and goes on where it was."""
+    from moestro.calibration import pack as pack_store
     from moestro.store.locate import locate_source
-    from moestro.store.pack import pack as pack_store
 
     started = time.monotonic()
     with progress_bar("packing") as report:

@@ -63,6 +63,6 @@ def decoded(encoding: Encoding, regions: Mapping[int, torch.Tensor], like_NK: to
 
 def relative_error(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """Squared error over squared size, 0 where there is no error."""
-    error = float((wanted.double() - found.double()).square().sum())
-    size = float(wanted.double().square().sum())
+    error = float((wanted - found).square_().sum(dtype=torch.float64))
+    size = float(wanted.square().sum(dtype=torch.float64))
     return 0.0 if error == 0.0 else error / max(size, error * 1e-6)

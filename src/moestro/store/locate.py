@@ -6,18 +6,22 @@ import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Protocol
 
 from moestro.config import PackOptions
 from moestro.errors import StoreError
 from moestro.store.checkpoint import Checkpoint
+from moestro.store.checksum import checksum, to_hex
 from moestro.store.fingerprint import fingerprint
 from moestro.store.hub import download, is_hub_id
-from moestro.store.manifest import MANIFEST_NAME, has_manifest
-from moestro.store.pack import PackProgress, pack
+from moestro.store.manifest import MANIFEST_NAME, VERSION, has_manifest
+from moestro.store.pack import PackProgress
 from moestro.store.reader import PARTIAL_SUFFIX, Store
 
-AUTOMATIC = PackOptions(levels="raw")
+AUTOMATIC = PackOptions()
 """How a checkpoint is packed that has no store yet."""
+
+Progress = Callable[[PackProgress], None]
 
 BUILT_IN = ("tiny-qwen3moe-28m",)
 """Models that come with moestro."""
@@ -28,12 +32,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MOESTRO_CACHE") or Path.home() / ".cache" / "moestro")
 
 
+class Packer(Protocol):
+    """`moestro.calibration.pack`, which this room does not know."""
+
+    def __call__(
+        self, source: Path, destination: Path, *, options: PackOptions, progress: Progress | None = None
+    ) -> Store:
+        """Make a store of the checkpoint folder `source`."""
+
+
 def locate(
-    model: str,
-    *,
-    auto_pack: bool,
-    options: PackOptions = AUTOMATIC,
-    progress: Callable[[PackProgress], None] | None = None,
+    model: str, *, auto_pack: bool, pack: Packer, options: PackOptions = AUTOMATIC, progress: Progress | None = None
 ) -> Path:
     """The folder of a store of `model`; a checkpoint is packed once into the cache folder when `auto_pack` allows it.
 
@@ -49,8 +58,8 @@ def locate(
         return Store.open(folder).path
     source = folder if folder is not None else _remote_folder(model, weights=True)
     with Checkpoint(source) as checkpoint:
-        kind = "-raw" if options.is_raw else ""
-        destination = cache_folder() / "stores" / f"{_store_name(model)}-{fingerprint(checkpoint)}{kind}"
+        name = f"{_store_name(model)}-{fingerprint(checkpoint)}-{_recipe_key(options)}"
+    destination = cache_folder() / "stores" / name
     if has_manifest(destination):
         return Store.open(destination).path
     if not auto_pack:
@@ -121,6 +130,11 @@ def _remote_folder(model: str, *, weights: bool) -> Path:
         f"There is no model {model!r}. Expected a folder, one of the built-in models ({', '.join(BUILT_IN)}) or a "
         "Hugging Face id such as owner/name."
     )
+
+
+def _recipe_key(options: PackOptions) -> str:
+    """What tells stores apart that were packed otherwise, or by a moestro with another format."""
+    return to_hex(checksum(f"{VERSION} {options}".encode()))[:8]
 
 
 def _store_name(model: str) -> str:

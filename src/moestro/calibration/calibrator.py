@@ -1,0 +1,192 @@
+"""Finding the experts' codes by running the model over a text, one layer at a time.
+
+All sequences go through the original model together (`stream.py`). When they have come to a layer of experts, each
+expert gets the rows that are routed to it: they make the Hessians that its matrices are rounded by, and tell how far
+its outputs are off at each level. The sequences go on with the original outputs, so that no layer learns to make up for
+another's errors. Copies of one short sequence, each with one layer at the lowest level, show what a layer's errors do
+to the final logits.
+
+Memory: the dense weights as they are, plus about
+
+    4 R (6 H + 2 K) bytes of activations, R rows of all sequences of H values and K experts each, plus
+    (W + 2) x (8 P + 16 M^2 + 8 T (H + 3 I)) bytes of experts under way,
+
+W workers, P parameters of an expert, M its widest input (H or its width I), T rows routed to it. Dense layers run one
+sequence at a time, in which the longest decides. On disk: 4 R H bytes for each layer until the store is done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from moestro.calibration.expert import ExpertMath, ExpertResult
+from moestro.calibration.layer import LayerBatch
+from moestro.calibration.scratch import LayerScratch
+from moestro.calibration.sensitivity import LogitDistance
+from moestro.calibration.stream import LayerRows, SequenceStream
+from moestro.calibration.text import Windows
+from moestro.errors import PackError
+from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
+from moestro.kernels import make_kernels
+from moestro.kernels.base import Kernels
+from moestro.quant import make_encoding
+from moestro.runtime.dense import place_dense
+from moestro.runtime.probe import probe
+from moestro.store.calibration_facts import CalibrationText, rounded
+from moestro.store.expert_work import ExpertWork, Findings
+from moestro.store.pack_plan import PackPlan
+
+
+class Calibrator:
+    """An `ExpertEncoder` that runs the model over `windows` of `text`."""
+
+    def __init__(self, text: CalibrationText, windows: Windows, *, warnings: tuple[str, ...] = ()) -> None:
+        self._text, self._windows, self._warnings = text, windows, warnings
+
+    @property
+    def text(self) -> CalibrationText:
+        """The text that the windows are of."""
+        return self._text
+
+    def scratch_bytes(self, plan: PackPlan) -> int:
+        """Outputs of every layer for all sequences."""
+        layers = len(plan.layers)
+        rows = self._windows.tokens + (layers + 1) * len(self._windows.short)
+        return layers * rows * 4 * int(plan.skeleton.config.hidden_size)
+
+    def run(self, work: ExpertWork) -> Findings:
+        """Write every expert of `work` that has not been written.
+
+        Raises:
+            UnsupportedModelError: the model cannot be run on packed batches.
+            CheckpointError: weights are missing or are not numbers.
+            PackError: the model's states are not numbers.
+        """
+        with _one_torch_thread():
+            return _Calibration(self._windows, self._warnings, work).run()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Results of torch depend on how many threads share a sum; with one they can be had again after a kill."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class _Calibration:
+    """One calibration under way."""
+
+    windows: Windows
+    warnings: tuple[str, ...]
+    work: ExpertWork
+    unrouted: list[tuple[int, int]] = field(default_factory=list)
+
+    def run(self) -> Findings:
+        plan = self.work.plan
+        self.work.say("reading dense weights")
+        skeleton = build_skeleton(config_from_dict(plan.model))
+        probe(skeleton, rows=2, history=2, logit_rows=1)
+        kernels = make_kernels("auto", threads=_workers())
+        place_dense(skeleton.model, dict(self.work.raw_dense()), kernels)
+        identity = f"{plan.identity()} {self.windows}"
+        self._scratch = LayerScratch(self.work.scratch, identity)
+        distance = LogitDistance(len(self.windows.sequences))
+        with torch.inference_mode(), ThreadPoolExecutor(_workers()) as pool:
+            self._pool, self._kernels = pool, kernels
+            stream = self._stream(skeleton, kernels)
+            self._modules = stream.modules
+            stream.run(self._process, distance.add)
+        return Findings(
+            tokens=self.windows.tokens,
+            sensitivity=tuple(
+                rounded(distance.of_layer(layer) / mean if (mean := self._mean_error(layer)) else 0.0)
+                for layer in range(len(plan.layers))
+            ),
+            unrouted=tuple(self.unrouted),
+            warnings=self.warnings,
+        )
+
+    def _stream(self, skeleton: Skeleton, kernels: Kernels) -> SequenceStream:
+        count = len(self.windows.sequences)
+        copies = 1 + len(self.work.plan.layers)
+        sequences = [*self.windows.sequences, *[self.windows.short] * copies]
+        return SequenceStream(skeleton, kernels, sequences, frozenset(range(count, count + copies)))
+
+    def _process(self, layer: int, rows: list[LayerRows]) -> list[torch.Tensor]:
+        plan = self.work.plan
+        experts = plan.layers[layer].experts
+        self._note_unrouted(layer, rows)
+        shapes = [one.hidden_TH.shape for one in rows]
+        if all(self.work.errors(layer, expert) is not None for expert in range(experts)):
+            kept = self._scratch.load(layer, shapes)
+            if kept is not None:
+                return kept
+        batch = LayerBatch(layer, rows, len(self.windows.sequences))
+        if not batch.is_finite:
+            raise PackError(
+                f"The model's hidden states in MoE layer {layer} are not numbers: fp32 cannot hold them, or the "
+                "checkpoint is damaged. Download or copy it again, or pack with --no-calibration."
+            )
+        self._encode(layer, batch, self._modules[layer])
+        outputs = batch.outputs()
+        self.work.sync()
+        self._scratch.save(layer, outputs)
+        return outputs
+
+    def _encode(self, layer: int, batch: LayerBatch, module: nn.Module) -> None:
+        """All experts of a layer, a few at a time, taken over in their order."""
+        options = self.work.plan.options
+        encoding = make_encoding(options.encoding)
+        math = ExpertMath(self._kernels, module, encoding, options.promised_levels, batch.sample)
+        waiting: deque[tuple[int, dict[str, torch.Tensor], Future[ExpertResult]]] = deque()
+        for expert in range(self.work.plan.layers[layer].experts):
+            weights = self.work.weights(layer, expert)
+            done = self.work.errors(layer, expert) is not None
+            regions = self.work.regions(layer, expert) if done else None
+            waiting.append((expert, weights, self._pool.submit(math.work, weights, batch.rows_of(expert), regions)))
+            if len(waiting) > _workers() + 1:
+                self._take(layer, batch, *waiting.popleft())
+        while waiting:
+            self._take(layer, batch, *waiting.popleft())
+
+    def _take(
+        self,
+        layer: int,
+        batch: LayerBatch,
+        expert: int,
+        weights: dict[str, torch.Tensor],
+        future: Future[ExpertResult],
+    ) -> None:
+        result = future.result()
+        batch.add(expert, result)
+        if result.encoded is not None:
+            self.work.write(layer, expert, weights, result.encoded)
+
+    def _note_unrouted(self, layer: int, rows: list[LayerRows]) -> None:
+        own = rows[: len(self.windows.sequences)]
+        used = set(torch.cat([one.index_TK.flatten() for one in own]).tolist())
+        experts = range(self.work.plan.layers[layer].experts)
+        self.unrouted.extend((layer, expert) for expert in experts if expert not in used)
+
+    def _mean_error(self, layer: int) -> float:
+        """Mean error of a layer's experts at the lowest level."""
+        errors = [self.work.errors(layer, expert) for expert in range(self.work.plan.layers[layer].experts)]
+        assert all(error is not None for error in errors)
+        return sum(error[0] for error in errors if error) / len(errors)
+
+
+def _workers() -> int:
+    return max(1, len(os.sched_getaffinity(0)))

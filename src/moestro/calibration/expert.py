@@ -1,0 +1,147 @@
+"""One expert during calibration: its original outputs, what its inputs say about its weights, and its codes.
+
+Shapes: T rows, H hidden, I expert width, G = 2I where gate and up are one matrix, K inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moestro.kernels.base import Kernels
+from moestro.quant.encoding import Encoding
+from moestro.store.calibration_facts import rounded
+from moestro.store.data_free import decoded, encode_alone, relative_error
+from moestro.store.writer import EncodedExpert
+
+_PRIOR = 1 / 16
+"""The layer's rows weigh as much as this many rows of the expert's own for each input of the matrix."""
+
+_JUDGED = 512
+"""Most rows that errors are measured on; more do not change the mean by much."""
+
+_PLENTY = 4
+"""With so many rows for each input, the expert's own are enough."""
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What one expert computes: `own_TH` are the calibration rows routed to it, with their router weights; `raw_TH` and
+    `low_TH` are rows of which only the outputs are wanted, as they are and at the lowest level."""
+
+    own_TH: torch.Tensor
+    own_weights_T: torch.Tensor
+    raw_TH: torch.Tensor
+    low_TH: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExpertResult:
+    """Its outputs, rows as in `ExpertRows`; and its codes, None where they were given."""
+
+    own_TH: torch.Tensor
+    raw_TH: torch.Tensor
+    low_TH: torch.Tensor
+    encoded: EncodedExpert | None
+
+
+def spread_rows(values_TH: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many rows, evenly spread."""
+    if len(values_TH) <= most:
+        return values_TH
+    return values_TH[torch.arange(most) * len(values_TH) // most]
+
+
+class ExpertMath:
+    """The arithmetic of a layer's experts. `sample_SH` are rows of the whole layer."""
+
+    def __init__(
+        self, kernels: Kernels, module: nn.Module, encoding: Encoding, levels: tuple[int, ...], sample_SH: torch.Tensor
+    ) -> None:
+        self._kernels, self._encoding, self._levels = kernels, encoding, levels
+        self._experts: Any = module
+        self._sample_SH = sample_SH
+        self._up, self._down = ("gate_up_proj" if self._experts.has_gate else "up_proj"), "down_proj"
+
+    def work(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        rows: ExpertRows,
+        regions: Mapping[str, Mapping[int, torch.Tensor]] | None,
+    ) -> ExpertResult:
+        """Everything that is wanted of an expert with these parameters; `regions` are its codes if it has them."""
+        with torch.inference_mode():
+            activated_TI = self._activated(weights, rows.own_TH)
+            own_TH = self._output(weights, activated_TI)
+            encoded = None
+            if regions is None:
+                encoded = self._encode(weights, rows, activated_TI, own_TH)
+                regions = encoded.regions
+            low_TH = rows.low_TH
+            if len(low_TH):
+                low = self._at_level(weights, regions, self._levels[0])
+                low_TH = self._forward(low, low_TH)
+            return ExpertResult(own_TH, self._forward(weights, rows.raw_TH), low_TH, encoded)
+
+    def _encode(
+        self, weights: Mapping[str, torch.Tensor], rows: ExpertRows, activated_TI: torch.Tensor, own_TH: torch.Tensor
+    ) -> EncodedExpert:
+        if not len(own_TH):
+            return encode_alone(self._encoding, weights, self._levels)
+        inputs = {self._up: rows.own_TH, self._down: activated_TI}
+        regions = {}
+        for name, input_TK in inputs.items():
+            sample_SK = self._sample_for(name, weights, input_TK)
+            hessian_KK = mixed_hessian(input_TK, rows.own_weights_T, sample_SK)
+            regions[name] = self._encoding.encode(weights[name], levels=self._levels, hessian_KK=hessian_KK)
+        judged_TH, wanted_TH = spread_rows(rows.own_TH, _JUDGED), spread_rows(own_TH, _JUDGED)
+        errors = []
+        for level in self._levels:
+            found_TH = self._forward(self._at_level(weights, regions, level), judged_TH)
+            errors.append(rounded(relative_error(wanted_TH, found_TH)))
+        return EncodedExpert(regions, tuple(errors))
+
+    def _sample_for(
+        self, name: str, weights: Mapping[str, torch.Tensor], input_TK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Inputs of a matrix for rows of the whole layer, None where the expert's own are enough."""
+        rows, inputs = input_TK.shape
+        if rows >= _PLENTY * inputs:
+            return None
+        return self._sample_SH if name == self._up else self._activated(weights, self._sample_SH)
+
+    def _at_level(
+        self, weights: Mapping[str, torch.Tensor], regions: Mapping[str, Mapping[int, torch.Tensor]], level: int
+    ) -> dict[str, torch.Tensor]:
+        return {
+            name: decoded(self._encoding, regions[name], value, level).contiguous() if name in regions else value
+            for name, value in weights.items()
+        }
+
+    def _forward(self, weights: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
+        return self._output(weights, self._activated(weights, hidden_TH))
+
+    def _activated(self, weights: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
+        up_TG = self._kernels.linear(hidden_TH, weights[self._up], weights.get(f"{self._up}_bias"))
+        function = self._experts._apply_gate if self._experts.has_gate else self._experts.act_fn
+        activated_TI: torch.Tensor = function(up_TG)
+        return activated_TI.contiguous()
+
+    def _output(self, weights: Mapping[str, torch.Tensor], activated_TI: torch.Tensor) -> torch.Tensor:
+        return self._kernels.linear(activated_TI, weights[self._down], weights.get(f"{self._down}_bias"))
+
+
+def mixed_hessian(input_TK: torch.Tensor, weights_T: torch.Tensor, sample_SK: torch.Tensor | None) -> torch.Tensor:
+    """Mean of w^2 x x^T over the expert's rows, with a share of the layer's mean where these rows are few."""
+    scaled_TK = input_TK * weights_T.unsqueeze(1)
+    own_KK = scaled_TK.T @ scaled_TK / max(float(weights_T.square().sum()), 1e-30)
+    if sample_SK is None:
+        return own_KK
+    rows, inputs = input_TK.shape
+    share = 1.0 / (1.0 + rows / (_PRIOR * inputs))
+    layer_KK = sample_SK.T @ sample_SK / len(sample_SK)
+    return torch.lerp(own_KK, layer_KK, share)
