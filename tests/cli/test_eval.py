@@ -9,7 +9,10 @@ import pytest
 
 from cli.damage import truncate
 from cli.running import MODEL, assert_user_error, run, run_process
+from engine.tiny import tiny_checkpoint
+from moestro.config import PackOptions
 from moestro.engine.results import Evaluation
+from moestro.store.pack import pack
 
 WORDS = "A command that measures a model reads text and says how likely the model finds each of its words.\n"
 KEYS = {
@@ -57,11 +60,38 @@ def test_json_is_one_object_with_the_published_keys(store: Path, text: Path) -> 
     assert [one["name"] for one in measured["texts"]] == [str(text)]
 
 
-def test_a_checkpoint_is_packed_and_measured_against_itself(text: Path) -> None:
-    checkpoint = run(*_eval(MODEL, "--text", text, "--json"))
-    assert json.loads(checkpoint.stdout)["kl_to_raw"] == 0.0
-    raw = run(*_eval(MODEL, "--text", text, "--raw", "--json"))
-    assert json.loads(raw.stdout)["perplexity"] == json.loads(checkpoint.stdout)["perplexity"]
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+def test_a_checkpoint_is_packed_twice_and_measured_against_its_raw_weights(checkpoint: Path, text: Path) -> None:
+    packed = json.loads(run(*_eval(checkpoint, "--text", text, "--json")).stdout)
+    raw = json.loads(run(*_eval(checkpoint, "--text", text, "--raw", "--json")).stdout)
+    assert (packed["level"], raw["level"], raw["kl_to_raw"]) == (4, 32, 0.0)
+    assert packed["raw_perplexity"] == raw["perplexity"] != packed["perplexity"]
+    assert 0 < packed["kl_to_raw"] < 1
+    low = json.loads(run(*_eval(checkpoint, "--text", text, "--level", "2", "--json")).stdout)
+    assert (low["level"], low["raw_perplexity"]) == (2, raw["perplexity"])
+    assert low["kl_to_raw"] > packed["kl_to_raw"]
+    assert low["bits_per_weight"] < packed["bits_per_weight"]
+
+
+def test_no_auto_pack_refuses(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    result = run(*_eval(checkpoint, "--text", text, "--no-auto-pack"), env={"MOESTRO_CACHE": str(tmp_path / "none")})
+    assert_user_error(result, "moestro pack")
+
+
+def test_what_cannot_be_measured_is_said(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    packed = pack(checkpoint, tmp_path / "store", options=PackOptions(calibration=False)).path
+    result = run(*_eval(packed, "--text", text))
+    assert result.exit_code == 0
+    assert result.stderr.startswith("note: kl_to_raw was not measured")
+    assert "--reference" in result.stderr
+    assert "KL" not in result.stdout
+    assert_user_error(run(*_eval(packed, "--text", text, "--raw")), "not hold raw weights")
+    assert_user_error(run(*_eval(packed, "--text", text, "--reference", MODEL)), "another vocabulary")
+    assert_user_error(run(*_eval(packed, "--text", text, "--level", "7")), "Level 7")
 
 
 def test_the_table_names_what_was_measured(store: Path, text: Path, tmp_path: Path) -> None:
@@ -100,6 +130,7 @@ def test_bad_texts(store: Path, text: Path, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--raw", "--reference", MODEL], "Give one of the two"),
+        (["--raw", "--level", "4"], "Give one of the two"),
         (["--max-tokens", "31"], "max_tokens is 31"),
         (["--max-tokens", "-1"], "max_tokens is -1"),
         (["--window", "2000"], "window is 2000"),

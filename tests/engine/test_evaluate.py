@@ -12,12 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.perturbed import MODEL, TEXT, perturbed_checkpoint
-from moestro.config import RuntimeOptions
+from engine.tiny import tiny_checkpoint
+from moestro.config import PackOptions, RuntimeOptions
 from moestro.engine.evaluate import EvaluationProgress, evaluate
 from moestro.engine.results import Evaluation
 from moestro.engine.windows import Text, cut_windows
 from moestro.errors import BudgetError, RequestError
+from moestro.runtime.subject import Subject
 from moestro.store.locate import locate_source
+from moestro.store.pack import pack
 from packing import pack_raw
 
 TEXTS = [Text("code and words", TEXT), Text("words", TEXT[200:])]
@@ -110,6 +113,30 @@ def test_without_a_reference_there_is_no_divergence(store: Path, raw: Path) -> N
     assert [(one.done, one.total) for one in seen] == [(1, 2), (2, 2)]
     assert seen[-1].perplexity == pytest.approx(alone.perplexity)
     assert evaluate(raw, TEXTS[:1], options=options, window=WINDOW).kl_to_raw == 0.0
+
+
+def test_levels_come_closer_to_the_raw_model(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint")
+    options = PackOptions(calibration=False, dense_bits=16)
+    store = pack(checkpoint, tmp_path / "store", options=options).path
+    raw = pack_raw(checkpoint, tmp_path / "raw").path
+    measured = [
+        evaluate(store, TEXTS[:1], reference_path=raw, options=RuntimeOptions(memory="100MiB", level=level), window=64)
+        for level in (2, 3, 4, 8)
+    ]
+    assert [one.level for one in measured] == [2, 3, 4, 8]
+    distances = [one.kl_to_raw or 0 for one in measured]
+    assert distances == sorted(distances, reverse=True)
+    assert 0 < distances[-1] < distances[0] / 50
+    bits = [one.bits_per_weight for one in measured]
+    assert bits == [Subject.open(str(store)).bits_per_weight(level) for level in (2, 3, 4, 8)]
+    by_itself = evaluate(store, TEXTS[:1], options=RuntimeOptions(memory="100MiB"), window=64)
+    assert (by_itself.level, by_itself.kl_to_raw, by_itself.dense_bits) == (4, None, 16)
+    assert by_itself.perplexity == measured[2].perplexity
+    with pytest.raises(RequestError, match="does not hold raw weights"):
+        evaluate(raw, TEXTS[:1], reference_path=store, window=64)
+    with pytest.raises(RequestError, match="Level 5"):
+        evaluate(store, TEXTS[:1], options=RuntimeOptions(level=5))
 
 
 @pytest.mark.parametrize("window", [1, 1025, -3])

@@ -82,12 +82,16 @@ def _read_text(path: Path) -> Text:
 
 def _locate(model: str, reference: str | None, *, raw: bool, auto_pack: bool) -> tuple[Path, Path | None]:
     """The store to measure and, if it can be told, the raw one to compare it with."""
+    from moestro.engine.evaluate import require_raw
     from moestro.store.locate import locate_shapes
     from moestro.store.manifest import has_manifest
+    from moestro.store.reader import Store
 
     is_store = has_manifest(locate_shapes(model))
     if raw:
-        return locate_store(model, auto_pack=auto_pack, raw=True), None
+        store = locate_store(model, auto_pack=auto_pack, raw=True)
+        require_raw(Store.open(store))
+        return store, None
     if reference is None and not is_store:
         reference = model
     store = locate_store(model, auto_pack=auto_pack)

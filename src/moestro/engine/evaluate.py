@@ -175,18 +175,22 @@ def _chunk_rows(store: Store, window: int) -> int:
 
 
 def _is_raw(store: Store) -> bool:
-    """Whether all weights are kept as they are, neither experts nor dense ones quantised."""
     return store.manifest.encoding == RAW and store.manifest.dense_bits == 16
+
+
+def require_raw(store: Store) -> None:
+    """Raise RequestError unless all weights are kept as they are, experts' and dense ones."""
+    if not _is_raw(store):
+        raise RequestError(
+            f"{store.path} does not hold raw weights, which a reference must. Give the checkpoint, or a store of it that "
+            "was packed with --levels raw."
+        )
 
 
 def _check_reference(
     store: Store, reference: Store, windows: Sequence[Window], texts: Sequence[Text], max_tokens: int
 ) -> None:
-    if not _is_raw(reference):
-        raise RequestError(
-            f"The reference {reference.path} does not hold raw weights. Give the checkpoint, or a store of it that was "
-            "packed with its weights as they are."
-        )
+    require_raw(reference)
     size = len(windows[0].token_ids)
     same_size = reference.config_dict.get("vocab_size") == store.config_dict.get("vocab_size")
     if not same_size or windows != cut_windows(load_tokenizer(reference), texts, window=size, max_tokens=max_tokens):
@@ -213,8 +217,9 @@ def _divide_memory(
         )
     more = [max(0, plan.bytes_for_experts(1.0) - plan.least_bytes) for plan in plans]
     part = min(1.0, (total - sum(least)) / max(1, sum(more)))
-    given = [str(low + int(part * extra)) for low, extra in zip(least, more, strict=True)]
-    return [(one, replace(its_options, memory=memory)) for (one, its_options), memory in zip(asked, given, strict=True)]
+    for_reference = least[1] + int(part * more[1])
+    given = (total - for_reference, for_reference)
+    return [(one, replace(mine, memory=str(memory))) for (one, mine), memory in zip(asked, given, strict=True)]
 
 
 def _result(
