@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_is_said(checkpoint: Path, text: Path, tmp_path:
     assert "--reference" in result.stderr
     assert "KL" not in result.stdout
     assert_user_error(run(*_eval(packed, "--text", text, "--raw")), "not hold raw weights")
-    assert_user_error(run(*_eval(packed, "--text", text, "--reference", MODEL)), "another vocabulary")
+    assert_user_error(run(*_eval(packed, "--text", text, "--reference", MODEL)), "is another model")
     assert_user_error(run(*_eval(packed, "--text", text, "--level", "7")), "Level 7")
 
 

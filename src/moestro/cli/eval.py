@@ -82,7 +82,7 @@ def _read_text(path: Path) -> Text:
 
 def _locate(model: str, reference: str | None, *, raw: bool, auto_pack: bool) -> tuple[Path, Path | None]:
     """The store to measure and, if it can be told, the raw one to compare it with."""
-    from moestro.engine.evaluate import require_raw
+    from moestro.engine.reference import require_raw
     from moestro.store.locate import locate_shapes
     from moestro.store.manifest import has_manifest
     from moestro.store.reader import Store

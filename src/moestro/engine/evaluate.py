@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from moestro.config import RAW, RuntimeOptions
+from moestro.config import RuntimeOptions
+from moestro.engine.reference import is_raw, require_reference
 from moestro.engine.results import Evaluation, TextScore
 from moestro.engine.tokenizer import load_tokenizer
 from moestro.engine.windows import Text, Window, cut_windows
@@ -76,7 +77,7 @@ def evaluate(
     size = _window_size(store, window)
     windows = cut_windows(load_tokenizer(store), texts, window=size, max_tokens=max_tokens)
     if reference is not None:
-        _check_reference(store, reference, windows, texts, max_tokens)
+        _check_reference(store, reference, texts, windows)
     rows = _chunk_rows(store, size)
     wanted = replace(options or RuntimeOptions(), context=size, max_sequences=1)
     with ExitStack() as stack:
@@ -87,7 +88,7 @@ def evaluate(
         scores = _score(feeds, windows, len(texts), progress)
         seconds = opened[0].runner.stats.forward_s
         plans = [model.plan for model in opened]
-    return _result(store, reference is None and _is_raw(store), texts, windows, scores, seconds, plans)
+    return _result(store, reference is None and is_raw(store), texts, windows, scores, seconds, plans)
 
 
 class _Feed:
@@ -165,7 +166,9 @@ def _score(
 def _window_size(store: Store, asked: int) -> int:
     longest = longest_context(config_from_dict(store.config_dict))
     if asked and not 2 <= asked <= longest:
-        raise RequestError(f"The window is {asked} tokens. Expected 2 to {longest}, what it takes (0: by itself).")
+        raise RequestError(
+            f"The window is {asked} tokens. Expected 2 to {longest}, which is what the model takes (0: by itself)."
+        )
     return asked or min(longest, DEFAULT_WINDOW)
 
 
@@ -174,29 +177,14 @@ def _chunk_rows(store: Store, window: int) -> int:
     return max(1, min(window - 1, STEP_ROWS, _LOGIT_BYTES // (4 * vocabulary)))
 
 
-def _is_raw(store: Store) -> bool:
-    return store.manifest.encoding == RAW and store.manifest.dense_bits == 16
-
-
-def require_raw(store: Store) -> None:
-    """Raise RequestError unless all weights are kept as they are, experts' and dense ones."""
-    if not _is_raw(store):
-        raise RequestError(
-            f"{store.path} does not hold raw weights, which a reference must. Give the checkpoint, or a store of it that "
-            "was packed with --levels raw."
-        )
-
-
-def _check_reference(
-    store: Store, reference: Store, windows: Sequence[Window], texts: Sequence[Text], max_tokens: int
-) -> None:
-    require_raw(reference)
+def _check_reference(store: Store, reference: Store, texts: Sequence[Text], windows: Sequence[Window]) -> None:
+    require_reference(store, reference)
     size = len(windows[0].token_ids)
-    same_size = reference.config_dict.get("vocab_size") == store.config_dict.get("vocab_size")
-    if not same_size or windows != cut_windows(load_tokenizer(reference), texts, window=size, max_tokens=max_tokens):
+    whole, same = (cut_windows(load_tokenizer(one), texts, window=size) for one in (store, reference))
+    if whole != same:
         raise RequestError(
-            f"The reference {reference.path} has another vocabulary than {store.path}. Give the raw weights of the "
-            "same model."
+            f"The reference {reference.path} has a tokenizer that makes other tokens of the texts than that of "
+            f"{store.path}. Give the raw weights of the same model."
         )
 
 
