@@ -94,7 +94,7 @@ MOESTRO_INLINE void ask_for(const float *row, int64_t dim) {
 
 template <int Width> MOESTRO_INLINE void score_rows(Work &work, const float *const *keys, int64_t position) {
   for (int j = 0; j < Width; ++j) ask_for(keys[kAhead + j], work.args->keys.dim);
-  for_each_part(work.queries, [&](int64_t first, auto count) {
+  for_each_part<kTileTokens>(work.queries, [&](int64_t first, auto count) {
     constexpr int kTokens = decltype(count)::value;
     const float *x[kTokens];
     for (int i = 0; i < kTokens; ++i) x[i] = work.query[first + i].query;

@@ -6,18 +6,42 @@
 #include <stdexcept>
 #include <string>
 
+#include "rows.h"
+
+#ifdef MOESTRO_ARM64
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace moestro {
 namespace {
 
-#define MOESTRO_TABLE(isa)                                                                                             \
-  constexpr KernelTable isa##_table = {#isa,\
-      isa::linear, isa::attention, isa::linear_scratch, isa::attention_scratch, isa::round_columns};
-MOESTRO_TABLE(scalar)
+#define MOESTRO_PACKED(isa) constexpr PackedTable isa##_packed = {isa::packed_tiles, isa::quantise_row, isa::activate};
+// `floats` and `packed` name the builds that a table's kernels come from.
+#define MOESTRO_TABLE(name, floats, packed)                                                                            \
+  constexpr KernelTable name##_table = {#name,                                                                         \
+                                        &packed##_packed,                                                              \
+                                        floats::linear,                                                                \
+                                        floats::attention,                                                             \
+                                        floats::linear_scratch,                                                        \
+                                        floats::attention_scratch,                                                     \
+                                        floats::round_columns,                                                         \
+                                        &floats::row_table};
+MOESTRO_PACKED(scalar)
+MOESTRO_TABLE(scalar, scalar, scalar)
 #ifdef MOESTRO_X86
-MOESTRO_TABLE(avx2)
-MOESTRO_TABLE(avx512)
+MOESTRO_PACKED(avx2)
+MOESTRO_PACKED(avx512vnni)
+MOESTRO_TABLE(avx2, avx2, avx2)
+MOESTRO_TABLE(avx512, avx512, avx2)
+MOESTRO_TABLE(avx512vnni, avx512, avx512vnni)
+#endif
+#ifdef MOESTRO_ARM64
+MOESTRO_PACKED(neon)
+MOESTRO_TABLE(neon, scalar, neon)
 #endif
 #undef MOESTRO_TABLE
+#undef MOESTRO_PACKED
 
 std::atomic<const KernelTable *> &current() {
   static std::atomic<const KernelTable *> table{available_kernels().front()};
@@ -55,6 +79,8 @@ void check_positions(const AttentionArgs &args, int64_t row, int64_t low, int64_
   checked.high = std::max(checked.high, high);
 }
 
+} // namespace
+
 std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   const int64_t most = std::max<int64_t>(1, kQueriesPerTask / (args.heads / args.heads_kv));
   std::vector<RowGroup> groups;
@@ -77,8 +103,6 @@ std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   return groups;
 }
 
-} // namespace
-
 std::vector<const KernelTable *> available_kernels() {
   std::vector<const KernelTable *> tables;
 #ifdef MOESTRO_X86
@@ -86,8 +110,12 @@ std::vector<const KernelTable *> available_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512vnni_table);
   if (avx512) tables.push_back(&avx512_table);
   if (avx2) tables.push_back(&avx2_table);
+#endif
+#ifdef MOESTRO_ARM64
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) tables.push_back(&neon_table);
 #endif
   tables.push_back(&scalar_table);
   return tables;

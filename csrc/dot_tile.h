@@ -5,7 +5,7 @@
 // lanes.
 #pragma once
 
-#include "simd.h"
+#include "unroll.h"
 
 namespace moestro {
 namespace MOESTRO_ISA {
@@ -18,34 +18,6 @@ constexpr int kTileRows = 4;
 constexpr int kTileTokens = 4;
 constexpr int kTileRows = 3;
 #endif
-
-template <int N> struct Count {
-  static constexpr int value = N;
-};
-
-// Calls f(Count<n>{}) for a run-time n in [1, kTileTokens].
-template <class F> MOESTRO_INLINE void with_count(int64_t n, F f) {
-  switch (n) {
-  case 1: return f(Count<1>{});
-  case 2: return f(Count<2>{});
-  case 3: return f(Count<3>{});
-  case 4: return f(Count<4>{});
-#ifdef __AVX512VL__
-  case 5: return f(Count<5>{});
-  case 6: return f(Count<6>{});
-#endif
-  default: __builtin_unreachable();
-  }
-}
-
-// Splits `total` into even parts of at most kTileTokens and calls f(first, Count<part>{}) for each.
-template <class F> MOESTRO_INLINE void for_each_part(int64_t total, F f) {
-  for (int64_t first = 0, part; first < total; first += part) {
-    const int64_t left = total - first, parts = (left + kTileTokens - 1) / kTileTokens;
-    part = (left + parts - 1) / parts;
-    with_count(part, [&](auto count) { f(first, count); });
-  }
-}
 
 template <int Tokens, int Rows> struct Tile {
   Vec sums[Tokens][Rows];

@@ -51,7 +51,7 @@ template <int Rows, class W> MOESTRO_INLINE void direct_rows(const LinearArgs &a
       inputs * (Rows * int64_t{sizeof(W)} + smaller(args.tokens, kTileTokens) * int64_t{sizeof(float)});
   const bool near = tile_bytes <= (args.tokens == 1 ? kNearBytesOneToken : kNearBytes);
   const Ahead next{reinterpret_cast<const char *>(w[0] + Rows * inputs), near};
-  for_each_part(args.tokens, [&](int64_t first, auto count) {
+  for_each_part<kTileTokens>(args.tokens, [&](int64_t first, auto count) {
     constexpr int kTokens = decltype(count)::value;
     const float *x[kTokens];
     for (int i = 0; i < kTokens; ++i) x[i] = args.x + (first + i) * args.x_stride;

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "module_decoder.h"
+#include "module_packed.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -165,4 +167,6 @@ NB_MODULE(_native, m) {
       nb::arg("value_dim"));
   m.def("scratch_bytes", [] { return pool().scratch_bytes(); }, release());
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
+  add_packed(m);
+  add_decoder(m);
 }

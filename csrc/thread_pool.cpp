@@ -79,10 +79,11 @@ ThreadPool &pool() {
 ThreadPool::~ThreadPool() {
   stop_workers();
   for (Scratch &scratch : scratch_) std::free(scratch.memory);
+  std::free(shared_.memory);
 }
 
 void ThreadPool::set_threads(int threads) {
-  std::lock_guard<std::mutex> lock(run_mutex_);
+  const auto lock = turn();
   if (threads == threads_) return;
   stop_workers();
   for (size_t i = threads; i < scratch_.size(); ++i) std::free(scratch_[i].memory);
@@ -91,8 +92,8 @@ void ThreadPool::set_threads(int threads) {
 }
 
 size_t ThreadPool::scratch_bytes() {
-  std::lock_guard<std::mutex> lock(run_mutex_);
-  size_t total = 0;
+  const auto lock = turn();
+  size_t total = shared_.bytes;
   for (const Scratch &scratch : scratch_) total += scratch.bytes;
   return total;
 }
@@ -114,23 +115,30 @@ void ThreadPool::stop_workers() {
   stop_ = false;
 }
 
+void ThreadPool::grow(Scratch &scratch, size_t bytes) {
+  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (scratch.bytes >= bytes) return;
+  std::free(scratch.memory);
+  scratch = Scratch{};
+  scratch.memory = static_cast<char *>(std::aligned_alloc(kAlignment, bytes));
+  if (scratch.memory == nullptr) throw std::bad_alloc();
+  scratch.bytes = bytes;
+}
+
 void ThreadPool::reserve(size_t bytes, int threads) {
   if (scratch_.size() < static_cast<size_t>(threads)) scratch_.resize(threads);
-  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  for (int i = 0; i < threads; ++i) {
-    Scratch &scratch = scratch_[i];
-    if (scratch.bytes >= bytes) continue;
-    std::free(scratch.memory);
-    scratch = Scratch{};
-    scratch.memory = static_cast<char *>(std::aligned_alloc(kAlignment, bytes));
-    if (scratch.memory == nullptr) throw std::bad_alloc();
-    scratch.bytes = bytes;
-  }
+  for (int i = 0; i < threads; ++i) grow(scratch_[i], bytes);
+}
+
+char *ThreadPool::shared(size_t bytes) {
+  const auto lock = turn();
+  grow(shared_, bytes);
+  return shared_.memory;
 }
 
 void ThreadPool::run(int64_t tasks, size_t scratch_bytes, bool parallel, Task task, void *context) {
   if (tasks == 0) return;
-  std::lock_guard<std::mutex> lock(run_mutex_);
+  const auto lock = turn();
   const bool alone = !parallel || tasks == 1 || threads_ == 1;
   reserve(scratch_bytes, alone ? 1 : threads_.load());
   if (!alone) start_workers();

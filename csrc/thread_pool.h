@@ -28,9 +28,15 @@ public:
   // `parallel` false keeps the work on the calling thread (for work shorter than waking a worker).
   void run(int64_t tasks, size_t scratch_bytes, bool parallel, Task task, void *context);
 
+  // A turn of several jobs: until the lock is released other callers wait; the holder's own calls run as usual.
+  std::unique_lock<std::recursive_mutex> turn() { return std::unique_lock<std::recursive_mutex>(run_mutex_); }
+  // Memory for what the tasks of a turn hand to each other, 64-byte aligned; the caller's until its turn ends or it
+  // calls this again. Throws std::bad_alloc.
+  char *shared(size_t bytes);
+
   void set_threads(int threads);
   int threads() const { return threads_.load(std::memory_order_relaxed); }
-  // Bytes of scratch that the threads hold now; they keep the most that any call has needed.
+  // Bytes of scratch that the threads hold now, and share; they keep the most that any call has needed.
   size_t scratch_bytes();
 
 private:
@@ -42,15 +48,17 @@ private:
   void start_workers();
   void stop_workers();
   void reserve(size_t bytes, int threads);
+  static void grow(Scratch &scratch, size_t bytes);
   void work(int index);
   uint64_t wait_for_job(uint64_t seen);
   void take_tasks(char *scratch);
   bool joinable(uint64_t gate, uint64_t seen) const;
 
-  std::mutex run_mutex_;
+  std::recursive_mutex run_mutex_;
   std::atomic<int> threads_;
   std::vector<std::thread> workers_;
   std::vector<Scratch> scratch_;
+  Scratch shared_;
 
   // The job: written by the caller while the gate is closed and nobody is inside.
   Task task_ = nullptr;

@@ -1,5 +1,12 @@
 """Compiled CPU kernels (csrc/). Addresses and strides are not checked here: `moestro.kernels.cpu` does that."""
 
+from collections.abc import Sequence
+from enum import Enum
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
 def linear(
     x: int,
     x_stride: int,
@@ -90,3 +97,179 @@ def scratch_bytes() -> int:
 
 def sum_words(address: int, nbytes: int) -> int:
     """Sum, modulo 2^64, of the whole 8-byte words at an address: a plain read on all threads, to compare with."""
+
+class Matrix:
+    """Shape, encoding and offsets of a quantised matrix."""
+
+class Experts:
+    """The MLP that all experts of a layer share."""
+
+def make_matrix(encoding: int, rows: int, columns: int, group: int, offsets: Sequence[int], /) -> Matrix: ...
+def make_experts(
+    up: Matrix,
+    down: Matrix,
+    up_bias: int,
+    down_bias: int,
+    gate: int,
+    activation: int,
+    alpha: float,
+    limit: float,
+    /,
+) -> Experts:
+    """Biases are offsets in plane 0, negative for none."""
+
+def experts(
+    experts: Experts,
+    planes: NDArray[np.int64],
+    levels: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    places: NDArray[np.int32],
+    hidden: int,
+    hidden_stride: int,
+    hidden_rows: int,
+    out: int,
+    out_stride: int,
+    out_rows: int,
+    /,
+) -> None:
+    """Raises ValueError when a job's level, planes or rows are wrong, before anything is computed."""
+
+def packed_linear(
+    matrix: Matrix, planes: Sequence[int], level: int, x: int, x_stride: int, rows: int, bias: int, out: int, /
+) -> None:
+    """Raises ValueError when the level is unknown or a plane that it needs is absent; so do the next two."""
+
+def unpack(matrix: Matrix, planes: Sequence[int], level: int, out: int, /) -> None: ...
+def packed_rows(matrix: Matrix, planes: Sequence[int], ids: int, count: int, out: int, /) -> None:
+    """Raises ValueError also when an id is not a row."""
+
+def activate(experts: Experts, gate: int, up: int, count: int, out: int, /) -> None:
+    """The activation of one row of values; reads and writes up to the next multiple of 8 values."""
+
+def experts_shared_bytes(
+    rows: int, hidden: int, hidden_group: int, listed: int, width: int, width_group: int, threads: int
+) -> int:
+    """Most bytes that `experts` shares between threads."""
+
+def experts_scratch_bytes() -> int:
+    """Most bytes of scratch that `experts`, `packed_linear` and `unpack` keep per thread."""
+
+def quantised_bytes(rows: int, columns: int, group: int) -> int:
+    """Bytes of quantised rows of activations, which `packed_linear` keeps."""
+
+class Weight:
+    """A dense matrix [outputs, inputs]; `data` and `bias` (0: none) are addresses.
+
+    `kind` is its place in WEIGHT_DTYPES, 3 for flat8, 4 for flat4, whose activations are quantised in `group`s.
+    """
+
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, kind: int, data: int, outputs: int, inputs: int, group: int, bias: int) -> None: ...
+
+class Norm:
+    """Root-mean-square norm over groups of `width` elements; `weight` is an address."""
+
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, weight: int, width: int, eps: float) -> None: ...
+
+class KvTarget:
+    """A pool of keys or values of one layer: an address and strides in elements."""
+
+    def __init__(self, data: int, block_stride: int, head_stride: int, position_stride: int) -> None: ...
+
+class Rotation:
+    """Addresses of cosines and sines [positions, half], which turn heads of twice that width."""
+
+    def __init__(self, cos: int, sin: int, positions: int, half: int) -> None: ...
+
+class Mlp:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, gate: Weight, up: Weight, down: Weight, scale: Weight) -> None: ...
+
+class Routing(Enum):
+    SOFTMAX_THEN_PICK = 0
+    SOFTMAX_THEN_PICK_AND_SCALE = 1
+    PICK_THEN_SOFTMAX = 2
+
+class Layer:
+    """One decoder layer. What is not set is not there."""
+
+    input_norm: Norm
+    post_norm: Norm
+    q: Weight
+    k: Weight
+    v: Weight
+    o: Weight
+    q_norm: Norm
+    k_norm: Norm
+    clip: float
+    heads: int
+    heads_kv: int
+    head_dim: int
+    keys: KvTarget
+    values: KvTarget
+    sinks: int
+    scale: float
+    softcap: float
+    window: int
+    mlp: Mlp
+    router: Weight
+    routing: Routing
+
+    def __init__(self) -> None: ...
+
+class Decoder:
+    """A decoder on packed rows (csrc/decoder.h). Knows addresses only: what lies there has to outlive it."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Weight,
+        norm: Norm,
+        head: Weight,
+        rotation: Rotation,
+        residual: int,
+        hidden: int,
+        scratch: int,
+        scratch_width: int,
+        quantised: int,
+        quantised_size: int,
+        ids: int,
+        weights: int,
+        picks: int,
+        rows: int,
+        blocks: int,
+        block_size: int,
+    ) -> None:
+        """Raises ValueError when the parts do not fit each other."""
+
+    def add(self, layer: Layer) -> None:
+        """Append a layer; ValueError when it does not fit the model or the workspace."""
+
+    def begin(
+        self,
+        token_ids: int,
+        rows: int,
+        block_table: int,
+        sequences: int,
+        max_blocks: int,
+        row_sequence: int,
+        row_position: int,
+        /,
+    ) -> None:
+        """Begin a step; ValueError when a token, sequence, position or block does not exist."""
+
+    def run_layer(self, index: int, delta: int, /) -> None:
+        """One layer up to its experts, after adding `delta` (0: nothing) to the residual."""
+
+    def logits(self, delta: int, rows: int, count: int, out: int, /) -> None: ...
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds in matrix products and attention so far."""

@@ -30,6 +30,7 @@ class RuntimeOptions:
     context: int = option(0, "Longest prompt plus answer in tokens (0: the model's own limit, at most 4096).")
     max_sequences: int = option(1, "Sequences that may be in flight at once; each has a KV cache of `context` tokens.")
     threads: int = option(0, "Compute threads (0: one per available core).")
+    level: int = option(0, "Bits of each expert that are read and applied, of the store's levels (0: its exact level).")
     policy: str = option("lru", "Which planes leave the cache first.")
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 

@@ -22,6 +22,8 @@ INSPECT_KEYS = {
     "levels",
     "encoding",
     "exact_level",
+    "bits_per_weight",
+    "dense_bits",
     "dense_bytes",
     "expert_bytes",
     "bytes_per_expert",
@@ -32,6 +34,7 @@ INSPECT_KEYS = {
 
 PLAN_KEYS = {
     "model",
+    "level",
     "memory_bytes",
     "floor_bytes",
     "model_bytes",

@@ -51,9 +51,9 @@ def _run(engine: Engine, prompts: list[list[int]]) -> list[Sequence]:
 
 
 def _experts_used(opened: OpenModel, prompt: list[int]) -> set[tuple[int, int]]:
-    before = opened.runner.expert_counts_LE.copy()
+    before = opened.runner.expert_counts.copy()
     _run(_engine(opened), [prompt])
-    used = np.argwhere(opened.runner.expert_counts_LE > before)
+    used = np.argwhere(opened.runner.expert_counts > before)
     return {(int(layer), int(expert)) for layer, expert in used}
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from memory.plane_file import PAGE, PlaneFile
 from moestro.keys import PlaneKey
@@ -14,6 +14,7 @@ from moestro.memory.arena import Arena
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
+from moestro.memory.plane_stream import PlaneStream
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
 
@@ -55,12 +56,13 @@ class Bench:
         )
 
     def run(self, *experts: int) -> list[int]:
-        """Stream these planes, check the bytes of each, return the experts as they came."""
+        """Stream these experts, chains of one plane, check the bytes of each, return the experts as they came."""
         order = []
-        with self.cache.stream([plane(expert) for expert in experts]) as arrivals:
-            for key, offset in arrivals:
-                assert bytes(self.buffer.view(offset, 2 * PAGE)) == self.planes.contents[key]
-                order.append(key[1])
+        with self.cache.stream([(plane(expert),) for expert in experts]) as batches:
+            for batch in batches:
+                for index, (offset,) in batch:
+                    assert bytes(self.buffer.view(offset, 2 * PAGE)) == self.planes.contents[plane(experts[index])]
+                    order.append(experts[index])
         return order
 
     def residents(self) -> set[int]:
@@ -75,6 +77,11 @@ class Bench:
     def settle(self) -> None:
         """Wait until no read is queued or running."""
         until(lambda: not self.engine._in_flight and not self.cache._loading)
+
+
+def experts_of(stream: PlaneStream, experts: Sequence[int]) -> list[int]:
+    """What is left of a stream of `experts`, as experts in the order in which they come."""
+    return [experts[index] for batch in stream for index, _ in batch]
 
 
 def plane(expert: int) -> PlaneKey:

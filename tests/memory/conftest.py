@@ -10,17 +10,26 @@ from memory.cache_bench import Bench
 from memory.plane_file import PlaneFile, write_plane_file
 from moestro.policy import LRU
 
+CHAINS = ((2, 1, 1), (3,), (1, 2, 1, 3))
+"""Pages of the planes of a chain."""
+
 
 @pytest.fixture(scope="session")
 def uniform_planes(tmp_path_factory: pytest.TempPathFactory) -> PlaneFile:
     """16 planes of two pages."""
-    return write_plane_file(tmp_path_factory.mktemp("planes") / "uniform.bin", 16, (2,))
+    return write_plane_file(tmp_path_factory.mktemp("planes") / "uniform.bin", 16, [(2,)])
 
 
 @pytest.fixture(scope="session")
 def mixed_planes(tmp_path_factory: pytest.TempPathFactory) -> PlaneFile:
     """18 planes of one, two and three pages in turn."""
-    return write_plane_file(tmp_path_factory.mktemp("planes") / "mixed.bin", 18, (1, 2, 3))
+    return write_plane_file(tmp_path_factory.mktemp("planes") / "mixed.bin", 18, [(1,), (2,), (3,)])
+
+
+@pytest.fixture(scope="session")
+def chain_planes(tmp_path_factory: pytest.TempPathFactory) -> PlaneFile:
+    """12 experts whose chains are those of `CHAINS` in turn."""
+    return write_plane_file(tmp_path_factory.mktemp("planes") / "chains.bin", 12, CHAINS)
 
 
 @pytest.fixture

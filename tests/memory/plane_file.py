@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,22 +26,23 @@ class PlaneFile:
         return self.extents[key]
 
 
-def pattern(expert: int, nbytes: int) -> bytes:
-    return bytes((expert * 37 + index * 11 + (index >> 8)) & 255 for index in range(nbytes))
+def pattern(number: int, nbytes: int) -> bytes:
+    return bytes((number * 37 + index * 11 + (index >> 8)) & 255 for index in range(nbytes))
 
 
-def write_plane_file(path: Path, count: int, pages: tuple[int, ...]) -> PlaneFile:
-    """Expert i of layer 0 has one plane of `pages[i % len(pages)]` pages."""
+def write_plane_file(path: Path, count: int, chains: Sequence[Sequence[int]]) -> PlaneFile:
+    """Expert i of layer 0 has planes of `chains[i % len(chains)]` pages, one after another."""
     extents: dict[PlaneKey, PlaneExtent] = {}
     contents: dict[PlaneKey, bytes] = {}
     offset = 0
     with path.open("wb") as out:
         for expert in range(count):
-            content = pattern(expert, pages[expert % len(pages)] * PAGE)
-            key = (0, expert, 0)
-            contents[key] = content
-            extents[key] = PlaneExtent(path, offset, len(content), xxhash.xxh3_64_intdigest(content))
-            offset += out.write(content)
+            for plane, pages in enumerate(chains[expert % len(chains)]):
+                content = pattern(len(contents), pages * PAGE)
+                key = (0, expert, plane)
+                contents[key] = content
+                extents[key] = PlaneExtent(path, offset, len(content), xxhash.xxh3_64_intdigest(content))
+                offset += out.write(content)
         out.flush()
         os.fsync(out.fileno())
     return PlaneFile(path, extents, contents)

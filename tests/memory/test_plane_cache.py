@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from memory.cache_bench import Bench, plane, until
+from memory.cache_bench import Bench, experts_of, plane, until
 from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
@@ -28,12 +28,13 @@ def test_hits_come_while_misses_load(make: Callable[..., Bench]) -> None:
     bench = make(8)
     bench.run(0, 1)
     bench.disk.open.clear()
-    with bench.cache.stream([plane(expert) for expert in (4, 0, 5, 1)]) as arrivals:
-        assert [next(arrivals)[0], next(arrivals)[0]] == [plane(0), plane(1)]
+    wanted = (4, 0, 5, 1)
+    with bench.cache.stream([(plane(expert),) for expert in wanted]) as batches:
+        assert [wanted[index] for index, _ in next(batches)] == [0, 1]  # all hits at once
         until(lambda: bench.read_experts() == [0, 1, 4])  # under way before the first yield
         before = bench.cache.stats.stall_seconds
         threading.Timer(0.1, bench.disk.open.set).start()
-        assert [key for key, _ in arrivals] == [plane(4), plane(5)]
+        assert experts_of(batches, wanted) == [4, 5]
     assert 0.05 < bench.cache.stats.stall_seconds - before < 5
 
 
@@ -56,35 +57,34 @@ def test_more_misses_than_slots(make: Callable[..., Bench], slots: int) -> None:
     assert stats.evictions == stats.misses - slots
 
 
-def test_as_many_reads_as_slots_are_issued_before_the_first_yield(make: Callable[..., Bench]) -> None:
+def test_as_many_reads_as_slots_are_issued_before_the_first_batch(make: Callable[..., Bench]) -> None:
     bench = make(3)
     bench.disk.open.clear()
-    with bench.cache.stream([plane(expert) for expert in range(5)]) as arrivals:
+    with bench.cache.stream([(plane(expert),) for expert in range(5)]) as batches:
         assert len(bench.engine._in_flight) == 3
         bench.disk.open.set()
         bench.settle()
         assert bench.read_experts() == [0, 1, 2]  # all slots leased: no read without a slot
-        next(arrivals)
-        assert bench.read_experts() == [0, 1, 2]
-        next(arrivals)  # ends the first lease: one more
-        until(lambda: bench.read_experts() == [0, 1, 2, 3])
+        assert [index for index, _ in next(batches)] == [0, 1, 2]  # whatever has arrived by then
         bench.settle()
-        next(arrivals)
+        assert bench.read_experts() == [0, 1, 2]
+        last = next(batches)  # ends the leases: two more
         until(lambda: bench.read_experts() == [0, 1, 2, 3, 4])
+        assert [index for batch in (last, *batches) for index, _ in batch] == [3, 4]
 
 
 def test_a_leased_plane_keeps_its_place(make: Callable[..., Bench]) -> None:
     bench = make(2)
-    with bench.cache.stream([plane(0)]) as arrivals:
-        key, offset = next(arrivals)
+    with bench.cache.stream([(plane(0),)]) as batches:
+        [(_, (offset,))] = next(batches)
         assert bench.cache.prefetch([plane(expert) for expert in range(1, 6)]) == 1
         bench.settle()
         assert bench.cache.prefetch([plane(expert) for expert in range(2, 6)]) == 1  # in the place of 1
         bench.settle()
-        assert bytes(bench.buffer.view(offset, 2 * PAGE)) == bench.planes.contents[key]
+        assert bytes(bench.buffer.view(offset, 2 * PAGE)) == bench.planes.contents[plane(0)]
         assert bench.residents() == {0, 2}
         with pytest.raises(StopIteration):
-            next(arrivals)
+            next(batches)
     bench.run(3, 4)
     assert bench.residents() == {3, 4}
 
@@ -138,8 +138,8 @@ def test_a_policy_that_gives_up_a_leased_plane_is_caught(make: Callable[..., Ben
             return plane(0)
 
     bench = make(1, Careless())
-    with bench.cache.stream([plane(0)]) as arrivals:
-        next(arrivals)
+    with bench.cache.stream([(plane(0),)]) as batches:
+        next(batches)
         with pytest.raises(AssertionError, match="may not leave"):
             bench.cache.prefetch([plane(1)])
 
@@ -170,8 +170,8 @@ def test_an_exception_in_the_consumer_ends_all_leases(make: Callable[..., Bench]
     bench = make(3)
 
     def consume() -> None:
-        with bench.cache.stream([plane(expert) for expert in range(6)]) as arrivals:
-            for _ in arrivals:
+        with bench.cache.stream([(plane(expert),) for expert in range(6)]) as batches:
+            for _ in batches:
                 raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -182,7 +182,7 @@ def test_an_exception_in_the_consumer_ends_all_leases(make: Callable[..., Bench]
 def test_an_abandoned_stream_cancels_what_has_not_begun(make: Callable[..., Bench]) -> None:
     bench = make(4)
     bench.disk.open.clear()
-    with bench.cache.stream([plane(expert) for expert in range(4)]):
+    with bench.cache.stream([(plane(expert),) for expert in range(4)]):
         bench.disk.begun.acquire()
     bench.disk.open.set()
     bench.settle()
@@ -211,12 +211,12 @@ def test_a_closed_engine_ends_the_stream_cleanly(make: Callable[..., Bench]) -> 
 def test_closing_the_engine_wakes_a_waiting_consumer(make: Callable[..., Bench]) -> None:
     bench = make(4)
     bench.disk.open.clear()
-    with bench.cache.stream([plane(0), plane(1)]) as arrivals:
+    with bench.cache.stream([(plane(0),), (plane(1),)]) as batches:
         bench.disk.begun.acquire()
         closing = threading.Thread(target=bench.engine.close)
         threading.Timer(0.05, closing.start).start()
         with pytest.raises(PlaneReadError, match="closed"):
-            next(arrivals)
+            next(batches)
     bench.disk.open.set()
     until(lambda: not closing.is_alive())
 
@@ -225,7 +225,7 @@ def test_without_a_slot_that_can_be_freed_nobody_waits_for_ever(make: Callable[.
     with pytest.raises(BudgetError, match="No slot"):
         make(0).run(1)
     bench = make(1)
-    with bench.cache.stream([plane(0)]) as outer:
+    with bench.cache.stream([(plane(0),)]) as outer:
         next(outer)
         with pytest.raises(BudgetError, match="No slot"):
             bench.run(1)
@@ -235,10 +235,10 @@ def test_without_a_slot_that_can_be_freed_nobody_waits_for_ever(make: Callable[.
 def test_streams_may_be_nested_and_share_planes(make: Callable[..., Bench]) -> None:
     bench = make(3)
     bench.disk.open.clear()
-    with bench.cache.stream([plane(0), plane(1)]) as outer:
+    with bench.cache.stream([(plane(0),), (plane(1),)]) as outer:
         threading.Timer(0.05, bench.disk.open.set).start()
         assert sorted(bench.run(1, 0)) == [0, 1]
-        assert sorted(key[1] for key, _ in outer) == [0, 1]
+        assert sorted(experts_of(outer, (0, 1))) == [0, 1]
     assert bench.read_experts() == [0, 1]
 
 
@@ -255,7 +255,7 @@ def test_clear_forgets_everything_and_waits_for_what_has_begun(make: Callable[..
     assert bench.read_experts() == [0, 1]
     assert bench.cache.stats.evictions == 0
     assert sorted(bench.run(0, 1, 2, 3)) == [0, 1, 2, 3]
-    with bench.cache.stream([plane(0)]), pytest.raises(AssertionError, match="within a stream"):
+    with bench.cache.stream([(plane(0),)]), pytest.raises(AssertionError, match="within a stream"):
         bench.cache.clear()
 
 

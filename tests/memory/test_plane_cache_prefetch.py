@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from memory.cache_bench import Bench, plane
+from memory.cache_bench import Bench, experts_of, plane
 from memory.plane_file import PAGE
 from moestro.errors import PlaneReadError
 from moestro.keys import PlaneKey
@@ -42,9 +42,9 @@ def test_a_late_prefetch_is_a_miss_made_urgent_and_read_once(make: Callable[...,
     bench.disk.open.clear()
     bench.cache.prefetch([plane(expert) for expert in (0, 1, 2)])
     bench.disk.begun.acquire()
-    with bench.cache.stream([plane(2), plane(3), plane(0)]) as arrivals:
+    with bench.cache.stream([(plane(2),), (plane(3),), (plane(0),)]) as batches:
         bench.disk.open.set()
-        assert [key[1] for key, _ in arrivals] == [0, 2, 3]
+        assert experts_of(batches, (2, 3, 0)) == [0, 2, 3]
     bench.settle()
     assert bench.read_experts() == [0, 2, 3, 1]
     stats = bench.cache.stats
@@ -75,9 +75,9 @@ def test_demand_takes_slots_from_prefetches_that_have_not_begun(make: Callable[.
     bench.disk.open.clear()
     bench.cache.prefetch([plane(0), plane(1), plane(2)])
     bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5), plane(6)]) as arrivals:
+    with bench.cache.stream([(plane(5),), (plane(6),)]) as batches:
         bench.disk.open.set()
-        assert [key[1] for key, _ in arrivals] == [5, 6]
+        assert experts_of(batches, (5, 6)) == [5, 6]
     assert bench.read_experts() == [0, 5, 6]
 
 
@@ -86,9 +86,9 @@ def test_the_prefetch_queued_last_is_taken_back_first(make: Callable[..., Bench]
     bench.disk.open.clear()
     bench.cache.prefetch([plane(0), plane(1), plane(2)])
     bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5)]) as arrivals:
+    with bench.cache.stream([(plane(5),)]) as batches:
         bench.disk.open.set()
-        assert [key[1] for key, _ in arrivals] == [5]
+        assert experts_of(batches, (5,)) == [5]
     bench.settle()
     assert bench.read_experts() == [0, 5, 1]
 
@@ -98,11 +98,11 @@ def test_no_prefetch_takes_the_room_that_demand_waits_for(make: Callable[..., Be
     bench.disk.open.clear()
     bench.cache.prefetch([plane(0)])
     bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5), plane(6)]) as arrivals:
+    with bench.cache.stream([(plane(5),), (plane(6),)]) as batches:
         bench.disk.open.set()
         bench.settle()  # the place of 0 could be had now, and 6 has none yet
         assert bench.cache.prefetch([plane(7)]) == 0
-        assert [key[1] for key, _ in arrivals] == [5, 6]
+        assert experts_of(batches, (5, 6)) == [5, 6]
     assert bench.read_experts() == [0, 5, 6]
 
 
@@ -111,9 +111,9 @@ def test_demand_waits_for_the_slot_of_a_prefetch_that_has_begun(make: Callable[.
     bench.disk.open.clear()
     bench.cache.prefetch([plane(0)])
     bench.disk.begun.acquire()
-    with bench.cache.stream([plane(5)]) as arrivals:
+    with bench.cache.stream([(plane(5),)]) as batches:
         threading.Timer(0.05, bench.disk.open.set).start()
-        assert [key[1] for key, _ in arrivals] == [5]
+        assert experts_of(batches, (5,)) == [5]
     assert bench.residents() == {5}
 
 

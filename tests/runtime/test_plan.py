@@ -12,20 +12,28 @@ from moestro.errors import BudgetError
 from moestro.hf.skeleton import build_skeleton
 from moestro.runtime.kv import LayerKV
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, resolve_context
-from moestro.runtime.probe import Probe
+from moestro.runtime.probe import LayerAttention, Probe
 
 PROBE = Probe(
     kv_layers=(LayerKV(heads=2, key_width=16, value_heads=2, value_width=16, gathered=False),) * 3,
+    attention=(LayerAttention(scale=0.25, window=0, softcap=0.0, sinks=False),) * 3,
     experts_per_token=(2, 2),
     value_width=16,
     activation_bytes=1_000_000,
+    experts_bytes=400_000,
     rows=512,
     history=512,
 )
 
 
 def _plan(memory: int, slots: tuple[int, int] = (8192, 12288), experts: int = 40) -> Plan:
-    shape = ModelShape(name="test", dense_bytes=3_000_000, slot_bytes=slots, experts=(experts, experts))
+    shape = ModelShape(
+        name="test",
+        dense_bytes=3_000_000,
+        chains=tuple((size,) for size in slots),
+        experts=(experts, experts),
+        level=16,
+    )
     options = RuntimeOptions(context=512, memory=str(memory))
     return make_plan(shape, PROBE, options, config=FAMILIES["mixtral"](), floor_bytes=7)
 
@@ -82,7 +90,7 @@ def test_threads_are_checked_and_their_scratch_is_counted() -> None:
     with pytest.raises(BudgetError, match="threads"):
         compute_threads(RuntimeOptions(threads=-1))
     assert compute_threads(RuntimeOptions(threads=3)) == 3
-    shape = ModelShape(name="test", dense_bytes=1, slot_bytes=(4096, 4096), experts=(8, 8))
+    shape = ModelShape(name="test", dense_bytes=1, chains=((4096,), (4096,)), experts=(8, 8), level=16)
     few, many = (
         make_plan(
             shape, PROBE, RuntimeOptions(memory="1GiB", threads=threads), config=FAMILIES["mixtral"](), floor_bytes=0

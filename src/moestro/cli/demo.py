@@ -13,6 +13,7 @@ from rich.text import Text
 
 from moestro.cli.console import notes, output, print_table
 from moestro.cli.opening import locate_store, open_llm
+from moestro.cli.options import Only
 from moestro.cli.picture import check_picture_path, draw_experts
 from moestro.cli.report import cache_rows, memory_rows, time_rows
 from moestro.config import RuntimeOptions, SamplingParams
@@ -34,6 +35,7 @@ ARENA_SHARE = 0.25
 
 
 def demo(
+    options: Annotated[RuntimeOptions, Only("level")],
     picture: Annotated[Path, typer.Option(help="Where to write the picture of which experts each layer used.")] = Path(
         "moestro-demo-experts.png"
     ),
@@ -41,7 +43,7 @@ def demo(
     """Run the built-in model with room for a quarter of its experts, and show what happened."""
     check_picture_path(picture)
     store = locate_store(MODEL, auto_pack=True)
-    options = _options(store)
+    options = _options(store, options.level)
     notes().print(f"{MODEL}, with memory for a quarter of its experts, continues this:\n", style="dim")
     with open_llm(str(store), options) as llm:
         started = time.monotonic()
@@ -60,11 +62,11 @@ def demo(
     output().print(f"\nWhich experts each layer used: see {picture}", soft_wrap=True)
 
 
-def _options(store: Path) -> RuntimeOptions:
+def _options(store: Path, level: int) -> RuntimeOptions:
     """Memory for everything but experts as needed, and for a quarter of the experts."""
     from moestro.runtime.subject import Subject
 
-    options = RuntimeOptions(context=CONTEXT)
+    options = RuntimeOptions(context=CONTEXT, level=level)
     return replace(options, memory=str(Subject.open(str(store)).plan(options).bytes_for_experts(ARENA_SHARE)))
 
 

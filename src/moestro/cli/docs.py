@@ -17,7 +17,11 @@ wins over the default. In Python the same names are keywords of `LLM(...)`, `Sam
 """
 
 _SECTIONS = (
-    ("How a model is opened", RuntimeOptions, "`generate` (all) and `plan` (memory, context, max-sequences)"),
+    (
+        "How a model is opened",
+        RuntimeOptions,
+        "`generate` (all), `plan` (memory, context, max-sequences, threads, level) and `demo` (level)",
+    ),
     ("How tokens are picked", SamplingParams, "`generate`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),
 )

@@ -49,25 +49,37 @@ def _verify(subject: Subject) -> list[str]:
 
 def _facts(subject: Subject) -> dict[str, Any]:
     """The object of `inspect --json`. Keys, once published, stay."""
-    config, shape = subject.skeleton.config, subject.shape
+    config, whole = subject.skeleton.config, subject.shape(max(subject.levels))
     return {
         "kind": "checkpoint" if subject.store is None else "store",
         "path": str(subject.path),
         "architecture": config.architectures[0] if config.architectures else type(subject.skeleton.model).__name__,
         "model_type": config.model_type,
         "layers": config.num_hidden_layers,
-        "moe_layers": len(shape.experts),
-        "experts": max(shape.experts),
+        "moe_layers": len(whole.experts),
+        "experts": max(whole.experts),
         "active_experts": max(subject.experts_per_token),
         "dtypes": list(subject.dtypes),
         "levels": list(subject.levels),
         "encoding": subject.encoding,
         "exact_level": subject.exact_level,
-        "dense_bytes": shape.dense_bytes,
-        "expert_bytes": shape.expert_bytes,
-        "bytes_per_expert": max(shape.slot_bytes),
+        "bits_per_weight": {str(level): round(subject.bits_per_weight(level), 4) for level in subject.levels},
+        "dense_bits": subject.dense_bits,
+        "dense_bytes": whole.dense_bytes,
+        "expert_bytes": whole.expert_bytes,
+        "bytes_per_expert": max(whole.bytes_per_expert),
         "files": dict(subject.files()),
     }
+
+
+def _level_row(subject: Subject, level: int) -> Row:
+    shape = subject.shape(level)
+    exact = ", the exact one" if level == subject.exact_level else ""
+    return (
+        f"level {level}",
+        f"{subject.bits_per_weight(level):.2f} bits per weight",
+        f"{format_bytes(max(shape.bytes_per_expert))} an expert, {format_bytes(shape.expert_bytes)} in all{exact}",
+    )
 
 
 def _draw(subject: Subject, problems: list[str] | None) -> None:
@@ -82,8 +94,9 @@ def _draw(subject: Subject, problems: list[str] | None) -> None:
         ("layers", str(facts["layers"])),
         ("experts", experts),
         ("dtype", ", ".join(facts["dtypes"])),
-        ("levels", ", ".join(map(str, facts["levels"])), f"{facts['encoding']}, exact at {facts['exact_level']}"),
-        ("dense weights", format_bytes(facts["dense_bytes"])),
+        ("encoding", facts["encoding"]),
+        *(_level_row(subject, level) for level in subject.levels),
+        ("dense weights", format_bytes(facts["dense_bytes"]), f"linear maps of {facts['dense_bits']} bits"),
         ("experts' weights", format_bytes(facts["expert_bytes"]), f"{format_bytes(facts['bytes_per_expert'])} each"),
     ]
     if problems is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Model,
-    options: Annotated[RuntimeOptions, Only("memory", "context", "max_sequences", "threads")],
+    options: Annotated[RuntimeOptions, Only("memory", "context", "max_sequences", "threads", "level")],
     as_json: AsJson = False,
 ) -> None:
     """Show what would be placed where, and the least memory that works; needs the config only, not the weights."""
@@ -48,7 +48,11 @@ def _draw(model: str, planned: Plan) -> None:
         [(name, format_bytes(size), remark) for name, size, remark in parts],
     )
     rows: list[Row] = [
-        ("whole model", format_bytes(planned.model_bytes), f"{format_bytes(planned.expert_bytes)} of it experts"),
+        (
+            "whole model",
+            format_bytes(planned.model_bytes),
+            f"{format_bytes(planned.expert_bytes)} of it experts at level {planned.level}",
+        ),
         ("least memory that works", format_bytes(planned.least_bytes), f"{planned.least_bytes} bytes"),
         ("read per token", format_bytes(planned.expected_bytes_per_token), "if all experts were equally likely"),
         ("process floor", format_bytes(planned.floor_bytes), "Python with torch, on top of the memory given"),

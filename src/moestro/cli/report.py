@@ -27,7 +27,7 @@ def summary(completion: Completion, stats: Stats) -> str:
         f"{timings.decode_tokens_per_s:.1f} tokens/s, first after {timings.ttft_s:.2f} s, "
         f"prompt of {completion.prompt_tokens} at {timings.prefill_tokens_per_s:.1f} tokens/s, "
         f"opened in {timings.load_s:.1f} s\n"
-        f"{format_bytes(stats.memory_bytes)} given of {format_bytes(stats.model_bytes)}, "
+        f"{format_bytes(stats.memory_bytes)} given of {format_bytes(stats.model_bytes)} at level {stats.level}, "
         f"peak resident {format_bytes(stats.peak_rss_bytes)} with a process floor of "
         f"{format_bytes(stats.process_floor_bytes)}; experts {share(stats.hits, used)} hits, "
         f"{format_bytes(stats.bytes_read)} read, waited {stats.stall_s:.2f} s for the disk"
@@ -38,7 +38,11 @@ def memory_rows(stats: Stats) -> list[Row]:
     """Bytes given and bytes used."""
     allowed = stats.process_floor_bytes + stats.memory_bytes
     return [
-        ("model", format_bytes(stats.model_bytes), f"{format_bytes(stats.expert_bytes)} of it experts"),
+        (
+            "model",
+            format_bytes(stats.model_bytes),
+            f"{format_bytes(stats.expert_bytes)} of it experts at level {stats.level}",
+        ),
         ("memory given", format_bytes(stats.memory_bytes), "the sum of the next five"),
         (
             "  expert arena",

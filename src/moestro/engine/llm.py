@@ -167,8 +167,9 @@ class LLM:
             kv_bytes=plan.kv_bytes,
             activation_bytes=plan.activation_bytes,
             staging_bytes=plan.staging_bytes,
-            level=self._open.store.manifest.exact_level,
+            level=plan.level,
             policy=self.options.policy,
+            path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
             huge_pages=self._open.arena_buffer.huge_pages,
         )
@@ -177,7 +178,7 @@ class LLM:
         """Tokens routed to each expert since the model was opened: int64 [MoE layers, experts]."""
         if self._closed_stats is not None:
             return self._counts_LE
-        return self._open.runner.expert_counts_LE.copy()
+        return self._open.runner.expert_counts.copy()
 
     def close(self) -> None:
         """Stop the transfer threads and give the memory back. The model can only be asked for its stats any more."""

@@ -1,20 +1,26 @@
 """What a kernel does, whoever does it.
 
-Shapes: T rows (tokens), K inputs, N outputs, H query heads, D key width, Dv value width, S sequences.
+Shapes: T rows (tokens), K inputs, N outputs, H query heads (with experts: the hidden width), D key width, Dv that of
+values, S sequences, J jobs (experts with rows), R rows of all jobs, P rows of an output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+
+from moestro.kernels.specs import ActivationSpec, ExpertJobs, ExpertSpec, MatrixSpec
+
+__all__ = ["WEIGHT_DTYPES", "ActivationSpec", "ExpertJobs", "ExpertSpec", "Kernels", "MatrixSpec"]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights and biases; their place in the tuple is the code that the native kernels know them by."""
 
 
 class Kernels(Protocol):
-    """The two operations that everything expensive is made of.
+    """The operations that everything expensive is made of.
 
     Implementations used for serving keep the exactness rule: an element of the result depends on its own row's inputs
     alone, through one fixed order of fp32 operations, so it has the same bits whatever the other rows, their number
@@ -69,4 +75,40 @@ class Kernels(Protocol):
         Raises:
             ValueError: a row's sequence, position or block lies outside the table or the pool.
         """
+        ...
+
+    def experts(self, spec: ExpertSpec, jobs: ExpertJobs, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        """The MLPs of any number of experts, each on its own rows and at its own level, from quantised planes.
+
+        Row `jobs.rows[r]` of the hidden states goes through the MLP of its job; the result, not yet weighted, becomes
+        row `jobs.places[r]` of `out_PH`. Both are fp32 and contiguous in their last dimension.
+
+        Raises:
+            ValueError: a job has an unknown level, lacks a plane that its level needs, or names a row that does not
+                exist.
+        """
+        ...
+
+    def packed_linear(
+        self,
+        x_TK: torch.Tensor,
+        matrix: MatrixSpec,
+        planes: Sequence[int],
+        level: int,
+        bias_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`linear` with a quantised matrix: fp32 [T, N]. x and bias are fp32.
+
+        Args:
+            planes: addresses of the planes up to the level's (of a flat matrix: one).
+            level: 2, 3, 4 or 8; of a flat matrix its bits.
+        """
+        ...
+
+    def unpack(self, matrix: MatrixSpec, planes: Sequence[int], level: int) -> torch.Tensor:
+        """The values that a quantised matrix stands for at a level, fp32 [N, K]."""
+        ...
+
+    def packed_rows(self, matrix: MatrixSpec, planes: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a flat matrix (an embedding), fp32 [R, K], from ids int64 [R]. ValueError when an id is not a row."""
         ...

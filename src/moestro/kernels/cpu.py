@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
+from moestro.kernels.shapes import native_experts, native_matrix
+from moestro.kernels.specs import ExpertJobs, ExpertSpec, MatrixSpec
+from moestro.quant.groups import group_size
 
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(WEIGHT_DTYPES)}
 _CPU = torch.device("cpu")
@@ -113,16 +118,104 @@ class CpuKernels:
         )
         return out_THDv
 
+    def experts(self, spec: ExpertSpec, jobs: ExpertJobs, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        _check_matrix(hidden_TH, columns=spec.up.columns)
+        _check_matrix(out_PH, columns=spec.down.rows)
+        _native.experts(
+            native_experts(spec),
+            jobs.planes,
+            jobs.levels,
+            jobs.starts,
+            jobs.rows,
+            jobs.places,
+            hidden_TH.data_ptr(),
+            hidden_TH.stride(0),
+            len(hidden_TH),
+            out_PH.data_ptr(),
+            out_PH.stride(0),
+            len(out_PH),
+        )
 
-def scratch_bytes(*, threads: int, positions: int, value_dim: int) -> int:
+    def packed_linear(
+        self,
+        x_TK: torch.Tensor,
+        matrix: MatrixSpec,
+        planes: Sequence[int],
+        level: int,
+        bias_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        _check_matrix(x_TK, columns=matrix.columns)
+        out_TN = torch.empty((len(x_TK), matrix.rows))
+        bias = 0
+        if bias_N is not None:
+            assert bias_N.dtype is torch.float32, bias_N.dtype
+            assert bias_N.shape == (matrix.rows,), (bias_N.shape, matrix)
+            assert bias_N.is_contiguous(), bias_N.stride()
+            bias = bias_N.data_ptr()
+        _native.packed_linear(
+            native_matrix(matrix),
+            planes,
+            level,
+            x_TK.data_ptr(),
+            x_TK.stride(0),
+            len(x_TK),
+            bias,
+            out_TN.data_ptr(),
+        )
+        return out_TN
+
+    def unpack(self, matrix: MatrixSpec, planes: Sequence[int], level: int) -> torch.Tensor:
+        out_NK = torch.empty((matrix.rows, matrix.columns))
+        _native.unpack(native_matrix(matrix), planes, level, out_NK.data_ptr())
+        return out_NK
+
+    def packed_rows(self, matrix: MatrixSpec, planes: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
+        assert matrix.flat, matrix
+        assert ids.dtype is torch.int64, ids.dtype
+        ids = ids.contiguous()
+        out_RK = torch.empty((len(ids), matrix.columns))
+        _native.packed_rows(native_matrix(matrix), planes, ids.data_ptr(), len(ids), out_RK.data_ptr())
+        return out_RK
+
+
+def scratch_bytes(
+    *,
+    threads: int,
+    positions: int,
+    value_dim: int,
+    rows: int = 0,
+    top_k: int = 0,
+    hidden: int = 0,
+    expert_width: int = 0,
+    dense_width: int = 0,
+) -> int:
     """Most bytes of scratch that the kernels keep, for plans of memory.
 
     Args:
         threads: size of the pool.
         positions: most positions that a row attends to (the context, or the window plus 15 where there is one).
         value_dim: width of a value row.
+        rows: most rows of a step. It counts, with the sizes below, where weights are quantised (else leave it 0).
+        top_k: experts of a row.
+        hidden: inputs of an expert.
+        expert_width: inputs of its down projection.
+        dense_width: inputs of the widest quantised dense matrix.
     """
-    return threads * max(_native.linear_scratch_bytes(), _native.attention_scratch_bytes(positions, value_dim))
+    own = max(_native.linear_scratch_bytes(), _native.attention_scratch_bytes(positions, value_dim))
+    if rows == 0:
+        return threads * own
+    hidden_group, width_group = group_size(max(hidden, 1)), group_size(max(expert_width, 1))
+    experts = _native.experts_shared_bytes(rows, hidden, hidden_group, rows * top_k, expert_width, width_group, threads)
+    dense = _native.quantised_bytes(rows, dense_width, group_size(max(dense_width, 1)))
+    return threads * max(own, _native.experts_scratch_bytes()) + max(experts, dense)
+
+
+def _check_matrix(matrix: torch.Tensor, *, columns: int) -> None:
+    assert matrix.device == _CPU, matrix.device
+    assert matrix.dtype is torch.float32, matrix.dtype
+    assert matrix.ndim == 2, matrix.shape
+    assert matrix.shape[1] == columns, (matrix.shape, columns)
+    assert matrix.stride(1) == 1 or columns <= 1, matrix.stride()
 
 
 def _check_pools(query_THD: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor) -> None:

@@ -6,8 +6,15 @@ the meta device only shapes are computed, which is how memory is planned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch.nn import functional
+
+from moestro.kernels.activations import activate
+from moestro.kernels.quantised import bytes_at, linear, matrix_at, quantise_rows, values
+from moestro.kernels.specs import FLAT_BITS, ExpertJobs, ExpertSpec, MatrixSpec
 
 
 class ReferenceKernels:
@@ -51,6 +58,43 @@ class ReferenceKernels:
             value_JGDv = _gather(value_pool, block_table[sequence], kv_J)
             out_THDv[rows] = _weighted_values(probability_RHJ, value_JGDv)
         return out_THDv
+
+    def experts(self, spec: ExpertSpec, jobs: ExpertJobs, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        for job, (planes, level) in enumerate(zip(jobs.planes.tolist(), jobs.levels.tolist(), strict=True)):
+            listed = slice(int(jobs.starts[job]), int(jobs.starts[job + 1]))
+            rows, places = jobs.rows[listed], jobs.places[listed]
+            bias_at = partial(_bias, planes[0])
+            up_RG = self.packed_linear(hidden_TH[rows], spec.up, planes, level, bias_at(spec.up_bias, spec.up.rows))
+            width_RI = activate(spec.activation, spec.gate, up_RG)
+            down_bias = bias_at(spec.down_bias, spec.down.rows)
+            out_PH[places] = self.packed_linear(width_RI, spec.down, planes, level, down_bias)
+
+    def packed_linear(
+        self,
+        x_TK: torch.Tensor,
+        matrix: MatrixSpec,
+        planes: Sequence[int],
+        level: int,
+        bias_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if x_TK.is_meta:
+            return x_TK.new_empty((len(x_TK), matrix.rows))
+        out_TN = linear(quantise_rows(x_TK, matrix.group), matrix_at(matrix, planes, level), matrix.rows)
+        return out_TN if bias_N is None else out_TN + bias_N
+
+    def unpack(self, matrix: MatrixSpec, planes: Sequence[int], level: int) -> torch.Tensor:
+        return values(matrix_at(matrix, planes, level))[: matrix.rows, : matrix.columns]
+
+    def packed_rows(self, matrix: MatrixSpec, planes: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
+        if ids.is_meta:
+            return torch.empty((len(ids), matrix.columns), device=ids.device)
+        if bool(((ids < 0) | (ids >= matrix.rows)).any()):
+            raise ValueError(f"packed_rows: an id of {ids.tolist()} is not in [0, {matrix.rows})")
+        return self.unpack(matrix, planes, FLAT_BITS[matrix.encoding])[ids]
+
+
+def _bias(plane: int, offset: int | None, rows: int) -> torch.Tensor | None:
+    return None if offset is None else bytes_at(plane + offset, 4 * rows).view(torch.float32)
 
 
 def _check_rows(

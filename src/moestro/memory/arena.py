@@ -7,6 +7,7 @@ fragmenting. The last extent may be shorter than the others, so no budget is los
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,17 +24,31 @@ class Slot:
 
 
 def extent_bytes_for(slot_sizes: Sequence[int]) -> int:
-    """The extent size for these slot sizes: at least 2 MiB and one slot of each, a multiple of 4096, least waste.
+    """The extent size for these slot sizes: about 2 MiB, at least one slot of each, a multiple of 4096, least waste.
 
-    Waste is the share of an extent that its slots leave over, for the worst class; among equals the smallest extent
-    wins. Looks up to four times the least size: a larger extent is harder to empty.
+    With several sizes an extent is no more than about eight of the largest slots, so that few extents already serve all
+    classes. Waste is the share of an extent that its slots leave over, for the worst class; among equals the smallest
+    extent wins. Looks up to four times the least size: a larger extent is harder to empty.
     """
     sizes = _slot_classes(slot_sizes)
-    least = max(HUGE_PAGE, *sizes)
+    least = max(HUGE_PAGE, sizes[-1]) if len(sizes) == 1 else max(min(HUGE_PAGE, 8 * sizes[-1]), sizes[-1])
     candidates = {round_up(least, PAGE)}
     for size in sizes:
         candidates.update(range(round_up(least, size), 4 * least + 1, size))
     return min(candidates, key=lambda extent: (max(extent % size / extent for size in sizes), extent))
+
+
+def least_bytes_for(chain: Sequence[int], extent_bytes: int) -> int:
+    """The least arena in which planes of all these sizes can be held at once, whatever else was held before.
+
+    Several classes take whole extents of their own: the last, shorter extent of an arena is not counted on.
+    """
+    counts = Counter(chain)
+    if len(counts) == 1:
+        ((size, count),) = counts.items()
+        full, rest = divmod(count, extent_bytes // size)
+        return full * extent_bytes + rest * size
+    return extent_bytes * sum(-(-count // (extent_bytes // size)) for size, count in counts.items())
 
 
 class Arena:
@@ -48,6 +63,7 @@ class Arena:
         self.nbytes = nbytes
         self.extent_bytes = extent_bytes
         self.used_bytes = 0
+        self._used = dict.fromkeys(self.slot_sizes, 0)
         self._extent_sizes = [min(extent_bytes, nbytes - start) for start in range(0, nbytes, extent_bytes)]
         self._empty = dict.fromkeys(range(len(self._extent_sizes)))
         self._free: dict[int, list[int]] = {}  # extent in use -> offsets of its free slots
@@ -61,6 +77,10 @@ class Arena:
             if nbytes <= size:
                 return size
         raise AssertionError(f"no slot class holds {nbytes} bytes: {self.slot_sizes}")
+
+    def used_by(self, nbytes: int) -> int:
+        """Bytes in use of the class that serves planes of `nbytes`."""
+        return self._used[self.slot_bytes(nbytes)]
 
     def slots_per_extent(self, extent: int, nbytes: int) -> int:
         """How many planes of `nbytes` this extent holds when it is given to their class."""
@@ -85,12 +105,14 @@ class Arena:
         slot = Slot(free.pop(), size, extent)
         self._taken[extent][slot.offset] = slot
         self.used_bytes += size
+        self._used[size] += size
         return slot
 
     def free(self, slot: Slot) -> None:
         """Give a slot back; an extent whose last slot is given back may then serve any class."""
         assert self._taken.get(slot.extent, {}).pop(slot.offset, None) == slot, f"{slot} is not in use"
         self.used_bytes -= slot.nbytes
+        self._used[slot.nbytes] -= slot.nbytes
         free = self._free[slot.extent]
         free.append(slot.offset)
         if self._taken[slot.extent]:

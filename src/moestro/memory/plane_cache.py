@@ -1,5 +1,7 @@
 """The planes held in an arena: who is resident, who is loading, who may not leave.
 
+What a computation asks for are **chains**: the planes of an expert up to some level, which are of use together only.
+
 One lock guards all of it. It is held while a policy is asked and while a read is queued, never during a read. Reads
 end in the threads of the transfer engine, which call `_arrived`.
 """
@@ -8,17 +10,15 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Protocol
 
-from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
-from moestro.memory.planes import CacheStats, EvictableView, HeldPlane, Planes
+from moestro.memory.plane_stream import PlaneStream
+from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes
 from moestro.memory.transfer import Read, Ticket, TransferEngine
 from moestro.policy.base import EvictionPolicy, Need
 
@@ -49,7 +49,9 @@ class PlaneCache:
         self._planes = Planes(arena)
         self._loading: dict[PlaneKey, HeldPlane] = {}
         self._streams: list[PlaneStream] = []
+        self._step = 0  # streams so far
         self._stats = CacheStats()
+        self._loaded: Counter[int] = Counter()  # bytes loaded of late, by slot class
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
@@ -64,14 +66,16 @@ class PlaneCache:
         with self._lock:
             return {plane.key for plane in self._planes.by_key.values() if plane.ticket is None}
 
-    def stream(self, keys: Sequence[PlaneKey]) -> PlaneStream:
-        """Lease these planes one by one: `with cache.stream(keys) as arrivals: for key, offset in arrivals: ...`.
+    def stream(self, chains: Sequence[Chain]) -> PlaneStream:
+        """Lease chains in batches: `with cache.stream(chains) as batches: for batch in batches: ...`.
 
-        Every distinct key comes exactly once, with the byte offset of its plane in the buffer: residents first, then
-        the others as they arrive. The plane stays in place until the next step of the iteration, or the end.
+        A batch is a list of (index in `chains`, byte offsets of the chain's planes in the buffer). Every distinct chain
+        comes exactly once, at the index where it is first named: in the first batch all that are resident whole, in
+        later ones what has arrived by then. The planes of a batch stay in place until the next step of the iteration,
+        or the end. Of a chain that is resident in part only the rest is read.
         Raises PlaneReadError when a plane cannot be read; the cache then is as good as before.
         """
-        return PlaneStream(self, keys)
+        return PlaneStream(self, chains)
 
     def prefetch(self, keys: Sequence[PlaneKey]) -> int:
         """Queue reads of these planes, most wanted first, behind all demand; returns how many were queued.
@@ -104,22 +108,33 @@ class PlaneCache:
                 self._drop(plane)
 
     def _issue(
-        self, key: PlaneKey, extent: PlaneExtent, *, urgent: bool, keep: Container[PlaneKey] = ()
+        self,
+        key: PlaneKey,
+        extent: PlaneExtent,
+        *,
+        urgent: bool,
+        keep: Container[PlaneKey] = (),
+        any_class: bool = False,
     ) -> HeldPlane | None:
-        """Give the plane a slot and queue its read; None when no slot can be had now."""
+        """Give the plane a slot and queue its read; None when no slot can be had now.
+
+        The planes of `keep` stay. Planes of other slot classes stay too, unless `any_class` is set or this class has
+        far less of the arena than its part of the recent loads.
+        """
         need = Need(key, extent.nbytes, urgent)
         slot = self._arena.alloc(extent.nbytes)
         while slot is None:
-            if not self._make_room(need, keep):
+            if not self._make_room(need, keep, any_class=any_class or self._is_short(extent.nbytes)):
                 return None
             slot = self._arena.alloc(extent.nbytes)
-        plane = HeldPlane(key, slot, extent.nbytes, asked_for=urgent)
+        plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER)
         destination = self._buffer.view(slot.offset, extent.nbytes)
         layer, expert, position = key
         label = f"Plane {position} of expert {expert} of MoE layer {layer}"
         read = Read(extent.file, extent.offset, extent.nbytes, destination, extent.checksum, label)
         self._planes.add(plane)
         self._policy.on_load(key, slot.nbytes)
+        self._count_load(slot.nbytes)
         try:
             plane.ticket = self._engine.submit(read, urgent=urgent, on_done=lambda ticket: self._arrived(plane, ticket))
         except BaseException:
@@ -128,24 +143,48 @@ class PlaneCache:
         self._loading[key] = plane
         return plane
 
-    def _make_room(self, need: Need, keep: Container[PlaneKey]) -> bool:
+    def _make_room(self, need: Need, keep: Container[PlaneKey], *, any_class: bool) -> bool:
         """Evict what the policy gives up for this need; False when nothing can go now."""
-        evictable = EvictableView(self._planes, need.nbytes, keep)
+        evictable = EvictableView(self._planes, need.nbytes, keep, any_class=any_class)
         key = self._policy.victim(need, evictable)
         if key is None:
-            return need.urgent and self._cancel_a_prefetch()
+            return need.urgent and self._cancel_a_prefetch(keep)
         assert key in evictable, f"the policy gave up {key}, which may not leave"
         for plane in self._planes.to_evict_for(need.nbytes, self._planes.by_key[key]):
-            self._drop(plane)
-            self._stats.evictions += 1
-            if not plane.asked_for:
-                self._stats.wasted_prefetches += 1
-                self._stats.wasted_bytes += plane.nbytes
+            self._evict(plane)
         return True
 
-    def _cancel_a_prefetch(self) -> bool:
+    def _evict(self, plane: HeldPlane) -> None:
+        self._drop(plane)
+        self._stats.evictions += 1
+        if plane.step == NEVER:
+            self._stats.wasted_prefetches += 1
+            self._stats.wasted_bytes += plane.nbytes
+
+    def _evict_all(self) -> None:
+        """Evict every plane that may leave, so that extents are free for any class."""
+        for plane in tuple(self._planes.by_key.values()):
+            if plane.evictable:
+                self._evict(plane)
+
+    def _is_short(self, nbytes: int) -> bool:
+        """Whether the class of planes of `nbytes` has less than half of what its part of the recent loads suggests."""
+        size = self._arena.slot_bytes(nbytes)
+        loaded = self._loaded[size] + size
+        return 2 * self._arena.used_by(size) * (self._loaded.total() + size) < loaded * self._arena.nbytes
+
+    def _count_load(self, size: int) -> None:
+        self._loaded[size] += size
+        if self._loaded.total() > 4 * self._arena.nbytes:
+            for each in self._loaded:
+                self._loaded[each] //= 2
+
+    def _cancel_a_prefetch(self, keep: Container[PlaneKey] = ()) -> bool:
         """Take back a slot from a read that nobody waits for and that has not begun: the last one queued."""
-        return any(plane.leases == 0 and self._cancel(plane) for plane in reversed(tuple(self._loading.values())))
+        return any(
+            plane.leases == 0 and plane.key not in keep and self._cancel(plane)
+            for plane in reversed(tuple(self._loading.values()))
+        )
 
     def _cancel(self, plane: HeldPlane) -> bool:
         if plane.ticket is None or not self._engine.cancel(plane.ticket):
@@ -175,132 +214,3 @@ class PlaneCache:
             for stream in waiting:
                 stream.arrived(plane, ticket.error)
             self._changed.notify_all()
-
-
-class PlaneStream:
-    """One pass over planes (see `PlaneCache.stream`); used as a context manager, once, by one thread."""
-
-    def __init__(self, cache: PlaneCache, keys: Sequence[PlaneKey]) -> None:
-        self._cache = cache
-        self._keys = keys
-        self.pending: dict[PlaneKey, None] = {}  # asked for, no slot yet
-        self.loading: dict[HeldPlane, None] = {}  # leased, on the way
-        self._ready: deque[HeldPlane] = deque()  # leased, in memory, not yet handed out
-        self._handed_out: HeldPlane | None = None
-        self._error: PlaneReadError | None = None
-
-    def __enter__(self) -> PlaneStream:
-        with self._cache._lock:
-            self._cache._streams.append(self)
-            try:
-                self._begin(dict.fromkeys(self._keys))
-                if self.pending:
-                    self._issue_pending()
-            except BaseException:
-                self._end()
-                raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._cache._lock:
-            self._end()
-
-    def __iter__(self) -> Iterator[tuple[PlaneKey, int]]:
-        return self
-
-    def __next__(self) -> tuple[PlaneKey, int]:
-        with self._cache._lock:
-            if self._handed_out is not None:
-                self._handed_out.leases -= 1
-                self._handed_out = None
-            if self.pending:
-                self._issue_pending()
-            if not self._ready and self._error is None and (self.loading or self.pending):
-                self._wait()
-            if self._error is not None:
-                raise self._error
-            if not self._ready:
-                raise StopIteration
-            plane = self._handed_out = self._ready.popleft()
-            return plane.key, plane.slot.offset
-
-    def arrived(self, plane: HeldPlane, error: PlaneReadError | None) -> None:
-        """The read of a plane in `loading` ended. The cache's lock is held."""
-        del self.loading[plane]
-        if error is None:
-            self._ready.append(plane)
-        else:
-            error.key = plane.key
-            self._error = error
-
-    def _begin(self, keys: dict[PlaneKey, None]) -> None:
-        cache = self._cache
-        held = cache._planes.by_key
-        for key in keys:
-            cache._policy.on_use(key)
-            plane = held.get(key)
-            if plane is None:
-                self.pending[key] = None
-            else:
-                self._lease(plane)
-        hits = len(self._ready)
-        cache._stats.hits += hits
-        cache._stats.misses += len(keys) - hits
-        cache._stats.late_prefetches += len(self.loading)
-
-    def _lease(self, plane: HeldPlane) -> None:
-        plane.leases += 1
-        plane.asked_for = True
-        if plane.ticket is None:
-            self._ready.append(plane)
-        else:
-            self.loading[plane] = None
-            self._cache._engine.promote(plane.ticket)
-
-    def _issue_pending(self) -> None:
-        """Queue reads, in the order asked, for as many planes as slots can be had."""
-        cache = self._cache
-        full: set[int] = set()  # slot classes that have no room now
-        for key in tuple(self.pending):
-            plane = cache._planes.by_key.get(key)
-            if plane is None:
-                extent = cache._locate(key)
-                slot_bytes = cache._arena.slot_bytes(extent.nbytes)
-                plane = None if slot_bytes in full else cache._issue(key, extent, urgent=True)
-                if plane is None:
-                    full.add(slot_bytes)
-                    if len(full) == len(cache._arena.slot_sizes):
-                        return
-                    continue
-            del self.pending[key]
-            self._lease(plane)
-
-    def _wait(self) -> None:
-        """Until a plane is ready or a read failed; waiting counts as stall."""
-        cache = self._cache
-        start = time.perf_counter()
-        while not self._ready and self._error is None:
-            if not cache._loading:  # nothing will arrive, so nothing would ever wake us
-                raise BudgetError(
-                    f"No slot of the expert arena ({self._cache._arena.nbytes} bytes) can be freed for one of the"
-                    f" {len(self.pending)} planes needed now: give more memory, at least enough for one expert."
-                )
-            cache._changed.wait()
-            if self.pending:
-                self._issue_pending()
-        cache._stats.stall_seconds += time.perf_counter() - start
-
-    def _end(self) -> None:
-        """Give back every lease; reads that have not begun and that nobody else wants are cancelled."""
-        self._cache._streams.remove(self)
-        leased = [*self._ready, *self.loading]
-        if self._handed_out is not None:
-            leased.append(self._handed_out)
-        for plane in leased:
-            plane.leases -= 1
-            if plane.leases == 0:
-                self._cache._cancel(plane)
-        self.pending.clear()
-        self.loading.clear()
-        self._ready.clear()
-        self._handed_out = None

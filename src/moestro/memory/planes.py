@@ -9,15 +9,19 @@ from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena, Slot
 from moestro.memory.transfer import Ticket
 
+Chain = tuple[PlaneKey, ...]
+"""The planes of one expert that are needed together, base first."""
+
 
 @dataclass(slots=True)
 class CacheStats:
     """Counts since the cache was made.
 
-    `hits` + `misses` is the number of distinct keys that streams asked for; a late prefetch (the read was under way
-    when the plane was asked for) is a miss. `evictions`: planes that left to make room; `wasted_prefetches`: of these,
-    the prefetched ones that nothing had asked for. `stall_seconds`: time a consumer waited for data with no plane at
-    hand. `bytes_read` counts the bytes of planes that arrived, `wasted_bytes` those of wasted prefetches.
+    `hits` + `misses` is the number of distinct chains that streams asked for; a chain of which a plane is missing is a
+    miss. `late_prefetches`: planes whose read was under way when they were asked for. `evictions`: planes that left to
+    make room; `wasted_prefetches`: of these, the prefetched ones that nothing had asked for. `stall_seconds`: time a
+    consumer waited for data with no chain at hand. `bytes_read` counts the bytes of planes that arrived,
+    `wasted_bytes` those of wasted prefetches.
     """
 
     hits: int = 0
@@ -32,20 +36,41 @@ class CacheStats:
     stall_seconds: float = 0.0
 
 
+NEVER = -1
+"""The step of a plane that was prefetched and that no stream has asked for."""
+
+
 @dataclass(slots=True, eq=False)
 class HeldPlane:
-    """A plane that has a slot: loading while it has a ticket, else resident. Leases count who may not lose it."""
+    """A plane that has a slot: loading while it has a ticket, else resident. Leases count who may not lose it.
+
+    `step` is the number of the last stream that asked for it.
+    """
 
     key: PlaneKey
     slot: Slot
     nbytes: int
-    asked_for: bool
+    step: int
     leases: int = 0
     ticket: Ticket | None = None
 
     @property
     def evictable(self) -> bool:
         return self.leases == 0 and self.ticket is None
+
+
+@dataclass(slots=True, eq=False)
+class WantedChain:
+    """A chain on its way through a stream: its planes leased so far, and how many of these are still being read."""
+
+    index: int
+    keys: Chain
+    leased: list[HeldPlane]
+    missing: int = 0
+
+    def offsets(self) -> tuple[int, ...]:
+        """Where the planes lie in the arena."""
+        return tuple([plane.slot.offset for plane in self.leased])
 
 
 class Planes:
@@ -62,6 +87,10 @@ class Planes:
 
     def remove(self, plane: HeldPlane) -> None:
         del self.by_key[plane.key], self._by_offset[plane.slot.offset]
+
+    def slot_bytes(self, nbytes: int) -> int:
+        """Size of the slot class that serves planes of `nbytes`."""
+        return self._arena.slot_bytes(nbytes)
 
     def sharing_extent(self, plane: HeldPlane) -> list[HeldPlane]:
         """The planes in the extent of this plane, itself among them."""
@@ -83,12 +112,17 @@ class Planes:
 
 
 class EvictableView:
-    """`policy.Evictable` for a need of `nbytes`; keys in `keep` are withheld."""
+    """`policy.Evictable` for a need of `nbytes`; keys in `keep` are withheld.
 
-    def __init__(self, planes: Planes, nbytes: int, keep: Container[PlaneKey]) -> None:
+    `any_class` false leaves only planes that free one slot of the class in need: a plane of another class costs all its
+    extent, and a policy looks at one plane at a time.
+    """
+
+    def __init__(self, planes: Planes, nbytes: int, keep: Container[PlaneKey], *, any_class: bool = True) -> None:
         self._planes = planes
         self._nbytes = nbytes
         self._keep = keep
+        self._only_class = None if any_class else planes.slot_bytes(nbytes)
 
     def __contains__(self, key: object) -> bool:
         plane = self._planes.by_key.get(key)  # type: ignore[call-overload]
@@ -101,5 +135,7 @@ class EvictableView:
         return self._planes.by_key[key].slot.nbytes
 
     def _kept(self, plane: HeldPlane) -> bool:
+        if self._only_class is not None and plane.slot.nbytes != self._only_class:
+            return True
         leaving = self._planes.to_evict_for(self._nbytes, plane)
         return not leaving or any(other.key in self._keep for other in leaving)

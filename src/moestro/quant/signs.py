@@ -84,7 +84,7 @@ class SignsEncoding:
         step_NK = spread(grid.real_scale_NG * grid.steps[2], group)
         weights_NK = spread(grid.real_middle_NG, group) + step_NK * (base_NK.float() - 1.5)
         for region, above in zip(regions[1:], LEVELS[1 : LEVELS.index(level) + 1], strict=False):
-            scale_NG, plane_NK = _unpack_sign_plane(region, tall, wide, group, above)
+            scale_NG, plane_NK = unpack_sign_plane(region, tall, wide, group, above)
             centred_NK = plane_NK.float() - 7.5 if above == 8 else 2 * plane_NK.float() - 1
             weights_NK += spread(scale_NG.float() * grid.unit, group) * centred_NK
         return weights_NK[:rows, :columns]
@@ -121,7 +121,7 @@ def _pack_sign_plane(scale_NG: torch.Tensor, plane_NK: torch.Tensor, group: int,
     return torch.cat((scales, padding, codes), dim=-1).flatten()
 
 
-def _unpack_sign_plane(
+def unpack_sign_plane(
     region: torch.Tensor, rows: int, columns: int, group: int, level: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tiles, count = rows // TILE, columns // group

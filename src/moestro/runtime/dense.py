@@ -1,22 +1,26 @@
 """Dense weights: placed once, kept in their stored type, computed with by our kernels.
 
-Shapes: N out, K in, T rows.
+Shapes: N out, K in, T rows, R ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moestro.kernels.base import Kernels
+from moestro.kernels.base import Kernels, MatrixSpec
+from moestro.kernels.specs import FLAT_BITS
 from moestro.runtime.narrow import guard
 
 _CONVERSIONS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float)
 _DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_ABOUT = frozenset({"__get__", "size", "dim", "numel", "data_ptr", "stride", "is_contiguous"})
+"""Functions that only look at a tensor."""
 
 
 class DenseWeight(torch.Tensor):
@@ -36,6 +40,18 @@ class DenseWeight(torch.Tensor):
         weight.kernels = kernels
         return weight
 
+    def product(self, rows_TK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        """The linear map of fp32 rows, [T, N]."""
+        return self.kernels.linear(rows_TK, self, bias_N)
+
+    def rows(self, ids_R: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix in fp32, [R, K]."""
+        return self.as_subclass(torch.Tensor)[ids_R].to(torch.float32)
+
+    def unpacked(self) -> torch.Tensor:
+        """The whole matrix as an ordinary tensor, fp32 [N, K]."""
+        return self.as_subclass(torch.Tensor).float()
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -48,12 +64,58 @@ class DenseWeight(torch.Tensor):
         if func == _DTYPE:
             return torch.float32
         with torch._C.DisableTorchFunctionSubclass():
-            if func.__name__ in ("__get__", "size", "dim", "numel", "data_ptr", "stride", "is_contiguous"):
+            if func.__name__ in _ABOUT:
                 return func(*args, **kwargs)
             return func(*(_as_fp32(arg) for arg in args), **{key: _as_fp32(arg) for key, arg in kwargs.items()})
 
 
-def place_dense(model: nn.Module, tensors: Mapping[str, torch.Tensor], kernels: Kernels) -> None:
+def stored(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix behind a placed weight, in its stored type."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.as_subclass(torch.Tensor)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A quantised dense matrix as it lies in memory: its bytes and what they are."""
+
+    bytes: torch.Tensor
+    spec: MatrixSpec
+
+
+class PackedWeight(DenseWeight):
+    """A DenseWeight whose values are codes of 8 or 4 bits: it has a shape, but no storage of its own."""
+
+    matrix: PackedMatrix
+
+    @classmethod
+    def of(cls, matrix: PackedMatrix, kernels: Kernels) -> PackedWeight:
+        """Wrap a quantised matrix without copying it."""
+        shape = (matrix.spec.rows, matrix.spec.columns)
+        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+        weight.kernels, weight.matrix = kernels, matrix
+        return weight
+
+    def product(self, rows_TK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+        spec = self.matrix.spec
+        return self.kernels.packed_linear(rows_TK, spec, self._planes(), FLAT_BITS[spec.encoding], bias_N)
+
+    def rows(self, ids_R: torch.Tensor) -> torch.Tensor:
+        return self.kernels.packed_rows(self.matrix.spec, self._planes(), ids_R)
+
+    def unpacked(self) -> torch.Tensor:
+        spec = self.matrix.spec
+        return self.kernels.unpack(spec, self._planes(), FLAT_BITS[spec.encoding])
+
+    def _planes(self) -> tuple[int, ...]:
+        return (self.matrix.bytes.data_ptr(),)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise AssertionError(f"{func} met a quantised matrix that was not unpacked for it")
+
+
+def place_dense(model: nn.Module, tensors: Mapping[str, torch.Tensor | PackedMatrix], kernels: Kernels) -> None:
     """Put the stored dense tensors into the model in place of its meta parameters and buffers."""
     replaced: dict[int, torch.Tensor] = {}
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -64,7 +126,9 @@ def place_dense(model: nn.Module, tensors: Mapping[str, torch.Tensor], kernels: 
             _replace(model, name, replaced[id(old)])
 
 
-def _placed(tensor: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+def _placed(tensor: torch.Tensor | PackedMatrix, kernels: Kernels) -> torch.Tensor:
+    if isinstance(tensor, PackedMatrix):
+        return PackedWeight.of(tensor, kernels)
     if not tensor.is_floating_point():
         return tensor
     return DenseWeight.over(tensor, kernels) if tensor.ndim == 2 else tensor.float()
@@ -84,13 +148,14 @@ def _linear(input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) 
     assert isinstance(weight, DenseWeight), "a dense weight was used as the input of a linear map"
     with torch._C.DisableTorchFunctionSubclass():
         rows_TK = input.reshape(-1, input.shape[-1]).to(torch.float32).contiguous()
-        result_TN = weight.kernels.linear(rows_TK, weight, bias)
+        result_TN = weight.product(rows_TK, bias)
         return guard(result_TN.view(*input.shape[:-1], weight.shape[0]))
 
 
-def _embedding(input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _embedding(input: torch.Tensor, weight: Any, *_: Any, **__: Any) -> torch.Tensor:
+    assert isinstance(weight, DenseWeight), "a dense weight was used as the ids of an embedding"
     with torch._C.DisableTorchFunctionSubclass():
-        return weight[input].to(torch.float32)
+        return weight.rows(input.reshape(-1)).view(*input.shape, weight.shape[1])
 
 
 def _converts_to_fp32(args: Any, kwargs: Any) -> bool:
@@ -99,4 +164,4 @@ def _converts_to_fp32(args: Any, kwargs: Any) -> bool:
 
 
 def _as_fp32(value: Any) -> Any:
-    return value.as_subclass(torch.Tensor).float() if isinstance(value, DenseWeight) else value
+    return value.unpacked() if isinstance(value, DenseWeight) else value

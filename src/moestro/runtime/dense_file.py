@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 import xxhash
 
 from moestro.errors import PlaneReadError
+from moestro.kernels.base import MatrixSpec
+from moestro.kernels.specs import FLAT_BITS, Encoding
 from moestro.memory.direct import FileReader
 from moestro.memory.pages import PAGE, HostBuffer
+from moestro.quant.groups import group_size
+from moestro.runtime.dense import PackedMatrix
 from moestro.runtime.slots import DTYPES
 from moestro.store.reader import DenseTensor, Store
 
 _CHUNK = 8 << 20
 
 
-def read_dense(store: Store, reader: FileReader) -> tuple[HostBuffer, dict[str, torch.Tensor]]:
-    """The dense tensors by name, as views into the buffer that is returned with them.
+def read_dense(store: Store, reader: FileReader) -> tuple[HostBuffer, dict[str, torch.Tensor | PackedMatrix]]:
+    """The dense tensors by name, as views into the buffer that is returned with them; quantised ones as they are.
 
     Raises:
         PlaneReadError: the file cannot be read, or a tensor does not match its checksum.
@@ -46,7 +51,7 @@ def _fill(file: Path, buffer: HostBuffer, size: int, reader: FileReader) -> None
                 raise EOFError(f"the file ends before byte {size}")
 
 
-def _checked(name: str, tensor: DenseTensor, buffer: HostBuffer, file: Path) -> torch.Tensor:
+def _checked(name: str, tensor: DenseTensor, buffer: HostBuffer, file: Path) -> torch.Tensor | PackedMatrix:
     actual = xxhash.xxh3_64_intdigest(buffer.view(tensor.offset, tensor.nbytes))
     if actual != tensor.checksum:
         raise PlaneReadError(
@@ -54,4 +59,7 @@ def _checked(name: str, tensor: DenseTensor, buffer: HostBuffer, file: Path) -> 
             f"checksum is {actual:016x}, expected {tensor.checksum:016x}. Pack the store again."
         )
     flat = buffer.tensor[tensor.offset : tensor.offset + tensor.nbytes]
+    if tensor.dtype in FLAT_BITS:
+        rows, columns = tensor.shape
+        return PackedMatrix(flat, MatrixSpec(cast(Encoding, tensor.dtype), rows, columns, group_size(columns), (0,)))
     return flat.view(DTYPES[tensor.dtype]).view(tensor.shape)

@@ -5,8 +5,8 @@ Shapes: T rows routed to the expert, H hidden, I expert width, G = 2I where gate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,26 +27,23 @@ def expert_mlp(
     `views` holds the expert's tensors in canonical layout ([out, in]) under their names in `module`, transformers'
     experts module, which knows the family's gating (interleaved, clamped, plain).
     """
-    experts: Any = module
-    if experts.has_gate:
-        gate_up_TG = kernels.linear(hidden_TH, views["gate_up_proj"], views.get("gate_up_proj_bias"))
-        activated_TI = _activate(experts, experts._apply_gate, gate_up_TG, gate_up_TG.shape[1] // 2)
-    else:
-        up_TI = kernels.linear(hidden_TH, views["up_proj"], views.get("up_proj_bias"))
-        activated_TI = _activate(experts, experts.act_fn, up_TI, up_TI.shape[1])
-    return kernels.linear(activated_TI, views["down_proj"], views.get("down_proj_bias"))
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    up_TG = kernels.linear(hidden_TH, views[up], views.get(f"{up}_bias"))
+    return kernels.linear(activate(module, up_TG), views["down_proj"], views.get("down_proj_bias"))
 
 
-def _activate(
-    experts: Any, function: Callable[[torch.Tensor], torch.Tensor], values_TG: torch.Tensor, width: int
-) -> torch.Tensor:
-    """Activation of T rows, each with the same bits whatever T is.
+def activate(module: nn.Module, values_TG: torch.Tensor) -> torch.Tensor:
+    """What the module of a family does between the two projections: [T, G] to [T, I].
 
-    Full groups of elements per row make that so for SiLU and for the families with a gating of their own (gpt-oss). In
-    other cases the rows are padded to full groups, so that torch takes the same path for every element.
+    Each row gets the same bits whatever T is. Full groups of elements per row make that so for SiLU and for the
+    families with a gating of their own (gpt-oss). In other cases the rows are padded to full groups, so that torch
+    takes the same path for every element.
     """
+    experts: Any = module
+    function = experts._apply_gate if experts.has_gate else experts.act_fn
+    width = values_TG.shape[1] // 2 if experts.has_gate else values_TG.shape[1]
     known = getattr(experts, "act_fn", None) is None or isinstance(experts.act_fn, _SILU)
     if known and width % GROUP == 0:
-        return function(values_TG)
+        return cast(torch.Tensor, function(values_TG))
     rows = values_TG.shape[0]
-    return function(F.pad(values_TG, (0, 0, 0, -rows % GROUP)))[:rows]
+    return cast(torch.Tensor, function(F.pad(values_TG, (0, 0, 0, -rows % GROUP)))[:rows])

@@ -21,11 +21,14 @@ from moestro.memory.transfer import TransferEngine
 from moestro.policy import make_policy
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
+from moestro.runtime.experts import open_experts
 from moestro.runtime.kv import KVPool
+from moestro.runtime.level import cut, resolve_level
+from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.runner import ModelRunner
-from moestro.runtime.slots import SlotViews
+from moestro.store.layout import Layout
 from moestro.store.reader import Store
 
 
@@ -56,36 +59,59 @@ class OpenModel:
         self.close()
 
 
-def shape_of_store(store: Store) -> ModelShape:
-    """The sizes that a plan needs, from a store."""
-    return ModelShape(
+def layouts_of(store: Store, level: int) -> tuple[Layout, ...]:
+    """The layout of each MoE layer up to one of the store's levels; 0 is its exact level.
+
+    Raises:
+        RequestError: the store does not promise that level.
+    """
+    chosen = level_of(store, level)
+    return tuple(cut(layer.layout, chosen) for layer in store.layers)
+
+
+def level_of(store: Store, asked: int) -> int:
+    """The level that a store is served at. Raises RequestError as `layouts_of`."""
+    manifest = store.manifest
+    return resolve_level(asked, exact=manifest.exact_level, promised=manifest.levels, name=str(store.path))
+
+
+def shape_of_store(store: Store, skeleton: Skeleton, level: int = 0) -> ModelShape:
+    """The sizes that a plan needs, from a store. Raises RequestError as `layouts_of`."""
+    return ModelShape.of(
+        skeleton,
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
-        slot_bytes=tuple(sum(plane.nbytes for plane in layer.layout.planes) for layer in store.layers),
-        experts=tuple(layer.num_experts for layer in store.layers),
+        layouts=layouts_of(store, level),
+        level=level_of(store, level),
     )
 
 
-def open_model(store: Store, options: RuntimeOptions) -> OpenModel:
+def open_model(store: Store, options: RuntimeOptions, *, native: bool = True) -> OpenModel:
     """Open `store` within the memory that `options` give.
+
+    With `native` False every family runs on the general path, which tests compare with.
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
+        RequestError: the store does not promise the level asked for.
         UnsupportedModelError, StoreError: the store is of a model that cannot be run, or is damaged.
     """
+    level_of(store, options.level)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
-    probed = probe_for(skeleton, options)
+    probed = probe_for(skeleton, options, native=native)
     kernels = make_kernels("auto", threads=compute_threads(options))
     floor = measure_floor(kernels)
-    plan = make_plan(shape_of_store(store), probed, options, config=skeleton.config, floor_bytes=floor)
+    shape = shape_of_store(store, skeleton, options.level)
+    plan = make_plan(shape, probed, options, config=skeleton.config, floor_bytes=floor)
     plan.require_fit()
     if floor + plan.memory_bytes > machine_bytes():
         logging.getLogger("moestro").warning(
             "%s of memory and a process floor of %s are more than this machine or container has (%s).",
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
-    return _assemble(store, skeleton, plan, probed, options, kernels)
+    blueprint = describe(skeleton, probed) if native else None
+    return _assemble(store, skeleton, plan, probed, blueprint, options, kernels)
 
 
 def _assemble(
@@ -93,6 +119,7 @@ def _assemble(
     skeleton: Skeleton,
     plan: Plan,
     probed: Probe,
+    blueprint: Blueprint | None,
     options: RuntimeOptions,
     kernels: Kernels,
 ) -> OpenModel:
@@ -101,7 +128,7 @@ def _assemble(
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
     arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
-    layouts = [layer.layout for layer in store.layers]
+    layouts = layouts_of(store, plan.level)
     planes = PlaneCache(
         arena=Arena(
             plan.arena_bytes,
@@ -113,12 +140,20 @@ def _assemble(
         policy=policy,
         locate=store.plane,
     )
+    kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
     runner = ModelRunner(
         skeleton=skeleton,
         kernels=kernels,
-        kv=KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor),
-        planes=planes,
-        views=SlotViews(arena_bytes=arena_buffer.tensor, layouts=layouts),
+        kv=kv,
+        native=NativeForward(blueprint, kv=kv, rows=plan.step_rows, context=plan.context) if blueprint else None,
+        experts=open_experts(
+            skeleton=skeleton,
+            kernels=kernels,
+            planes=planes,
+            layouts=layouts,
+            level=plan.level,
+            arena=arena_buffer.tensor,
+        ),
     )
     return OpenModel(
         store=store,

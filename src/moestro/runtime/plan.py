@@ -6,8 +6,9 @@ A plan needs a model's shapes only, so it can be made before anything is packed,
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,11 +17,14 @@ from moestro.config import RuntimeOptions
 from moestro.errors import BudgetError
 from moestro.hf.skeleton import Skeleton
 from moestro.kernels.cpu import scratch_bytes
-from moestro.memory.arena import extent_bytes_for
+from moestro.memory.arena import extent_bytes_for, least_bytes_for
 from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
+from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.kv import block_bytes, blocks_for
+from moestro.runtime.native import describe
 from moestro.runtime.probe import Probe, probe
+from moestro.store.layout import Layout
 
 STEP_ROWS = 512
 """Most tokens in one forward pass. It never depends on the memory given, so that results cannot either."""
@@ -44,27 +48,60 @@ _HISTORY_BYTES = 40
 _ACTIVATION_MARGIN = 1.25
 """Room for what an allocator keeps beside the live tensors that the probe counts."""
 
-_LEAST_SLOTS = 2
+_LEAST_CHAINS = 2
+"""Experts that the arena holds at least: one loads while the other is computed."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model, from a store or from a skeleton: `slot_bytes[i]` is one expert of MoE layer i."""
+    """Sizes of a model at a level, from a store or from a skeleton.
+
+    `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level. `packed` are the inputs of
+    the widest up projection, down projection and dense matrix where weights are quantised (None where they are not).
+    """
 
     name: str
     dense_bytes: int
-    slot_bytes: tuple[int, ...]
+    chains: tuple[tuple[int, ...], ...]
     experts: tuple[int, ...]
+    level: int
+    packed: tuple[int, int, int] | None = None
+
+    @classmethod
+    def of(
+        cls, skeleton: Skeleton, *, name: str, dense_bytes: int, layouts: Sequence[Layout], level: int
+    ) -> ModelShape:
+        """The shape of a model whose MoE layers have these layouts, which end at the plane of `level`."""
+        return cls(
+            name=name,
+            dense_bytes=dense_bytes,
+            chains=tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts),
+            experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
+            level=level,
+            packed=None if all(is_raw(layout) for layout in layouts) else _widths(skeleton),
+        )
+
+    @property
+    def bytes_per_expert(self) -> tuple[int, ...]:
+        """Bytes of one expert of each MoE layer."""
+        return tuple(sum(chain) for chain in self.chains)
+
+    @property
+    def plane_sizes(self) -> tuple[int, ...]:
+        """The slot classes of an arena for this model, ascending."""
+        return tuple(sorted({size for chain in self.chains for size in chain}))
 
     @property
     def expert_bytes(self) -> int:
-        return sum(size * count for size, count in zip(self.slot_bytes, self.experts, strict=True))
+        """Bytes of all experts."""
+        return sum(size * count for size, count in zip(self.bytes_per_expert, self.experts, strict=True))
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is placed where. All sizes in bytes; `floor_bytes` (the process itself) is not part of `memory_bytes`."""
 
+    level: int
     memory_bytes: int
     floor_bytes: int
     model_bytes: int
@@ -128,17 +165,20 @@ def resolve_context(config: PreTrainedConfig, asked: int) -> int:
     return asked or min(limit, DEFAULT_CONTEXT)
 
 
-def probe_for(skeleton: Skeleton, options: RuntimeOptions) -> Probe:
-    """The probe of a step as `options` allow it."""
+def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, native: bool = True) -> Probe:
+    """The probe of a step as `options` allow it, on the path that it will take (`native` False: always the general)."""
     if not 1 <= options.max_sequences <= STEP_ROWS:
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
-    return probe(
-        skeleton,
-        rows=min(STEP_ROWS, context * options.max_sequences),
-        history=context * options.max_sequences,
-        logit_rows=options.max_sequences,
+    rows, logit_rows = min(STEP_ROWS, context * options.max_sequences), options.max_sequences
+    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=logit_rows)
+    blueprint = describe(skeleton, probed) if native else None
+    if blueprint is None:
+        return probed
+    activation_bytes = blueprint.activation_bytes(
+        rows=rows, context=context, logit_rows=logit_rows, experts_bytes=probed.experts_bytes
     )
+    return replace(probed, activation_bytes=activation_bytes)
 
 
 def compute_threads(options: RuntimeOptions) -> int:
@@ -164,12 +204,13 @@ def make_plan(
     activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
     staging_bytes = _staging_bytes(shape, probed, options, config, context)
     fixed = shape.dense_bytes + kv_bytes + activation_bytes + staging_bytes
-    extent = extent_bytes_for(sorted(set(shape.slot_bytes)))
+    extent = extent_bytes_for(shape.plane_sizes)
     whole = _whole_arena(shape, extent)
-    least_arena = min(whole, _LEAST_SLOTS * max(shape.slot_bytes))
+    least_arena = min(whole, max(least_bytes_for(chain * _LEAST_CHAINS, extent) for chain in shape.chains))
     arena = max(0, min(whole, (memory_bytes - fixed) // PAGE * PAGE))
     arena_experts = _experts_in(shape, arena, extent)
     return Plan(
+        level=shape.level,
         memory_bytes=memory_bytes,
         floor_bytes=floor_bytes,
         model_bytes=shape.dense_bytes + shape.expert_bytes,
@@ -201,6 +242,7 @@ def _staging_bytes(
         threads=compute_threads(options),
         positions=context + 15,
         value_dim=probed.value_width,
+        **_packed_scratch(shape, probed),
     )
     gathered = any(layer.gathered for layer in probed.kv_layers)
     history = _HISTORY_BYTES * context * options.max_sequences if gathered else 0
@@ -208,11 +250,33 @@ def _staging_bytes(
     return _STAGING_BYTES + scratch + history + sampling + _SLOT_BYTES * sum(shape.experts)
 
 
+def _packed_scratch(shape: ModelShape, probed: Probe) -> dict[str, int]:
+    """What the kernels of quantised weights need scratch for."""
+    if shape.packed is None:
+        return {}
+    hidden, expert_width, dense_width = shape.packed
+    return {
+        "rows": probed.rows,
+        "top_k": max(probed.experts_per_token),
+        "hidden": hidden,
+        "expert_width": expert_width,
+        "dense_width": dense_width,
+    }
+
+
+def _widths(skeleton: Skeleton) -> tuple[int, int, int]:
+    params = [param for layer in skeleton.expert_layers for param in layer.params if len(param.shape) == 2]
+    down = [param.shape[1] for param in params if param.name == "down_proj"]
+    up = [param.shape[1] for param in params if param.name != "down_proj"]
+    return max(up), max(down), max(shape[1] for shape, _ in skeleton.dense.values() if len(shape) == 2)
+
+
 def _whole_arena(shape: ModelShape, extent: int) -> int:
-    """Bytes of an arena in which all experts have a slot: extents hold slots of one size each."""
-    counts: dict[int, int] = {}
-    for size, experts in zip(shape.slot_bytes, shape.experts, strict=True):
-        counts[size] = counts.get(size, 0) + experts
+    """Bytes of an arena in which all planes have a slot: extents hold slots of one size each."""
+    counts: Counter[int] = Counter()
+    for chain, experts in zip(shape.chains, shape.experts, strict=True):
+        for size in chain:
+            counts[size] += experts
     if len(counts) == 1:
         ((size, count),) = counts.items()
         full, rest = divmod(count, extent // size)
@@ -221,16 +285,17 @@ def _whole_arena(shape: ModelShape, extent: int) -> int:
 
 
 def _experts_in(shape: ModelShape, arena: int, extent: int) -> int:
-    """Experts that the arena holds; of several sizes, in the proportion in which they occur."""
+    """Experts that the arena holds; where there are several sizes of planes, in the proportion in which they occur."""
     total = sum(shape.experts)
-    if len(set(shape.slot_bytes)) > 1:
+    if len(shape.plane_sizes) > 1 or len(set(shape.chains)) > 1:
         return total * arena // _whole_arena(shape, extent)
-    size = shape.slot_bytes[0]
-    return min(total, arena // extent * (extent // size) + arena % extent // size)
+    size = shape.plane_sizes[0]
+    slots = arena // extent * (extent // size) + arena % extent // size
+    return min(total, slots // len(shape.chains[0]))
 
 
 def _expected_bytes_per_token(shape: ModelShape, probed: Probe, arena_experts: int) -> int:
     """Bytes read per decoded token if all experts were equally likely: real routing has locality and reads less."""
     absent = 1 - arena_experts / sum(shape.experts)
     used: Sequence[int] = probed.experts_per_token
-    return int(absent * sum(size * k for size, k in zip(shape.slot_bytes, used, strict=True)))
+    return int(absent * sum(size * k for size, k in zip(shape.bytes_per_expert, used, strict=True)))

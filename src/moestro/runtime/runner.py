@@ -1,7 +1,6 @@
 """One forward pass of the model over a packed batch, its experts computed from planes in the arena.
 
-Shapes: T rows of the batch, S rows whose logits are wanted, H hidden or heads, K experts per token, V vocabulary,
-L MoE layers, E experts a layer.
+Shapes: T rows of the batch, S rows whose logits are wanted, H hidden or heads, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,18 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from moestro.errors import PlaneReadError
 from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
-from moestro.memory.plane_cache import PlaneCache
 from moestro.runtime import hooks
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
-from moestro.runtime.expert_mlp import expert_mlp
+from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import KVPool
 from moestro.runtime.narrow import plain
-from moestro.runtime.slots import SlotViews
+from moestro.runtime.native import NativeForward
 
 
 @dataclass
@@ -40,23 +37,25 @@ class ModelRunner:
     """The model with its hooks. Not thread-safe: one forward pass at a time."""
 
     def __init__(
-        self, *, skeleton: Skeleton, kernels: Kernels, kv: KVPool, planes: PlaneCache, views: SlotViews
+        self,
+        *,
+        skeleton: Skeleton,
+        kernels: Kernels,
+        kv: KVPool,
+        experts: RoutedExperts,
+        native: NativeForward | None = None,
     ) -> None:
         self.stats = RunnerStats()
+        self.native = native
         self.kv = kv
-        self.planes = planes
-        self.expert_counts_LE = np.zeros(
-            (len(skeleton.expert_layers), max(layer.num_experts for layer in skeleton.expert_layers)), dtype=np.int64
-        )
+        self.planes = experts.planes
         self._model = skeleton.model
         self._kernels = kernels
-        self._views = views
         self._batch: PackedBatch | None = None
         self._cache = HookedCache(skeleton.config.model_type, self.cache_rows)
-        self._layer_of = {
-            id(module): layer
-            for layer, module in enumerate(module for module in self._model.modules() if is_experts_module(module))
-        }
+        self._experts = experts
+        modules = (module for module in self._model.modules() if is_experts_module(module))
+        self._layer_of = {id(module): layer for layer, module in enumerate(modules)}
         hooks.install(self._model)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -71,18 +70,27 @@ class ModelRunner:
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
         try:
-            with torch.inference_mode(), forward_pass(self):
-                output = self._model(
-                    input_ids=batch.token_ids_T.unsqueeze(0),
-                    position_ids=batch.positions_T.unsqueeze(0),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    logits_to_keep=batch.logit_rows,
-                )
+            with torch.inference_mode():
+                return self._general_forward(batch) if self.native is None else self.native(batch, self.routed_experts)
         finally:
             self._batch = None
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
+
+    @property
+    def path(self) -> str:
+        """How a forward pass runs: "native" (a compiled call per layer) or "general" (transformers' own layers)."""
+        return "general" if self.native is None else "native"
+
+    def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
+        with forward_pass(self):
+            output = self._model(
+                input_ids=batch.token_ids_T.unsqueeze(0),
+                position_ids=batch.positions_T.unsqueeze(0),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=batch.logit_rows,
+            )
         logits_SV: torch.Tensor = plain(output.logits[0])
         return logits_SV.float()
 
@@ -130,47 +138,23 @@ class ModelRunner:
     def experts(
         self, module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Routed experts of one layer: each expert's tokens are one call, outputs are added in (token, k) order."""
+        """Routed experts of the layer that `module` belongs to."""
+        return self.routed_experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK)
+
+    def routed_experts(
+        self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Output [T, H] of MoE layer number `layer`, combined in ascending k; needs no module of transformers.
+
+        Raises:
+            PlaneReadError: a plane could not be read; the error names the requests that needed it.
+        """
         started = time.perf_counter()
-        layer = self._layer_of[id(module)]
-        experts = int(module.num_experts)  # type: ignore[arg-type]
-        index = index_TK.numpy()
-        outputs_TKH = torch.zeros((*index.shape, hidden_TH.shape[1]), dtype=torch.float32)
-        rows_by_expert = _rows_by_expert(index, experts)
-        self.expert_counts_LE[layer] += np.bincount(index.ravel(), minlength=self.expert_counts_LE.shape[1])[
-            : self.expert_counts_LE.shape[1]
-        ]
-        flat_outputs = outputs_TKH.view(-1, hidden_TH.shape[1])
-        try:
-            with self.planes.stream([(layer, expert, 0) for expert in rows_by_expert]) as arrivals:
-                for (_, expert, _), offset in arrivals:
-                    places = rows_by_expert[expert]
-                    rows = torch.from_numpy(places // index.shape[1])
-                    output = expert_mlp(self._kernels, module, self._views.at(layer, offset), hidden_TH[rows])
-                    flat_outputs[torch.from_numpy(places)] = output
-        except PlaneReadError as error:
-            if error.key is not None:
-                error.requests = self.batch.requests_of(rows_by_expert[error.key[1]] // index.shape[1])
-            raise
-        combined_TH = _combine(outputs_TKH, weights_TK)
+        combined_TH = self._experts(layer, hidden_TH, index_TK, weights_TK, self.batch.requests_of)
         self.stats.experts_s += time.perf_counter() - started
         return combined_TH
 
-
-def _rows_by_expert(index_TK: np.ndarray, experts: int) -> dict[int, np.ndarray]:
-    """Flat (token, k) places of each used expert, ascending; the busiest experts first, so that they load first."""
-    flat = index_TK.ravel()
-    order = np.argsort(flat, kind="stable")
-    used, starts = np.unique(flat[order], return_index=True)
-    groups = dict(zip(used.tolist(), np.split(order, starts[1:]), strict=True))
-    # Ids at or above the number of experts are "no expert" marks of expert-parallel routers.
-    return dict(sorted(((e, g) for e, g in groups.items() if e < experts), key=lambda item: -len(item[1])))
-
-
-def _combine(outputs_TKH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """Weighted sum over k in ascending order: the same additions for a token whatever else is in the batch."""
-    weights_TK1 = weights_TK.to(torch.float32).unsqueeze(-1)
-    total_TH = outputs_TKH[:, 0] * weights_TK1[:, 0]
-    for k in range(1, outputs_TKH.shape[1]):
-        total_TH += outputs_TKH[:, k] * weights_TK1[:, k]
-    return total_TH
+    @property
+    def expert_counts(self) -> np.ndarray:
+        """Rows routed to each expert since the model was opened: int64 [MoE layers, experts]."""
+        return self._experts.counts_LE

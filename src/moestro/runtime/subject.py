@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from transformers import PreTrainedConfig
 from moestro.config import RuntimeOptions
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load_config
 from moestro.kernels import make_kernels
-from moestro.runtime.open import measure_floor, shape_of_store
+from moestro.runtime.level import cut, resolve_level
+from moestro.runtime.open import measure_floor
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import probe
 from moestro.store.dtypes import STORED_FLOATS, dtype_name
@@ -25,13 +27,19 @@ from moestro.store.reader import Store
 
 @dataclass(frozen=True)
 class Subject:
-    """A model's shapes. `store` is None for a checkpoint; sizes are then those that its store would have."""
+    """A model's shapes. `store` is None for a checkpoint; sizes are then those that its store would have.
+
+    `layouts` are those of whole chains, `levels` the ones that can be asked for, `exact_level` the default among them.
+    """
 
     path: Path
     store: Store | None
     skeleton: Skeleton
     layouts: tuple[Layout, ...]
-    shape: ModelShape
+    levels: tuple[int, ...]
+    exact_level: int
+    dense_bytes: int
+    dense_bits: int
 
     @classmethod
     def open(cls, model: str) -> Subject:
@@ -39,22 +47,29 @@ class Subject:
         path = locate_shapes(model)
         return cls._of_store(Store.open(path)) if has_manifest(path) else cls._of_checkpoint(path)
 
+    def shape(self, level: int = 0) -> ModelShape:
+        """The sizes at a level (0: the exact one). Raises RequestError when the model does not have it."""
+        chosen = resolve_level(level, exact=self.exact_level, promised=self.levels, name=str(self.path))
+        return ModelShape.of(
+            self.skeleton,
+            name=self.path.name,
+            dense_bytes=self.dense_bytes,
+            layouts=[cut(layout, chosen) for layout in self.layouts],
+            level=chosen,
+        )
+
+    def bits_per_weight(self, level: int) -> float:
+        """Bits that a weight of an expert takes on disk at a level, scales, biases and padding included."""
+        weights = sum(
+            layer.num_experts * sum(math.prod(param.shape) for param in layer.params)
+            for layer in self.skeleton.expert_layers
+        )
+        return 8 * self.shape(level).expert_bytes / weights
+
     @property
     def dtypes(self) -> tuple[str, ...]:
         """The element types of the experts' tensors."""
         return tuple(sorted({t.dtype for layout in self.layouts for plane in layout.planes for t in plane.tensors}))
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """The levels that experts can be computed at."""
-        if self.store is not None:
-            return self.store.manifest.levels
-        return AUTOMATIC.promised_levels
-
-    @property
-    def exact_level(self) -> int:
-        """The level of exact results."""
-        return AUTOMATIC.exact_level if self.store is None else self.store.manifest.exact_level
 
     @property
     def encoding(self) -> str:
@@ -73,16 +88,31 @@ class Subject:
                 yield path.name, path.stat().st_size
 
     def plan(self, options: RuntimeOptions) -> Plan:
-        """What would be placed where. Raises BudgetError for a memory that cannot be parsed, not for too little."""
+        """What would be placed where.
+
+        Raises:
+            BudgetError: the memory cannot be parsed. A plan that does not fit is returned, with `fits` false.
+            RequestError: the model does not have the level asked for.
+        """
+        shape = self.shape(options.level)
         probed = probe_for(self.skeleton, options)
         floor = measure_floor(make_kernels("auto", threads=compute_threads(options)))
-        return make_plan(self.shape, probed, options, config=self.skeleton.config, floor_bytes=floor)
+        return make_plan(shape, probed, options, config=self.skeleton.config, floor_bytes=floor)
 
     @classmethod
     def _of_store(cls, store: Store) -> Subject:
         skeleton = build_skeleton(config_from_dict(store.config_dict))
         layouts = tuple(layer.layout for layer in store.layers)
-        return cls(store.path, store, skeleton, layouts, shape_of_store(store))
+        return cls(
+            path=store.path,
+            store=store,
+            skeleton=skeleton,
+            layouts=layouts,
+            levels=store.manifest.levels,
+            exact_level=store.manifest.exact_level,
+            dense_bytes=store.dense_file.stat().st_size,
+            dense_bits=store.manifest.dense_bits,
+        )
 
     @classmethod
     def _of_checkpoint(cls, folder: Path) -> Subject:
@@ -90,13 +120,17 @@ class Subject:
         dtype = _checkpoint_dtype(config)
         skeleton = build_skeleton(config)
         layouts = expert_layouts(skeleton, dtype, AUTOMATIC)
-        shape = ModelShape(
-            name=folder.name,
+        levels = AUTOMATIC.promised_levels or tuple(sorted({layout.planes[-1].level for layout in layouts}))
+        return cls(
+            path=folder,
+            store=None,
+            skeleton=skeleton,
+            layouts=layouts,
+            levels=levels,
+            exact_level=levels[-1] if AUTOMATIC.is_raw else AUTOMATIC.exact_level,
             dense_bytes=planned_dense_bytes(skeleton, dtype, AUTOMATIC),
-            slot_bytes=tuple(layout.nbytes for layout in layouts),
-            experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
+            dense_bits=16 if AUTOMATIC.is_raw else AUTOMATIC.dense_bits,
         )
-        return cls(folder, None, skeleton, layouts, shape)
 
 
 def _checkpoint_dtype(config: PreTrainedConfig) -> str:

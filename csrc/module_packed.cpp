@@ -1,0 +1,104 @@
+#include "module_packed.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "dispatch.h"
+#include "experts.h"
+#include "thread_pool.h"
+#include "unpack.h"
+
+namespace nb = nanobind;
+
+namespace moestro {
+namespace {
+
+template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
+template <class T> using List = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Planes = nb::ndarray<const int64_t, nb::shape<-1, kPlanes>, nb::c_contig, nb::device::cpu>;
+using Addresses = std::vector<int64_t>;
+
+MatrixShape make_matrix(int encoding, int64_t rows, int64_t columns, int32_t group, const Addresses &offsets) {
+  if (offsets.empty() || offsets.size() > kPlanes) throw std::invalid_argument("a chain has one to four planes");
+  MatrixShape shape{static_cast<Encoding>(encoding), rows, columns, group, static_cast<int32_t>(offsets.size()), {}};
+  for (size_t p = 0; p < offsets.size(); ++p) shape.offsets[p] = offsets[p];
+  return shape;
+}
+
+ExpertShape make_expert(const MatrixShape &up, const MatrixShape &down, int64_t up_bias, int64_t down_bias, int gate,
+                        int activation, float alpha, float limit) {
+  return {
+      up, down, up_bias, down_bias, {static_cast<ActivationName>(activation), static_cast<Gate>(gate), alpha, limit}};
+}
+
+void experts(const ExpertShape &shape, const Planes &planes, const List<int32_t> &levels, const List<int32_t> &starts,
+             const List<int32_t> &rows, const List<int32_t> &places, uintptr_t hidden, int64_t hidden_stride,
+             int64_t hidden_rows, uintptr_t out, int64_t out_stride, int64_t out_rows) {
+  const auto count = static_cast<int64_t>(levels.size()), listed = static_cast<int64_t>(rows.size());
+  if (static_cast<int64_t>(planes.shape(0)) != count || static_cast<int64_t>(starts.size()) != count + 1 ||
+      places.size() != rows.size()) {
+    throw std::invalid_argument("experts: the lists of jobs have different lengths");
+  }
+  const ExpertJobs jobs{count, planes.data(), levels.data(), starts.data(), rows.data(), places.data(), listed};
+  nb::gil_scoped_release release;
+  run_experts(shape, jobs, {pointer<const float>(hidden), hidden_stride, hidden_rows},
+              {pointer<float>(out), out_stride, out_rows});
+}
+
+PackedMatrix at(const MatrixShape &shape, Addresses planes, int32_t level) {
+  planes.resize(kPlanes);
+  return packed_matrix(shape, planes.data(), level);
+}
+
+void linear(const MatrixShape &shape, const Addresses &planes, int32_t level, uintptr_t x, int64_t x_stride,
+            int64_t rows, uintptr_t bias, uintptr_t y) {
+  const PackedMatrix matrix = at(shape, planes, level);
+  nb::gil_scoped_release release;
+  const auto turn = pool().turn();
+  char *memory = pool().shared(quantised_bytes(rows, shape.columns, shape.group));
+  const QuantisedRows quantised = quantised_view(memory, rows, shape.columns, shape.group);
+  quantise(pointer<const float>(x), x_stride, shape.columns, quantised);
+  const PackedLinear call{matrix, quantised, pointer<const float>(bias), pointer<float>(y), shape.rows};
+  packed_linear(&call, 1);
+}
+
+void unpack_matrix(const MatrixShape &shape, const Addresses &planes, int32_t level, uintptr_t out) {
+  const PackedMatrix matrix = at(shape, planes, level);
+  nb::gil_scoped_release release;
+  unpack(matrix, pointer<float>(out));
+}
+
+void matrix_rows(const MatrixShape &shape, const Addresses &planes, uintptr_t ids, int64_t count, uintptr_t out) {
+  const PackedMatrix matrix = at(shape, planes, shape.encoding == Encoding::flat8 ? 8 : 4);
+  nb::gil_scoped_release release;
+  unpack_rows(matrix, pointer<const int64_t>(ids), count, pointer<float>(out));
+}
+
+void activate_row(const ExpertShape &shape, uintptr_t gate, uintptr_t up, int64_t count, uintptr_t out) {
+  packed_kernels().activate(shape.activation, pointer<const float>(gate), pointer<const float>(up), count,
+                            pointer<float>(out));
+}
+
+} // namespace
+
+void add_packed(nb::module_ &m) {
+  using release = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<MatrixShape>(m, "Matrix");
+  nb::class_<ExpertShape>(m, "Experts");
+  m.def("make_matrix", &make_matrix);
+  m.def("make_experts", &make_expert);
+  m.def("experts", &experts);
+  m.def("packed_linear", &linear);
+  m.def("unpack", &unpack_matrix);
+  m.def("packed_rows", &matrix_rows);
+  m.def("activate", &activate_row, release());
+  m.def("experts_shared_bytes", &experts_shared_bytes, nb::arg("rows"), nb::arg("hidden"), nb::arg("hidden_group"),
+        nb::arg("listed"), nb::arg("width"), nb::arg("width_group"), nb::arg("threads"));
+  m.def("experts_scratch_bytes", &experts_scratch_bytes);
+  m.def("quantised_bytes", &quantised_bytes, nb::arg("rows"), nb::arg("columns"), nb::arg("group"));
+}
+
+} // namespace moestro

@@ -1,0 +1,201 @@
+"""The routed experts of a step: rows grouped by expert, chains of planes streamed, outputs combined in fixed order.
+
+Shapes: T rows of the batch, K experts per row, P = T * K places of the output, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from moestro.errors import PlaneReadError
+from moestro.hf.skeleton import Skeleton, is_experts_module
+from moestro.kernels.base import ExpertSpec, Kernels
+from moestro.memory.plane_cache import PlaneCache
+from moestro.memory.planes import Chain
+from moestro.runtime.expert_mlp import activate, expert_mlp
+from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec, is_raw
+from moestro.runtime.grouping import Grouping
+from moestro.runtime.narrow import plain
+from moestro.runtime.slots import SlotViews
+from moestro.store.layout import Layout
+
+Arrived = Sequence[tuple[int, tuple[int, ...]]]
+"""(expert, byte offsets of its planes in the arena) of the chains that a stream hands out together."""
+
+
+class LayerExperts(Protocol):
+    """How the experts of one layer are computed once their planes are there."""
+
+    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        """Write the unweighted output of each arrived expert into its places of `out_PH`."""
+        ...
+
+
+class RoutedExperts:
+    """The experts of all layers over one plane cache. `counts_LE`: rows routed to each expert so far."""
+
+    def __init__(self, planes: PlaneCache, layers: Sequence[LayerExperts], chains: Sequence[Sequence[Chain]]) -> None:
+        assert len(layers) == len(chains)
+        self.planes = planes
+        self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
+        self._layers = tuple(layers)
+        self._chains = tuple(tuple(one) for one in chains)
+
+    def __call__(
+        self,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        owners: Callable[[np.ndarray], frozenset[int]],
+    ) -> torch.Tensor:
+        """Weighted sum [T, H] over each row's experts, in ascending k. `owners` tells whose requests rows are.
+
+        Raises:
+            PlaneReadError: a plane could not be read; the error names the requests that needed it.
+        """
+        chains = self._chains[layer]
+        hidden_TH = hidden_TH.contiguous()
+        rows = Grouping(index_TK.numpy(), len(chains))
+        self.counts_LE[layer, : len(chains)] += rows.counts_E
+        used = rows.used
+        shape = (index_TK.numel(), hidden_TH.shape[1])
+        out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
+        compute = self._layers[layer].compute
+        try:
+            with self.planes.stream([chains[expert] for expert in used]) as batches:
+                for batch in batches:
+                    compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
+        except PlaneReadError as error:
+            if error.key is not None:
+                error.requests = owners(rows.rows_of(error.key[1]))
+            raise
+        return combine(out_PH, weights_TK)
+
+
+def combine(out_PH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """Weighted sum [T, H] over k in ascending order, changing `out_PH`: the same additions whatever is in the batch."""
+    weights_TK = plain(weights_TK).to(torch.float32).numpy()
+    weighted_TKH = out_PH.numpy().reshape(*weights_TK.shape, -1)
+    weighted_TKH *= weights_TK[:, :, None]
+    # numpy adds along an outer dimension one row after another; torch's sum promises no order.
+    return torch.from_numpy(np.add.reduce(weighted_TKH, axis=1))
+
+
+class RawExperts:
+    """Experts in their stored type, one after another, with the activation of transformers' module."""
+
+    def __init__(self, kernels: Kernels, module: nn.Module, views: SlotViews, layer: int) -> None:
+        self._kernels, self._module, self._views, self._layer = kernels, module, views, layer
+
+    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        for expert, (offset,) in arrived:
+            views = self._views.at(self._layer, offset)
+            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(expert))]
+            out_PH[torch.from_numpy(rows.places_of(expert))] = expert_mlp(self._kernels, self._module, views, hidden_RH)
+
+
+class PackedExperts:
+    """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
+
+    def __init__(self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, level: int) -> None:
+        self._kernels, self._spec, self._level = kernels, spec, level
+        self._arena = arena.data_ptr()
+
+    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        absent = (0,) * (_CHAIN_PLANES - len(arrived[0][1]))
+        base = self._arena
+        addresses = [[*[base + offset for offset in offsets], *absent] for _, offsets in arrived]
+        planes = np.array(addresses, dtype=np.int64)
+        jobs = rows.jobs([expert for expert, _ in arrived], planes, self._level)
+        self._kernels.experts(self._spec, jobs, hidden_TH, out_PH)
+
+
+class PackedExpertsWithModule:
+    """Quantised experts with an activation that only transformers' module knows, one after another."""
+
+    def __init__(
+        self, kernels: Kernels, module: nn.Module, matrices: ExpertMatrices, arena: torch.Tensor, level: int
+    ) -> None:
+        self._kernels, self._module, self._matrices, self._level = kernels, module, matrices, level
+        self._bytes = arena
+
+    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        matrices = self._matrices
+        for expert, offsets in arrived:
+            planes = tuple(self._bytes.data_ptr() + offset for offset in offsets)
+            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(expert))]
+            up_bias = self._bias(matrices.up_bias, offsets[0], matrices.up.rows)
+            up_RG = self._kernels.packed_linear(hidden_RH, matrices.up, planes, self._level, up_bias)
+            down_bias = self._bias(matrices.down_bias, offsets[0], matrices.down.rows)
+            activated_RI = activate(self._module, up_RG).contiguous()
+            output_RH = self._kernels.packed_linear(activated_RI, matrices.down, planes, self._level, down_bias)
+            out_PH[torch.from_numpy(rows.places_of(expert))] = output_RH
+
+    def _bias(self, offset: int | None, plane: int, size: int) -> torch.Tensor | None:
+        if offset is None:
+            return None
+        start = plane + offset
+        return self._bytes[start : start + 4 * size].view(torch.float32)
+
+
+_CHAIN_PLANES = 4
+"""Most planes of a chain."""
+
+
+def open_experts(
+    *,
+    skeleton: Skeleton,
+    kernels: Kernels,
+    planes: PlaneCache,
+    layouts: Sequence[Layout],
+    level: int,
+    arena: torch.Tensor,
+) -> RoutedExperts:
+    """The experts of a model at a level.
+
+    Args:
+        layouts: of each MoE layer, up to the planes of `level`.
+        arena: the bytes in which `planes` holds planes.
+    """
+    views = SlotViews(arena_bytes=arena, layouts=layouts)
+    modules = [module for module in skeleton.model.modules() if is_experts_module(module)]
+    layers: list[LayerExperts] = []
+    chains: list[list[Chain]] = []
+    for layer, (module, layout) in enumerate(zip(modules, layouts, strict=True)):
+        experts = range(skeleton.expert_layers[layer].num_experts)
+        chains.append([tuple((layer, expert, plane) for plane in range(len(layout.planes))) for expert in experts])
+        if is_raw(layout):
+            layers.append(RawExperts(kernels, module, views, layer))
+        else:
+            layers.append(packed_layer(kernels, module, layout, level, arena))
+    return RoutedExperts(planes, layers, chains)
+
+
+def packed_layer(kernels: Kernels, module: nn.Module, layout: Layout, level: int, arena: torch.Tensor) -> LayerExperts:
+    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`."""
+    matrices = expert_matrices(layout)
+    spec = expert_spec(matrices, module)
+    if spec is not None:
+        return PackedExperts(kernels, spec, arena, level)
+    _say_once(type(module))
+    return PackedExpertsWithModule(kernels, module, matrices, arena, level)
+
+
+def _say_once(kind: type) -> None:
+    if kind not in _said:
+        _said.add(kind)
+        logging.getLogger("moestro").warning(
+            "The kernels do not know the activation of %s: its experts are computed one by one with the function of "
+            "transformers, which is slower.",
+            kind.__name__,
+        )
+
+
+_said: set[type] = set()

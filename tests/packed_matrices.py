@@ -1,0 +1,152 @@
+"""Random quantised matrices and experts in memory, for tests of kernels.
+
+Shapes: N rows, K columns (Np, Kp padded), G groups, H hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moestro.kernels.specs import ActivationName, ActivationSpec, Encoding, ExpertJobs, ExpertSpec, Gate, MatrixSpec
+from moestro.quant import LEVELS
+from moestro.quant.groups import TILE, group_size, groups, padded_columns, padded_rows
+from moestro.quant.tiles import BITS1, BITS2, BITS4, BITS8, CodeFormat, pack_codes, pack_scaled, pack_scales
+
+HEADER_PLACES = 16
+PLANE_FORMS = (BITS2, BITS1, BITS1, BITS4)
+FLAT_FORMS = {"flat8": BITS8, "flat4": BITS4}
+
+
+class Source:
+    """Random numbers that depend on a seed alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def codes(self, rows: int, columns: int, form: CodeFormat) -> torch.Tensor:
+        return torch.randint(0, 2**form.bits, (rows, columns), generator=self.generator, dtype=torch.uint8)
+
+    def scales(self, rows: int, count: int) -> torch.Tensor:
+        """fp16 numbers over the whole range of magnitudes that packing gives, some of them denormal or zero."""
+        exponent = torch.randint(-26, 13, (rows, count), generator=self.generator)
+        return (self.normal(rows, count) * 2.0**exponent).half()
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """`planes` holds the bytes; the matrix lies at `spec.offsets` in them."""
+
+    spec: MatrixSpec
+    planes: tuple[torch.Tensor, ...]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return tuple(plane.data_ptr() for plane in self.planes)
+
+
+def random_matrix(
+    source: Source, encoding: Encoding, rows: int, columns: int, *, cells: tuple[int, int] = (16, 1)
+) -> PackedMatrix:
+    """A matrix of random codes and scales, somewhere in the middle of its planes. `cells` are hi and lo of 8 bits."""
+    spec_offsets, planes = [], []
+    for place, region in enumerate(_regions(source, encoding, rows, columns, cells)):
+        offset = 64 * (place + 1)
+        filler = torch.randint(0, 256, (offset,), generator=source.generator, dtype=torch.uint8)
+        spec_offsets.append(offset)
+        planes.append(torch.cat((filler, region)))
+    spec = MatrixSpec(encoding, rows, columns, group_size(columns), tuple(spec_offsets))
+    return PackedMatrix(spec, tuple(planes))
+
+
+def _regions(source: Source, encoding: Encoding, rows: int, columns: int, cells: tuple[int, int]) -> list[torch.Tensor]:
+    tall, wide, count, group = padded_rows(rows), padded_columns(columns), groups(columns), group_size(columns)
+    header = torch.zeros(HEADER_PLACES)
+    header[0] = 2.0**-9
+    header[1:5] = source.normal(4).abs() + 0.1
+    if encoding == "nested":
+        header[5:7] = torch.tensor(cells, dtype=torch.float32)
+    scales = (source.scales(tall, count), source.scales(tall, count))
+    form = FLAT_FORMS.get(encoding, BITS2)
+    base = pack_scaled(scales, source.codes(tall, wide, form), group, form)
+    regions = [torch.cat((header.view(torch.uint8), base))]
+    if encoding in FLAT_FORMS:
+        return regions
+    for form in PLANE_FORMS[1:]:
+        codes = pack_codes(source.codes(tall, wide, form), group, form).view(tall // TILE, -1)
+        if encoding == "signs":
+            own = pack_scales(source.scales(tall, count)).view(tall // TILE, -1)
+            codes = torch.cat((own, own.new_zeros((len(own), -own.shape[1] % 64)), codes), dim=1)
+        regions.append(codes.flatten())
+    return regions
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts with the planes of each; biases lie behind the matrices in plane 0."""
+
+    spec: ExpertSpec
+    planes: tuple[tuple[torch.Tensor, ...], ...]
+
+    def addresses(self, levels: list[int]) -> np.ndarray:
+        """[J, 4] for experts 0 to J - 1; planes above their levels are absent."""
+        out = np.zeros((len(levels), 4), dtype=np.int64)
+        for job, level in enumerate(levels):
+            for plane in range(LEVELS.index(level) + 1):
+                out[job, plane] = self.planes[job][plane].data_ptr()
+        return out
+
+    def jobs(self, levels: list[int], rows: list[list[int]], order: list[int]) -> ExpertJobs:
+        """Job j on `rows[j]`; `order` says where in the output the results go."""
+        listed = [row for job in rows for row in job]
+        starts = np.cumsum([0, *map(len, rows)])
+        return ExpertJobs(
+            self.addresses(levels),
+            np.array(levels, dtype=np.int32),
+            starts.astype(np.int32),
+            np.array(listed, dtype=np.int32),
+            np.array(order, dtype=np.int32),
+        )
+
+
+def random_experts(
+    source: Source,
+    count: int,
+    *,
+    encoding: Encoding,
+    hidden: int,
+    width: int,
+    gate: Gate,
+    activation: ActivationName,
+    biased: bool = False,
+) -> Experts:
+    up_rows = width if gate == "none" else 2 * width
+    up = random_matrix(source, encoding, up_rows, hidden).spec
+    down_starts: list[tuple[int, ...]] = []
+    all_planes = []
+    for _ in range(count):
+        up_matrix = random_matrix(source, encoding, up_rows, hidden)
+        down_matrix = random_matrix(source, encoding, hidden, width)
+        biases = source.normal(up_rows + hidden).view(torch.uint8)
+        pairs = zip(up_matrix.planes, down_matrix.planes, strict=True)
+        planes = [torch.cat((first, first.new_zeros(-len(first) % 64), second)) for first, second in pairs]
+        down_starts.append(tuple(len(plane) + -len(plane) % 64 for plane in up_matrix.planes))
+        planes[0] = torch.cat((planes[0], planes[0].new_zeros(-len(planes[0]) % 4), biases))
+        all_planes.append(tuple(planes))
+    down = random_matrix(source, encoding, hidden, width).spec
+    offsets = tuple(start + offset for start, offset in zip(down_starts[0], down.offsets, strict=True))
+    bias = len(all_planes[0][0]) - 4 * (up_rows + hidden)
+    spec = ExpertSpec(
+        up,
+        MatrixSpec(encoding, hidden, width, down.group, offsets),
+        bias if biased else None,
+        bias + 4 * up_rows if biased else None,
+        gate,
+        ActivationSpec(activation, alpha=1.702, limit=0.8),
+    )
+    return Experts(spec, tuple(all_planes))
