@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import random
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def test_every_family_is_calibrated(family: str, tmp_path: Path) -> None:
 def test_sign_planes_are_calibrated_too(case: Case) -> None:
     store = case.pack(encoding="signs", levels="2,4", exact_level=2)
     assert store.verify() == []
-    assert all(0 < four < two < 0.3 for experts in _facts(store).errors for two, four in experts)
+    assert all(0 < four < 0.1 < two < 0.6 for experts in _facts(store).errors for two, four in experts)
 
 
 class _Seen:
@@ -182,15 +181,6 @@ def test_the_lowest_promised_level_is_the_measure_of_sensitivity(case: Case) -> 
     # Effects are about proportional to errors, which is what the number is for.
     for one, other in zip(two.sensitivity, four.sensitivity, strict=True):
         assert 0.3 < one / other < 3
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Small matrices in a busy test run are faster on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_bytes_do_not_depend_on_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
