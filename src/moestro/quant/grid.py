@@ -22,8 +22,8 @@ _TARGET_EXPONENT = 12
 
 
 HI, LO = 32, 3
-"""How code and nibble join at 8 bits. With 16 and 1 they would be one integer; with 32 and 3 the nibbles of neighbouring
-codes overlap by half, so that a code chosen for the low levels' sake costs the highest nothing."""
+"""How code and nibble join at 8 bits. With 16 and 1 they would be one integer; with 32 and 3 the nibbles of
+neighbouring codes overlap by half, so that a code chosen for the low levels' sake costs the highest nothing."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def spread(values_NG: torch.Tensor, group: int) -> torch.Tensor:
 def positions(codes: Codes, level: int, grid: Grid) -> torch.Tensor:
     """Where the codes of a level lie, [N, K] fp32, in steps from the group's middle."""
     if level == 8:
-        position_NK: torch.Tensor = grid.hi * (codes.code_NK.float() - 7.5) + grid.lo * (codes.nibble_NK.float() - 7.5)
-        return position_NK
-    return (codes.code_NK >> (4 - level)).float() - (2**level - 1) / 2
+        return (codes.code_NK.float() - 7.5) * grid.hi + (codes.nibble_NK.float() - 7.5) * grid.lo
+    prefix_NK = codes.code_NK >> (4 - level)
+    centred_NK: torch.Tensor = prefix_NK.float() - (2**level - 1) / 2
+    return centred_NK
 
 
 def decode(codes: Codes, level: int, grid: Grid, group: int) -> torch.Tensor:
