@@ -129,8 +129,9 @@ class Plan:
         return self.dense_bytes + self.kv_bytes + self.activation_bytes + self.staging_bytes
 
     def bytes_for_experts(self, share: float) -> int:
-        """The memory to give so that the arena holds `share` (0 to 1) of all experts, at least the least."""
-        return max(self.least_bytes, self.fixed_bytes + round_up(int(share * self.whole_arena_bytes), PAGE))
+        """The memory to give so that the arena has `share` (0 to 1) of the experts' bytes, at least the least."""
+        arena = self.whole_arena_bytes if share >= 1 else int(share * self.expert_bytes)
+        return max(self.least_bytes, self.fixed_bytes + round_up(arena, PAGE))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
