@@ -16,8 +16,7 @@
 namespace moestro {
 namespace {
 
-#define MOESTRO_PACKED(isa)                                                                                            \
-  constexpr PackedTable isa##_packed = {isa::packed_tiles, isa::packed_tile_scratch, isa::quantise_row, isa::activate};
+#define MOESTRO_PACKED(isa) constexpr PackedTable isa##_packed = {isa::packed_tiles, isa::quantise_row, isa::activate};
 // `floats` and `packed` name the builds that a table's kernels come from.
 #define MOESTRO_TABLE(name, floats, packed)                                                                            \
   constexpr KernelTable name##_table = {#name,                                                                         \

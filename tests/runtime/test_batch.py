@@ -24,6 +24,12 @@ def test_rows_of_three_sequences_lie_back_to_back() -> None:
     assert batch.logit_rows.tolist() == [3, 5]
 
 
+def test_every_row_can_get_logits_of_those_that_want_them() -> None:
+    segments = [Segment(7, [1, 2], 0, (0,), True), Segment(8, [3], 0, (1,), False), Segment(9, [4, 5], 0, (2,), True)]
+    assert PackedBatch(segments, every_row=True).logit_rows.tolist() == [0, 1, 3, 4]
+    assert PackedBatch(segments).logit_rows.tolist() == [1, 4]
+
+
 def test_history_covers_each_sequence_up_to_its_new_rows() -> None:
     batch = PackedBatch([Segment(0, [1], 2, (3,), True), Segment(1, [1, 1], 0, (1,), True)])
     assert batch.history.block_T.tolist() == [3, 3, 3, 1, 1]

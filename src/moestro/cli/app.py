@@ -11,6 +11,7 @@ import typer
 import moestro
 from moestro.cli.boundary import DebugFlag, guarded, say
 from moestro.cli.demo import demo
+from moestro.cli.eval import evaluate
 from moestro.cli.generate import generate
 from moestro.cli.inspect import inspect
 from moestro.cli.options import spread_options
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 for _command in (generate, pack, inspect, plan, demo):
     app.command()(guarded(spread_options(_command)))
+app.command("eval")(guarded(spread_options(evaluate)))
 
 
 class _Notes(logging.Handler):

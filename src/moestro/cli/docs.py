@@ -20,7 +20,8 @@ _SECTIONS = (
     (
         "How a model is opened",
         RuntimeOptions,
-        "`generate` (all), `plan` (memory, context, max-sequences, threads, level) and `demo` (level)",
+        "`generate` (all), `plan` (memory, context, max-sequences, threads, level), "
+        "`eval` (memory, level, threads, policy, auto-pack) and `demo` (level)",
     ),
     ("How tokens are picked", SamplingParams, "`generate`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),

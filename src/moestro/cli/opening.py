@@ -6,20 +6,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moestro.cli.console import progress_bar
-from moestro.config import RuntimeOptions
+from moestro.config import PackOptions, RuntimeOptions
 
 if TYPE_CHECKING:
     from moestro import LLM
 
 
-def locate_store(model: str, *, auto_pack: bool) -> Path:
-    """The folder of the model's store, packed now if need be. Raises MoestroError."""
+def locate_store(model: str, *, auto_pack: bool, raw: bool = False) -> Path:
+    """The folder of the model's store, packed now if need be. Raises MoestroError.
+
+    With `raw` a checkpoint is packed with its weights as they are; a store is taken as it is, whatever it holds.
+    """
     from moestro.calibration import pack
-    from moestro.store.locate import locate
+    from moestro.store.locate import AUTOMATIC, locate
 
     with progress_bar("packing") as report:
         return locate(
-            model, auto_pack=auto_pack, pack=pack, progress=lambda step: report(step.done_bytes, step.total_bytes)
+            model,
+            auto_pack=auto_pack,
+            pack=pack,
+            options=PackOptions(levels="raw") if raw else AUTOMATIC,
+            progress=lambda step: report(step.done_bytes, step.total_bytes),
         )
 
 

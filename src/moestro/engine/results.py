@@ -67,3 +67,41 @@ class Stats:
     path: str
     direct_io: bool
     huge_pages: bool
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """One text of an evaluation: scored tokens, their perplexity, and divergence as in `Evaluation`."""
+
+    name: str
+    tokens: int
+    perplexity: float
+    kl_to_raw: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's quality on texts, over all scored tokens. Losses and divergences in nats per token.
+
+    `kl_to_raw` is the mean Kullback-Leibler divergence of the model's predictions from those of its raw weights, whose
+    perplexity is `raw_perplexity`; `same_choice` is the share of tokens for which both find the same token likeliest.
+    The three are None without a reference. `bits_per_weight` counts all bytes of the experts' planes up to `level`;
+    `tokens_per_s` is the model's own rate, the reference's time left out. `memory_bytes` was for both.
+    """
+
+    perplexity: float
+    loss: float
+    kl_to_raw: float | None
+    raw_perplexity: float | None
+    same_choice: float | None
+    level: int
+    bits_per_weight: float
+    dense_bits: int
+    tokens: int
+    windows: int
+    window: int
+    tokens_per_s: float
+    memory_bytes: int
+    process_floor_bytes: int
+    peak_rss_bytes: int
+    texts: tuple[TextScore, ...]

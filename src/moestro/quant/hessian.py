@@ -31,6 +31,6 @@ def compensation(hessian_KK: torch.Tensor | None, columns: int) -> Compensation 
     damped_KK = functional.pad(hessian_KK.double(), (0, extra, 0, extra))
     damped_KK.diagonal().add_(float(hessian_KK.diagonal().double().mean()) * DAMPING)
     order_K = damped_KK.diagonal().argsort(descending=True, stable=True)
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK[order_K][:, order_K]))
-    root_KK = torch.linalg.cholesky(inverse_KK, upper=True).float().contiguous()
-    return Compensation(order_K, root_KK)
+    damped_KK = damped_KK[order_K][:, order_K]
+    root_KK = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_KK)), upper=True)
+    return Compensation(order_K, damped_KK.float().contiguous(), root_KK.float().contiguous())

@@ -6,15 +6,16 @@ Shapes: N rows, K columns (both padded inside), G groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from moestro.quant.codes import LEVELS, Codes
 from moestro.quant.encoding import PRIORITIES, padded
-from moestro.quant.grid import Grid, decode, spread
+from moestro.quant.grid import Grid, decode, positions, spread, unit_for
 from moestro.quant.groups import group_size, groups, padded_columns, padded_rows
 from moestro.quant.hessian import compensation, importance
-from moestro.quant.rounding import Rule, round_columns
+from moestro.quant.rounding import Rule, improve, round_compensated, round_nearest
 from moestro.quant.scales import fit_grid, fit_steps
 from moestro.quant.tiles import (
     BITS1,
@@ -29,6 +30,10 @@ from moestro.quant.tiles import (
 )
 
 FORMS = {2: BITS2, 3: BITS1, 4: BITS1, 8: BITS4}
+
+SWEEPS = 2
+"""Sweeps of coordinate descent after compensated rounding. Measured on the built-in model (divergence from the original
+at 2 bits): .042 without, .0357 with one, .0350 with three."""
 
 
 class NestedEncoding:
@@ -45,7 +50,9 @@ class NestedEncoding:
         self, weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
     ) -> dict[int, torch.Tensor]:
         group = group_size(weights_NK.shape[1])
-        codes, grid = quantise(weights_NK, levels=levels, hessian_KK=hessian_KK)
+        unit = unit_for(weights_NK)
+        codes, grid = quantise(weights_NK / unit, levels=levels, hessian_KK=hessian_KK)
+        grid = replace(grid, unit=unit)
         base = pack_scaled((grid.scale_NG, grid.middle_NG), codes.plane(2), group, BITS2)
         planes = {2: torch.cat((grid.header(), base))}
         for level in LEVELS[1 : LEVELS.index(max(levels)) + 1]:
@@ -66,17 +73,30 @@ def quantise(
     weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
 ) -> tuple[Codes, Grid]:
     """Codes and grid of the padded matrix."""
-    rows, columns = weights_NK.shape
-    group = group_size(columns)
+    group = group_size(weights_NK.shape[1])
     weights_NK = padded(weights_NK)
     priorities = {level: PRIORITIES[level] for level in levels}
     importance_K = importance(hessian_KK, weights_NK.shape[1])
     grid = fit_grid(weights_NK, importance_K, group, priorities)
     offset_NK = weights_NK - spread(grid.real_middle_NG, group)
+
+    def rule() -> Rule:
+        return Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
+
     for _ in range(2):
-        rule = Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
-        codes = round_columns(offset_NK, rule, group, None)
+        codes = round_nearest(offset_NK, rule(), group)
         grid = fit_steps(weights_NK, importance_K, codes, grid, group)
-    rule = Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
-    codes = round_columns(offset_NK, rule, group, compensation(hessian_KK, weights_NK.shape[1]))
+    how = compensation(hessian_KK, weights_NK.shape[1])
+    if how is None:
+        return round_nearest(offset_NK, rule(), group), grid
+    codes = round_compensated(offset_NK, rule(), group, how)
+    for _ in range(SWEEPS):
+        values_BNK = torch.stack([_value(codes, level, grid, group) for level in LEVELS])
+        codes = improve(offset_NK, values_BNK, rule(), group, how)
     return codes, grid
+
+
+def _value(codes: Codes, level: int, grid: Grid, group: int) -> torch.Tensor:
+    if level not in grid.steps:
+        return torch.zeros(codes.code_NK.shape)
+    return spread(grid.real_scale_NG * grid.steps[level], group) * positions(codes, level, grid)

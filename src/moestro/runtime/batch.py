@@ -35,9 +35,12 @@ class Segment:
 
 
 class PackedBatch:
-    """`segments` back to back: rows of segment i follow those of segment i - 1."""
+    """`segments` back to back: rows of segment i follow those of segment i - 1.
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    `every_row`: all rows of segments that want logits get them, not the last row alone.
+    """
+
+    def __init__(self, segments: Sequence[Segment], *, every_row: bool = False) -> None:
         assert segments
         assert all(segment.token_ids for segment in segments)
         self.segments = tuple(segments)
@@ -51,9 +54,15 @@ class PackedBatch:
         self.position32_T = torch.from_numpy(positions_T.astype(np.int32))
         self.block_table_SM = _block_table(segments)
         self.new_rows = _row_address(self.block_table_SM.numpy(), sequence_T, positions_T)
-        ends = np.cumsum(lengths) - 1
-        self.logit_rows = torch.from_numpy(
-            np.array([end for end, segment in zip(ends, segments, strict=True) if segment.wants_logits], dtype=np.int64)
+        ends = np.cumsum(lengths)
+        self.logit_rows = torch.tensor(
+            [
+                row
+                for end, length, segment in zip(ends.tolist(), lengths, segments, strict=True)
+                if segment.wants_logits
+                for row in range(end - (length if every_row else 1), end)
+            ],
+            dtype=torch.int64,
         )
 
     def requests_of(self, rows: np.ndarray) -> frozenset[int]:

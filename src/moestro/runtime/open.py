@@ -87,10 +87,11 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int = 0) -> ModelSha
     )
 
 
-def open_model(store: Store, options: RuntimeOptions, *, native: bool = True) -> OpenModel:
+def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> OpenModel:
     """Open `store` within the memory that `options` give.
 
-    With `native` False every family runs on the general path, which tests compare with.
+    With `native` False every family runs on the general path, which tests compare with. `logit_rows`: how many rows of
+    a step can get logits (0: the last one of each sequence).
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -100,7 +101,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True) ->
     level_of(store, options.level)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
-    probed = probe_for(skeleton, options, native=native)
+    probed = probe_for(skeleton, options, native=native, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
     return_large_blocks()
     floor = measure_floor(kernels)

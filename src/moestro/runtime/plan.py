@@ -149,34 +149,43 @@ class Plan:
         )
 
 
+def longest_context(config: PreTrainedConfig) -> int:
+    """The most tokens that the model was made for."""
+    limit = int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CONTEXT)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if scaling.get("rope_type") == "longrope":
+        # Long-range factors would depend on the longest sequence in the batch: stay inside the short range.
+        limit = min(limit, int(scaling.get("original_max_position_embeddings") or limit))
+    return limit
+
+
 def resolve_context(config: PreTrainedConfig, asked: int) -> int:
     """The longest prompt plus answer, in tokens: as asked, else the model's own limit or DEFAULT_CONTEXT.
 
     Raises:
         BudgetError: more than the model was made for.
     """
-    limit = int(getattr(config, "max_position_embeddings", 0) or DEFAULT_CONTEXT)
-    scaling = getattr(config, "rope_parameters", None) or {}
-    if scaling.get("rope_type") == "longrope":
-        # Long-range factors would depend on the longest sequence in the batch: stay inside the short range.
-        limit = min(limit, int(scaling.get("original_max_position_embeddings") or limit))
+    limit = longest_context(config)
     if asked != 0 and not 2 <= asked <= limit:
         raise BudgetError(f"A context of {asked} tokens was asked for. This model takes 2 to {limit} (0: by itself).")
     return asked or min(limit, DEFAULT_CONTEXT)
 
 
-def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, native: bool = True) -> Probe:
-    """The probe of a step as `options` allow it, on the path that it will take (`native` False: always the general)."""
+def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> Probe:
+    """The probe of a step as `options` allow it, on the path that it will take (`native` False: always the general).
+
+    `logit_rows` get logits (0: the last row of each sequence).
+    """
     if not 1 <= options.max_sequences <= STEP_ROWS:
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
-    rows, logit_rows = min(STEP_ROWS, context * options.max_sequences), options.max_sequences
-    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=logit_rows)
+    rows, wanted = min(STEP_ROWS, context * options.max_sequences), logit_rows or options.max_sequences
+    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=wanted)
     blueprint = describe(skeleton, probed) if native else None
     if blueprint is None:
         return probed
     activation_bytes = blueprint.activation_bytes(
-        rows=rows, context=context, logit_rows=logit_rows, experts_bytes=probed.experts_bytes
+        rows=rows, context=context, logit_rows=wanted, experts_bytes=probed.experts_bytes
     )
     return replace(probed, activation_bytes=activation_bytes)
 

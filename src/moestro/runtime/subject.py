@@ -45,7 +45,7 @@ class Subject:
     def open(cls, model: str) -> Subject:
         """Look at a store, a checkpoint folder, a hub id or the built-in model. Raises MoestroError."""
         path = locate_shapes(model)
-        return cls._of_store(Store.open(path)) if has_manifest(path) else cls._of_checkpoint(path)
+        return cls.of_store(Store.open(path)) if has_manifest(path) else cls._of_checkpoint(path)
 
     def shape(self, level: int = 0) -> ModelShape:
         """The sizes at a level (0: the exact one). Raises RequestError when the model does not have it."""
@@ -87,20 +87,21 @@ class Subject:
             if path.is_file():
                 yield path.name, path.stat().st_size
 
-    def plan(self, options: RuntimeOptions) -> Plan:
-        """What would be placed where.
+    def plan(self, options: RuntimeOptions, *, logit_rows: int = 0) -> Plan:
+        """What would be placed where; `logit_rows` as for `open_model`.
 
         Raises:
             BudgetError: the memory cannot be parsed. A plan that does not fit is returned, with `fits` false.
             RequestError: the model does not have the level asked for.
         """
         shape = self.shape(options.level)
-        probed = probe_for(self.skeleton, options)
+        probed = probe_for(self.skeleton, options, logit_rows=logit_rows)
         floor = measure_floor(make_kernels("auto", threads=compute_threads(options)))
         return make_plan(shape, probed, options, config=self.skeleton.config, floor_bytes=floor)
 
     @classmethod
-    def _of_store(cls, store: Store) -> Subject:
+    def of_store(cls, store: Store) -> Subject:
+        """An open store."""
         skeleton = build_skeleton(config_from_dict(store.config_dict))
         layouts = tuple(layer.layout for layer in store.layers)
         return cls(

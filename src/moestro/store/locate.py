@@ -41,8 +41,12 @@ class Packer(Protocol):
         """Make a store of the checkpoint folder `source`."""
 
 
-def locate(model: str, *, auto_pack: bool, pack: Packer, progress: Progress | None = None) -> Path:
+def locate(
+    model: str, *, auto_pack: bool, pack: Packer, options: PackOptions = AUTOMATIC, progress: Progress | None = None
+) -> Path:
     """The folder of a store of `model`; a checkpoint is packed once into the cache folder when `auto_pack` allows it.
+
+    `options` say how a checkpoint is packed; a store is taken as it is.
 
     Raises:
         StoreError: there is no such model, its store is not finished, there is no store and `auto_pack` is off, or the
@@ -54,7 +58,8 @@ def locate(model: str, *, auto_pack: bool, pack: Packer, progress: Progress | No
         return Store.open(folder).path
     source = folder if folder is not None else _remote_folder(model, weights=True)
     with Checkpoint(source) as checkpoint:
-        destination = cache_folder() / "stores" / f"{_store_name(model)}-{fingerprint(checkpoint)}-{_recipe_key()}"
+        name = f"{_store_name(model)}-{fingerprint(checkpoint)}-{_recipe_key(options)}"
+    destination = cache_folder() / "stores" / name
     if has_manifest(destination):
         return Store.open(destination).path
     if not auto_pack:
@@ -62,7 +67,7 @@ def locate(model: str, *, auto_pack: bool, pack: Packer, progress: Progress | No
             f"{model} is a checkpoint and there is no store of it yet, and packing it automatically is switched off. "
             f"Pack it with `moestro pack {model} STORE`, then give STORE."
         )
-    return pack(source, destination, options=AUTOMATIC, progress=progress).path
+    return pack(source, destination, options=options, progress=progress).path
 
 
 def locate_source(model: str, *, weights: bool = True) -> Path:
@@ -127,9 +132,9 @@ def _remote_folder(model: str, *, weights: bool) -> Path:
     )
 
 
-def _recipe_key() -> str:
+def _recipe_key(options: PackOptions) -> str:
     """What tells stores apart that were packed otherwise, or by a moestro with another format."""
-    return to_hex(checksum(f"{VERSION} {AUTOMATIC}".encode()))[:8]
+    return to_hex(checksum(f"{VERSION} {options}".encode()))[:8]
 
 
 def _store_name(model: str) -> str:
