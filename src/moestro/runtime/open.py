@@ -15,6 +15,7 @@ from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
 from moestro.memory.arena import Arena
 from moestro.memory.budget import format_bytes, machine_bytes, resident_bytes
+from moestro.memory.heap import return_large_blocks
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
@@ -102,6 +103,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
     _check_layers(store, skeleton)
     probed = probe_for(skeleton, options, native=native, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
+    return_large_blocks()
     floor = measure_floor(kernels)
     shape = shape_of_store(store, skeleton, options.level)
     plan = make_plan(shape, probed, options, config=skeleton.config, floor_bytes=floor)
