@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "rows.h"
+
 #ifdef MOESTRO_ARM64
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -24,7 +26,8 @@ namespace {
                                         floats::attention,                                                             \
                                         floats::linear_scratch,                                                        \
                                         floats::attention_scratch,                                                     \
-                                        floats::round_columns};
+                                        floats::round_columns,                                                         \
+                                        &floats::row_table};
 MOESTRO_PACKED(scalar)
 MOESTRO_TABLE(scalar, scalar, scalar)
 #ifdef MOESTRO_X86
@@ -77,6 +80,8 @@ void check_positions(const AttentionArgs &args, int64_t row, int64_t low, int64_
   checked.high = std::max(checked.high, high);
 }
 
+} // namespace
+
 std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   const int64_t most = std::max<int64_t>(1, kQueriesPerTask / (args.heads / args.heads_kv));
   std::vector<RowGroup> groups;
@@ -98,8 +103,6 @@ std::vector<RowGroup> group_rows(const AttentionArgs &args) {
   }
   return groups;
 }
-
-} // namespace
 
 std::vector<const KernelTable *> available_kernels() {
   std::vector<const KernelTable *> tables;

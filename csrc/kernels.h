@@ -36,7 +36,7 @@ struct AttentionArgs {
   const int32_t *block_table; // [sequences, max_blocks]
   const int32_t *row_sequence, *row_position;
   const float *sinks; // [heads]; null: none
-  float *out;         // [rows, heads, values.dim], contiguous
+  float *out;         // [rows, heads, values.dim], contiguous; may be the query, where that is laid out alike
   int64_t rows, heads, heads_kv;
   int64_t blocks, block_size, sequences, max_blocks;
   float scale;
@@ -58,6 +58,7 @@ inline __attribute__((always_inline)) int64_t first_position(int64_t position, i
 }
 
 struct PackedTable; // packed_tasks.h
+struct RowTable; // rows.h
 
 struct KernelTable {
   const char *name;
@@ -68,6 +69,7 @@ struct KernelTable {
   size_t (*linear_scratch)();
   size_t (*attention_scratch)(int64_t positions, int64_t value_dim);
   void (*round_columns)(const RoundArgs &);
+  const RowTable *rows;
 };
 
 #define MOESTRO_DECLARE_KERNELS(isa)                                                                                   \

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "module_decoder.h"
 #include "module_packed.h"
 #include "thread_pool.h"
 
@@ -166,4 +167,5 @@ NB_MODULE(_native, m) {
   m.def("scratch_bytes", [] { return pool().scratch_bytes(); }, release());
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
   add_packed(m);
+  add_decoder(m);
 }

@@ -18,31 +18,33 @@ from moestro.runtime.plan import Plan, make_plan, probe_for
 from moestro.store.reader import Store
 
 
-def plan_of(folder: Path, options: RuntimeOptions, memory_bytes: int = 1 << 40) -> Plan:
+def plan_of(folder: Path, options: RuntimeOptions, memory_bytes: int = 1 << 40, native: bool = True) -> Plan:
     """The plan of a store, made as opening it makes it."""
     store = Store.open(folder)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     return make_plan(
         shape_of_store(store, skeleton, options.level),
-        probe_for(skeleton, options),
+        probe_for(skeleton, options, native=native),
         replace(options, memory=str(memory_bytes)),
         config=skeleton.config,
         floor_bytes=0,
     )
 
 
-def open_store(folder: Path, *, share: float = 1.0, **options: Any) -> OpenModel:
+def open_store(folder: Path, *, share: float = 1.0, native: bool = True, **options: Any) -> OpenModel:
     """Open with an arena for `share` of the experts (0: the least memory that works)."""
     wanted = RuntimeOptions(**{"context": 256, **options})
-    memory = plan_of(folder, wanted).bytes_for_experts(share)
-    return open_model(Store.open(folder), RuntimeOptions(**{"context": 256, **options, "memory": str(memory)}))
+    memory = plan_of(folder, wanted, native=native).bytes_for_experts(share)
+    return open_model(Store.open(folder), replace(wanted, memory=str(memory)), native=native)
 
 
 class Feed:
     """Feeds token ids to a runner in chunks of the test's choosing and returns logits of every fed row."""
 
-    def __init__(self, opened: OpenModel) -> None:
+    def __init__(self, opened: OpenModel, *, every_row: bool = True) -> None:
+        """`every_row` false leaves it at the logits of each request's last row, as serving does."""
         self._runner = opened.runner
+        self._every_row = every_row
         self._starts: dict[int, int] = {}
         self._blocks: dict[int, list[int]] = {}
 
@@ -57,8 +59,11 @@ class Feed:
             segments.append(Segment(request, list(token_ids), start, tuple(blocks), True))
             self._starts[request] = start + len(token_ids)
         batch = PackedBatch(segments)
-        batch.logit_rows = torch.arange(batch.rows)
+        if self._every_row:
+            batch.logit_rows = torch.arange(batch.rows)
         logits = self._runner.forward(batch)
+        if not self._every_row:
+            return dict(zip(tokens, logits.split(1), strict=True))
         return dict(zip(tokens, logits.split([len(ids) for ids in tokens.values()]), strict=True))
 
 

@@ -1,6 +1,8 @@
 """Compiled CPU kernels (csrc/). Addresses and strides are not checked here: `moestro.kernels.cpu` does that."""
 
 from collections.abc import Sequence
+from enum import Enum
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,3 +156,119 @@ def experts_scratch_bytes() -> int:
 
 def quantised_bytes(rows: int, columns: int, group: int) -> int:
     """Bytes of quantised rows of activations, which `packed_linear` keeps."""
+
+class Weight:
+    """A dense matrix [outputs, inputs]; `data` and `bias` (0: none) are addresses.
+
+    `kind` is its place in WEIGHT_DTYPES, 3 for flat8, 4 for flat4, whose activations are quantised in `group`s.
+    """
+
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, kind: int, data: int, outputs: int, inputs: int, group: int, bias: int) -> None: ...
+
+class Norm:
+    """Root-mean-square norm over groups of `width` elements; `weight` is an address."""
+
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, weight: int, width: int, eps: float) -> None: ...
+
+class KvTarget:
+    """A pool of keys or values of one layer: an address and strides in elements."""
+
+    def __init__(self, data: int, block_stride: int, head_stride: int, position_stride: int) -> None: ...
+
+class Rotation:
+    """Addresses of cosines and sines [positions, half], which turn heads of twice that width."""
+
+    def __init__(self, cos: int, sin: int, positions: int, half: int) -> None: ...
+
+class Mlp:
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, gate: Weight, up: Weight, down: Weight, scale: Weight) -> None: ...
+
+class Routing(Enum):
+    SOFTMAX_THEN_PICK = 0
+    SOFTMAX_THEN_PICK_AND_SCALE = 1
+    PICK_THEN_SOFTMAX = 2
+
+class Layer:
+    """One decoder layer. What is not set is not there."""
+
+    input_norm: Norm
+    post_norm: Norm
+    q: Weight
+    k: Weight
+    v: Weight
+    o: Weight
+    q_norm: Norm
+    k_norm: Norm
+    clip: float
+    heads: int
+    heads_kv: int
+    head_dim: int
+    keys: KvTarget
+    values: KvTarget
+    sinks: int
+    scale: float
+    softcap: float
+    window: int
+    mlp: Mlp
+    router: Weight
+    routing: Routing
+
+    def __init__(self) -> None: ...
+
+class Decoder:
+    """A decoder on packed rows (csrc/decoder.h). Knows addresses only: what lies there has to outlive it."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Weight,
+        norm: Norm,
+        head: Weight,
+        rotation: Rotation,
+        residual: int,
+        hidden: int,
+        scratch: int,
+        scratch_width: int,
+        quantised: int,
+        quantised_size: int,
+        ids: int,
+        weights: int,
+        picks: int,
+        rows: int,
+        blocks: int,
+        block_size: int,
+    ) -> None:
+        """Raises ValueError when the parts do not fit each other."""
+
+    def add(self, layer: Layer) -> None:
+        """Append a layer; ValueError when it does not fit the model or the workspace."""
+
+    def begin(
+        self,
+        token_ids: int,
+        rows: int,
+        block_table: int,
+        sequences: int,
+        max_blocks: int,
+        row_sequence: int,
+        row_position: int,
+        /,
+    ) -> None:
+        """Begin a step; ValueError when a token, sequence, position or block does not exist."""
+
+    def run_layer(self, index: int, delta: int, /) -> None:
+        """One layer up to its experts, after adding `delta` (0: nothing) to the residual."""
+
+    def logits(self, delta: int, rows: int, count: int, out: int, /) -> None: ...
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds in matrix products and attention so far."""

@@ -8,6 +8,8 @@ import pytest
 
 from cli.damage import copy_store
 from cli.running import MODEL
+from moestro.calibration import pack
+from moestro.config import PackOptions
 from moestro.store.locate import locate_source
 from packing import pack_raw
 
@@ -16,6 +18,13 @@ from packing import pack_raw
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the built-in model. Do not change it."""
     return pack_raw(locate_source(MODEL), tmp_path_factory.mktemp("shipped") / "store").path
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the built-in model as packing makes it, but for the calibration. Do not change it."""
+    folder = tmp_path_factory.mktemp("quantised") / "store"
+    return pack(locate_source(MODEL), folder, options=PackOptions(calibration=False)).path
 
 
 @pytest.fixture

@@ -202,3 +202,28 @@ def test_pack_refuses_what_is_in_the_way(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["letter.txt"]
     assert_user_error(run("pack", MODEL, tmp_path / "other", "--dtype", "int3"), "int3", "bfloat16")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--levels", "5"], ["levels is '5'", "2, 3, 4, 8"]),
+        (["--exact-level", "6"], ["exact_level is 6", "2,3,4,8"]),
+        (["--dense-bits", "5"], ["dense_bits is 5"]),
+        (["--encoding", "odd"], ["encoding is 'odd'", "nested, signs"]),
+        (["--levels", "raw", "--encoding", "signs"], ["encoding is 'signs'", "no effect"]),
+        (["--levels", "raw", "--no-calibration"], ["calibration is False", "no effect"]),
+        (["--calibrate", "text.txt", "--no-calibration"], ["calibrate is 'text.txt'", "no effect"]),
+        (["--calibrate", "/no/such/text.txt"], ["/no/such/text.txt", "--no-calibration"]),
+        (["--calibrate", "EMPTY"], ["empty.txt is empty"]),
+        (["--calibrate", "SHORT"], ["short.txt has no document of at least 8 tokens"]),
+        (["--calibrate", "BINARY"], ["binary.txt is not UTF-8"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("-") else "",
+)
+def test_pack_options_that_are_of_no_use(flags: list[str], words: list[str], tmp_path: Path) -> None:
+    for name, content in (("empty", b" \n\f\n"), ("short", b"one\n\f\ntwo"), ("binary", b"\xff\xfe\x00")):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    given = [str(tmp_path / f"{flag.lower()}.txt") if flag in ("EMPTY", "SHORT", "BINARY") else flag for flag in flags]
+    assert_user_error(run("pack", MODEL, tmp_path / "store", *given), *words)
+    assert not list(tmp_path.glob("store*"))

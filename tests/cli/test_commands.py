@@ -20,6 +20,7 @@ INSPECT_KEYS = {
     "active_experts",
     "dtypes",
     "levels",
+    "encoding",
     "exact_level",
     "bits_per_weight",
     "dense_bits",
@@ -60,28 +61,31 @@ PLAN_KEYS = {
 
 def test_pack_makes_a_store_and_finds_it_made(tmp_path: Path) -> None:
     for _ in range(2):
-        result = run("pack", MODEL, tmp_path / "store")
+        result = run("pack", MODEL, tmp_path / "store", "--no-calibration", "--levels", "2,4", "--dense-bits", "16")
         assert result.exit_code == 0
         assert str(tmp_path / "store") in result.stdout
         assert "256 in 8 layers" in result.stdout
+        for words in ("nested, exact at 4 bits", "4 bits", "mean relative squared error", "from the weights alone"):
+            assert words in result.stdout
     assert run("inspect", tmp_path / "store", "--verify").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_pack_in_another_dtype(tmp_path: Path) -> None:
-    assert run("pack", MODEL, tmp_path / "store", "--dtype", "float32").exit_code == 0
+    assert run("pack", MODEL, tmp_path / "store", "--levels", "raw", "--dtype", "float32").exit_code == 0
     facts = json.loads(run("inspect", tmp_path / "store", "--json").stdout)
     assert facts["dtypes"] == ["F32"]
     assert facts["levels"] == [32]
 
 
-def test_inspect_says_the_same_of_a_store_and_of_its_checkpoint(store: Path) -> None:
-    packed = json.loads(run("inspect", store, "--json", "--verify").stdout)
+def test_inspect_says_the_same_of_a_store_and_of_its_checkpoint(quantised: Path) -> None:
+    packed = json.loads(run("inspect", quantised, "--json", "--verify").stdout)
     checkpoint = json.loads(run("inspect", MODEL, "--json").stdout)
     assert packed.keys() == checkpoint.keys() == INSPECT_KEYS
     assert (packed["kind"], checkpoint["kind"]) == ("store", "checkpoint")
     assert (packed["problems"], checkpoint["problems"]) == ([], None)
-    assert packed["files"]["experts.planes"] == 256 * (192 << 10)
+    assert packed["files"]["experts.planes"] == 256 * packed["bytes_per_expert"] == packed["expert_bytes"]
+    assert (packed["levels"], packed["encoding"], packed["exact_level"]) == ([2, 3, 4, 8], "nested", 4)
     assert packed["experts"] == 32
     assert packed["active_experts"] == 4
     assert packed["moe_layers"] == 8
@@ -97,12 +101,18 @@ def test_inspect_as_a_table(store: Path) -> None:
     assert result.stderr == ""
 
 
+def test_inspect_tells_how_good_a_store_is(quantised: Path) -> None:
+    result = run("inspect", quantised)
+    for words in ("nested, exact at 4", "2 bits", "mean relative squared error of an expert", "from the weights alone"):
+        assert words in result.stdout
+
+
 def test_only_a_store_can_be_verified() -> None:
     assert_user_error(run("inspect", MODEL, "--verify"), "moestro pack")
 
 
-def test_plan_of_a_store_and_of_its_checkpoint(store: Path) -> None:
-    plans = [json.loads(run("plan", model, "--memory", "40MiB", "--json").stdout) for model in (store, MODEL)]
+def test_plan_of_a_store_and_of_its_checkpoint(quantised: Path) -> None:
+    plans = [json.loads(run("plan", model, "--memory", "40MiB", "--json").stdout) for model in (quantised, MODEL)]
     for plan in plans:
         assert plan.keys() == PLAN_KEYS
         assert plan["fits"]

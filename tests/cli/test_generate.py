@@ -37,6 +37,7 @@ STATS_KEYS = {
     "staging_bytes",
     "level",
     "policy",
+    "path",
     "direct_io",
     "huge_pages",
 }

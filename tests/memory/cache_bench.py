@@ -13,7 +13,8 @@ from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
-from moestro.memory.plane_cache import PlaneCache, PlaneStream
+from moestro.memory.plane_cache import PlaneCache
+from moestro.memory.plane_stream import PlaneStream
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
 

@@ -19,7 +19,7 @@ class Shelf:
     def add(self, expert: int, pages: int) -> HeldPlane:
         slot = self.arena.alloc(pages * PAGE)
         assert slot is not None
-        plane = HeldPlane((0, expert, 0), slot, pages * PAGE, asked_for=True)
+        plane = HeldPlane((0, expert, 0), slot, pages * PAGE, step=1)
         self.planes.add(plane)
         return plane
 

@@ -12,13 +12,15 @@ from moestro.errors import BudgetError
 from moestro.hf.skeleton import build_skeleton
 from moestro.runtime.kv import LayerKV
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, resolve_context
-from moestro.runtime.probe import Probe
+from moestro.runtime.probe import LayerAttention, Probe
 
 PROBE = Probe(
     kv_layers=(LayerKV(heads=2, key_width=16, value_heads=2, value_width=16, gathered=False),) * 3,
+    attention=(LayerAttention(scale=0.25, window=0, softcap=0.0, sinks=False),) * 3,
     experts_per_token=(2, 2),
     value_width=16,
     activation_bytes=1_000_000,
+    experts_bytes=400_000,
     rows=512,
     history=512,
 )

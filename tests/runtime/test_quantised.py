@@ -55,7 +55,7 @@ def _assert_float_model(folder: Path, level: int, monkeypatch: pytest.MonkeyPatc
     with open_store(folder, share=0.3, level=level) as opened:
         rounded = logits_of(opened, PROMPT)
     monkeypatch.setitem(KERNELS, "auto", lambda _threads: FloatActivations())
-    with open_store(folder, share=0.3, level=level) as opened:
+    with open_store(folder, share=0.3, level=level, native=False) as opened:
         actual = logits_of(opened, PROMPT)
     monkeypatch.undo()
     assert (actual - expected).abs().max() <= 1e-3

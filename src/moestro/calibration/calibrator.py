@@ -17,17 +17,14 @@ sequence at a time, in which the longest decides. On disk: 4 R H bytes for each 
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
-from moestro.calibration.expert import ExpertMath, ExpertResult
+from moestro.calibration.expert import ExpertMath, ExpertResult, ExpertRows
 from moestro.calibration.layer import LayerBatch
 from moestro.calibration.scratch import LayerScratch
 from moestro.calibration.sensitivity import LogitDistance
@@ -43,6 +40,9 @@ from moestro.runtime.probe import probe
 from moestro.store.calibration_facts import CalibrationText, rounded
 from moestro.store.expert_work import ExpertWork, Findings
 from moestro.store.pack_plan import PackPlan
+from moestro.store.workers import in_order, worker_count
+
+_Done = tuple[int, dict[str, torch.Tensor], ExpertResult]
 
 
 class Calibrator:
@@ -70,19 +70,7 @@ class Calibrator:
             CheckpointError: weights are missing or are not numbers.
             PackError: the model's states are not numbers.
         """
-        with _one_torch_thread():
-            return _Calibration(self._windows, self._warnings, work).run()
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Results of torch depend on how many threads share a sum; with one they can be had again after a kill."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        return _Calibration(self._windows, self._warnings, work).run()
 
 
 @dataclass
@@ -99,13 +87,13 @@ class _Calibration:
         self.work.say("reading dense weights")
         skeleton = build_skeleton(config_from_dict(plan.model))
         probe(skeleton, rows=2, history=2, logit_rows=1)
-        kernels = make_kernels("auto", threads=_workers())
+        kernels = make_kernels("auto", threads=worker_count())
         place_dense(skeleton.model, dict(self.work.raw_dense()), kernels)
         identity = f"{plan.identity()} {self.windows}"
         self._scratch = LayerScratch(self.work.scratch, identity)
         distance = LogitDistance(len(self.windows.sequences))
-        with torch.inference_mode(), ThreadPoolExecutor(_workers()) as pool:
-            self._pool, self._kernels = pool, kernels
+        with torch.inference_mode():
+            self._kernels = kernels
             stream = self._stream(skeleton, kernels)
             self._modules = stream.modules
             stream.run(self._process, distance.add)
@@ -151,29 +139,17 @@ class _Calibration:
         options = self.work.plan.options
         encoding = make_encoding(options.encoding)
         math = ExpertMath(self._kernels, module, encoding, options.promised_levels, batch.sample)
-        waiting: deque[tuple[int, dict[str, torch.Tensor], Future[ExpertResult]]] = deque()
+        for expert, weights, result in in_order(self._jobs(layer, batch, math)):
+            batch.add(expert, result)
+            if result.encoded is not None:
+                self.work.write(layer, expert, weights, result.encoded)
+
+    def _jobs(self, layer: int, batch: LayerBatch, math: ExpertMath) -> Iterator[Callable[[], _Done]]:
         for expert in range(self.work.plan.layers[layer].experts):
             weights = self.work.weights(layer, expert)
             done = self.work.errors(layer, expert) is not None
             regions = self.work.regions(layer, expert) if done else None
-            waiting.append((expert, weights, self._pool.submit(math.work, weights, batch.rows_of(expert), regions)))
-            if len(waiting) > _workers() + 1:
-                self._take(layer, batch, *waiting.popleft())
-        while waiting:
-            self._take(layer, batch, *waiting.popleft())
-
-    def _take(
-        self,
-        layer: int,
-        batch: LayerBatch,
-        expert: int,
-        weights: dict[str, torch.Tensor],
-        future: Future[ExpertResult],
-    ) -> None:
-        result = future.result()
-        batch.add(expert, result)
-        if result.encoded is not None:
-            self.work.write(layer, expert, weights, result.encoded)
+            yield partial(_work_on, expert, weights, math, batch.rows_of(expert), regions)
 
     def _note_unrouted(self, layer: int, rows: list[LayerRows]) -> None:
         own = rows[: len(self.windows.sequences)]
@@ -188,5 +164,11 @@ class _Calibration:
         return sum(error[0] for error in errors if error) / len(errors)
 
 
-def _workers() -> int:
-    return max(1, len(os.sched_getaffinity(0)))
+def _work_on(
+    expert: int,
+    weights: dict[str, torch.Tensor],
+    math: ExpertMath,
+    rows: ExpertRows,
+    regions: dict[str, dict[int, torch.Tensor]] | None,
+) -> _Done:
+    return expert, weights, math.work(weights, rows, regions)

@@ -34,9 +34,9 @@ def pack(
         PackError: the calibration text cannot be used.
         CheckpointError, UnsupportedModelError, StoreError: as `moestro.store.pack.pack`.
     """
-    options = options or PackOptions()
-    encoder = make_encoder(source, options)
-    return store_pack.pack(source, destination, options=options, encoder=encoder, progress=progress, limits=limits)
+    return store_pack.pack(
+        source, destination, options=options, make_encoder=make_encoder, progress=progress, limits=limits
+    )
 
 
 def make_encoder(source: Path, options: PackOptions) -> ExpertEncoder:
@@ -55,7 +55,7 @@ def make_encoder(source: Path, options: PackOptions) -> ExpertEncoder:
         if options.calibrate:
             raise PackError(f"{missing}. Put the model's tokenizer files there, or leave --calibrate out.")
         logging.getLogger("moestro").warning("%s: its experts are quantised from their weights alone.", missing)
-        return DataFree()
+        return DataFree(warnings=("not calibrated: the checkpoint has no tokenizer",))
     context = int(getattr(config, "max_position_embeddings", None) or TOKENS)
     windows = make_windows(text, tokenizer, context=context, vocabulary=int(config.vocab_size))
     warnings: tuple[str, ...] = ()

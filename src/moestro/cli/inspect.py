@@ -9,6 +9,7 @@ import typer
 from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import EXIT_USER_ERROR, say
 from moestro.cli.console import Row, print_json, print_table, progress_bar
+from moestro.cli.report import quality_rows
 from moestro.errors import StoreError
 from moestro.memory.budget import format_bytes
 
@@ -60,6 +61,7 @@ def _facts(subject: Subject) -> dict[str, Any]:
         "active_experts": max(subject.experts_per_token),
         "dtypes": list(subject.dtypes),
         "levels": list(subject.levels),
+        "encoding": subject.encoding,
         "exact_level": subject.exact_level,
         "bits_per_weight": {str(level): round(subject.bits_per_weight(level), 4) for level in subject.levels},
         "dense_bits": subject.dense_bits,
@@ -92,6 +94,7 @@ def _draw(subject: Subject, problems: list[str] | None) -> None:
         ("layers", str(facts["layers"])),
         ("experts", experts),
         ("dtype", ", ".join(facts["dtypes"])),
+        ("encoding", facts["encoding"]),
         *(_level_row(subject, level) for level in subject.levels),
         ("dense weights", format_bytes(facts["dense_bytes"]), f"linear maps of {facts['dense_bits']} bits"),
         ("experts' weights", format_bytes(facts["expert_bytes"]), f"{format_bytes(facts['bytes_per_expert'])} each"),
@@ -99,4 +102,6 @@ def _draw(subject: Subject, problems: list[str] | None) -> None:
     if problems is not None:
         rows.append(("verified", "every byte is as packed" if not problems else f"{len(problems)} problem(s)"))
     print_table(facts["path"], rows)
+    if subject.store is not None and subject.store.manifest.calibration is not None:
+        print_table("quality", quality_rows(subject.store.manifest))
     print_table("files", [(name, format_bytes(size)) for name, size in facts["files"].items()])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moestro.cli.console import Row, print_table, progress_bar
+from moestro.cli.report import quality_rows
 from moestro.config import PackOptions
 from moestro.memory.budget import format_bytes
-
-if TYPE_CHECKING:
-    from moestro.store.manifest import Manifest
 
 
 def pack(
@@ -38,22 +36,7 @@ def pack(
         ("store", str(packed.path)),
         ("experts", f"{experts} in {len(packed.layers)} layers", format_bytes(packed.expert_bytes)),
         ("dense weights", format_bytes(packed.dense_bytes)),
-        *_quality_rows(packed.manifest),
+        *quality_rows(packed.manifest),
         ("time", f"{time.monotonic() - started:.1f} s"),
     ]
     print_table("packed", rows)
-
-
-def _quality_rows(manifest: Manifest) -> list[Row]:
-    """How the codes were found, and the mean error of each level."""
-    facts = manifest.calibration
-    if facts is None:
-        return [("levels", f"{manifest.encoding}, as in the checkpoint")]
-    rows: list[Row] = [("levels", f"{manifest.encoding}, exact at {manifest.exact_level} bits")]
-    every = [errors for experts in facts.errors for errors in experts]
-    for index, level in enumerate(manifest.levels):
-        mean = sum(errors[index] for errors in every) / len(every)
-        rows.append((f"  {level} bits", f"mean relative squared error of an expert {mean:.2g}"))
-    text = f"{facts.tokens} tokens of {facts.text.name}" if facts.text else "none: codes from the weights alone"
-    remark = f"{len(facts.unrouted)} experts got none of them" if facts.unrouted else ""
-    return [*rows, ("calibration", text, remark), *(("warning", warning) for warning in facts.warnings)]

@@ -10,6 +10,7 @@ from moestro.memory.budget import format_bytes
 
 if TYPE_CHECKING:
     from moestro import Completion, Stats
+    from moestro.store.manifest import Manifest
 
 
 def to_json(completion: Completion, stats: Stats) -> dict[str, Any]:
@@ -86,3 +87,18 @@ def time_rows(stats: Stats, elapsed_s: float) -> list[Row]:
 def share(part: float, whole: float) -> str:
     """`part` as a percentage of `whole`."""
     return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def quality_rows(manifest: Manifest) -> list[Row]:
+    """How the codes were found, and the mean error of each level."""
+    facts = manifest.calibration
+    if facts is None:
+        return [("levels", f"{manifest.encoding}, as in the checkpoint")]
+    rows: list[Row] = [("levels", f"{manifest.encoding}, exact at {manifest.exact_level} bits")]
+    every = [errors for experts in facts.errors for errors in experts]
+    for index, level in enumerate(manifest.levels):
+        mean = sum(errors[index] for errors in every) / len(every)
+        rows.append((f"  {level} bits", f"mean relative squared error of an expert {mean:.2g}"))
+    text = f"{facts.tokens} tokens of {facts.text.name}" if facts.text else "none: codes from the weights alone"
+    remark = f"{len(facts.unrouted)} experts got none of them" if facts.unrouted else ""
+    return [*rows, ("calibration", text, remark), *(("warning", warning) for warning in facts.warnings)]

@@ -169,6 +169,7 @@ class LLM:
             staging_bytes=plan.staging_bytes,
             level=plan.level,
             policy=self.options.policy,
+            path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
             huge_pages=self._open.arena_buffer.huge_pages,
         )

@@ -41,7 +41,8 @@ class Stats:
     """Counts since the model was opened. Sizes in bytes, times in seconds.
 
     `stall_s` is time in which nothing could be computed because planes had not arrived; `compute_s` is time in forward
-    passes without it, of which `expert_s` went into experts.
+    passes without it, of which `expert_s` went into experts. `path` says how they run: "native" (a compiled call per
+    layer) or "general" (transformers' own layers, with moestro's attention and experts).
     """
 
     hits: int
@@ -63,6 +64,7 @@ class Stats:
     staging_bytes: int
     level: int
     policy: str
+    path: str
     direct_io: bool
     huge_pages: bool
 

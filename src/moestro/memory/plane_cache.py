@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Protocol
 
-from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
-from moestro.memory.planes import CacheStats, Chain, EvictableView, HeldPlane, Planes, WantedChain
+from moestro.memory.plane_stream import PlaneStream
+from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes
 from moestro.memory.transfer import Read, Ticket, TransferEngine
 from moestro.policy.base import EvictionPolicy, Need
 
@@ -51,6 +49,7 @@ class PlaneCache:
         self._planes = Planes(arena)
         self._loading: dict[PlaneKey, HeldPlane] = {}
         self._streams: list[PlaneStream] = []
+        self._step = 0  # streams so far
         self._stats = CacheStats()
         self._loaded: Counter[int] = Counter()  # bytes loaded of late, by slot class
         self._lock = threading.Lock()
@@ -128,7 +127,7 @@ class PlaneCache:
             if not self._make_room(need, keep, any_class=any_class or self._is_short(extent.nbytes)):
                 return None
             slot = self._arena.alloc(extent.nbytes)
-        plane = HeldPlane(key, slot, extent.nbytes, asked_for=urgent)
+        plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER)
         destination = self._buffer.view(slot.offset, extent.nbytes)
         layer, expert, position = key
         label = f"Plane {position} of expert {expert} of MoE layer {layer}"
@@ -158,7 +157,7 @@ class PlaneCache:
     def _evict(self, plane: HeldPlane) -> None:
         self._drop(plane)
         self._stats.evictions += 1
-        if not plane.asked_for:
+        if plane.step == NEVER:
             self._stats.wasted_prefetches += 1
             self._stats.wasted_bytes += plane.nbytes
 
@@ -215,184 +214,3 @@ class PlaneCache:
             for stream in waiting:
                 stream.arrived(plane, ticket.error)
             self._changed.notify_all()
-
-
-class PlaneStream:
-    """One pass over chains (see `PlaneCache.stream`); used as a context manager, once, by one thread.
-
-    Chains get their slots one after another, whole, in the order asked. So at most one chain, the head of `pending`, is
-    held in part, and there is always one that can be finished without the slots of another.
-    """
-
-    def __init__(self, cache: PlaneCache, chains: Sequence[Chain]) -> None:
-        self._cache = cache
-        self._chains = chains
-        self.pending: deque[WantedChain] = deque()  # not all planes have a slot
-        self.loading: dict[HeldPlane, list[WantedChain]] = {}  # leased, on the way, with the chains that wait for it
-        self._kept: set[PlaneKey] = set()  # planes of pending chains: the last to make room for others
-        self._under_way: dict[int, WantedChain] = {}  # by index: all planes have slots, some are loading
-        self._ready: list[WantedChain] = []  # leased, in memory, not yet handed out
-        self._handed_out: list[WantedChain] = []
-        self._error: PlaneReadError | None = None
-
-    def __enter__(self) -> PlaneStream:
-        with self._cache._lock:
-            self._cache._streams.append(self)
-            try:
-                self._begin()
-                if self.pending:
-                    self._issue_pending()
-            except BaseException:
-                self._end()
-                raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._cache._lock:
-            self._end()
-
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-        return self
-
-    def __next__(self) -> list[tuple[int, tuple[int, ...]]]:
-        with self._cache._lock:
-            self._release(self._handed_out)
-            self._handed_out = []
-            if self.pending:
-                self._issue_pending()
-            if not self._ready and self._error is None and (self._under_way or self.pending):
-                self._wait()
-            if self._error is not None:
-                raise self._error
-            if not self._ready:
-                raise StopIteration
-            batch = self._handed_out = self._ready
-            self._ready = []
-            return [(chain.index, chain.offsets()) for chain in batch]
-
-    def arrived(self, plane: HeldPlane, error: PlaneReadError | None) -> None:
-        """The read of a plane in `loading` ended. The cache's lock is held."""
-        waiting = self.loading.pop(plane)
-        if error is not None:
-            error.key = plane.key
-            self._error = error
-            return
-        for chain in waiting:
-            chain.missing -= 1
-            if chain.missing == 0 and len(chain.leased) == len(chain.keys):
-                del self._under_way[chain.index]
-                self._ready.append(chain)
-
-    def _begin(self) -> None:
-        cache = self._cache
-        held = cache._planes.by_key
-        distinct: dict[Chain, int] = {}
-        for index, keys in enumerate(self._chains):
-            distinct.setdefault(keys, index)
-        for key in dict.fromkeys([key for keys in distinct for key in keys]):
-            cache._policy.on_use(key)
-            plane = held.get(key)
-            if plane is not None:
-                plane.asked_for = True
-                if plane.ticket is not None:
-                    cache._stats.late_prefetches += 1
-                    cache._engine.promote(plane.ticket)
-        for keys, index in distinct.items():
-            chain = WantedChain(index, keys)
-            if all(key in held for key in keys):
-                for key in keys:
-                    self._lease(chain, held[key])
-                self._slotted(chain)
-            else:
-                self.pending.append(chain)
-                self._kept.update(keys)
-        cache._stats.hits += len(self._ready)
-        cache._stats.misses += len(distinct) - len(self._ready)
-
-    def _lease(self, chain: WantedChain, plane: HeldPlane) -> None:
-        plane.leases += 1
-        chain.leased.append(plane)
-        if plane.ticket is not None:
-            chain.missing += 1
-            self.loading.setdefault(plane, []).append(chain)
-
-    def _slotted(self, chain: WantedChain) -> None:
-        """All planes of the chain have a slot and are leased."""
-        if chain.missing:
-            self._under_way[chain.index] = chain
-        else:
-            self._ready.append(chain)
-
-    def _issue_pending(self) -> None:
-        """Queue reads, chain after chain in the order asked, for as many as slots can be had."""
-        while self.pending and self._complete(self.pending[0]):
-            chain = self.pending.popleft()
-            self._kept.difference_update(chain.keys)
-            self._slotted(chain)
-
-    def _complete(self, chain: WantedChain) -> bool:
-        """Lease the rest of the head chain, queueing reads of what is not there; False when room is wanting."""
-        while len(chain.leased) < len(chain.keys):
-            key = chain.keys[len(chain.leased)]
-            plane = self._cache._planes.by_key.get(key) or self._issue(key)
-            if plane is None:
-                return False
-            self._lease(chain, plane)
-        return True
-
-    def _issue(self, key: PlaneKey) -> HeldPlane | None:
-        cache = self._cache
-        extent = cache._locate(key)
-        plane = cache._issue(key, extent, urgent=True, keep=self._kept)
-        if plane is None and not (self._ready or self._under_way or self._handed_out):
-            # Nothing to wait for: the planes that later chains could have used must go as well.
-            plane = cache._issue(key, extent, urgent=True, any_class=True)
-        return plane
-
-    def _wait(self) -> None:
-        """Until a chain is ready or a read failed; waiting counts as stall."""
-        cache = self._cache
-        start = time.perf_counter()
-        while not self._ready and self._error is None:
-            if not cache._loading:  # nothing will arrive, so nothing would ever wake us
-                self._start_over()
-            else:
-                cache._changed.wait()
-            if self.pending:
-                self._issue_pending()
-        cache._stats.stall_seconds += time.perf_counter() - start
-
-    def _start_over(self) -> None:
-        """Give the head chain an arena without anything else in it, its own planes included.
-
-        They may lie so scattered over extents that no extent is left for a class that the chain still lacks.
-        """
-        cache, chain = self._cache, self.pending[0]
-        self._release([chain])
-        chain.leased.clear()
-        cache._evict_all()
-        if not self._complete(chain):
-            raise BudgetError(
-                f"No slot of the expert arena ({cache._arena.nbytes} bytes) can be freed for one of the"
-                f" {len(self.pending)} experts needed now: give more memory, at least enough for one expert."
-            )
-
-    @staticmethod
-    def _release(chains: Iterable[WantedChain]) -> None:
-        for chain in chains:
-            for plane in chain.leased:
-                plane.leases -= 1
-
-    def _end(self) -> None:
-        """Give back every lease; reads that have not begun and that nobody else wants are cancelled."""
-        self._cache._streams.remove(self)
-        loading = tuple(self.loading)
-        self._release([*self._handed_out, *self._ready, *self._under_way.values(), *self.pending])
-        for plane in loading:
-            if plane.leases == 0:
-                self._cache._cancel(plane)
-        self.pending.clear()
-        self.loading.clear()
-        self._under_way.clear()
-        self._ready = []
-        self._handed_out = []

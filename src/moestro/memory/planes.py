@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena, Slot
@@ -36,14 +36,21 @@ class CacheStats:
     stall_seconds: float = 0.0
 
 
+NEVER = -1
+"""The step of a plane that was prefetched and that no stream has asked for."""
+
+
 @dataclass(slots=True, eq=False)
 class HeldPlane:
-    """A plane that has a slot: loading while it has a ticket, else resident. Leases count who may not lose it."""
+    """A plane that has a slot: loading while it has a ticket, else resident. Leases count who may not lose it.
+
+    `step` is the number of the last stream that asked for it.
+    """
 
     key: PlaneKey
     slot: Slot
     nbytes: int
-    asked_for: bool
+    step: int
     leases: int = 0
     ticket: Ticket | None = None
 
@@ -58,7 +65,7 @@ class WantedChain:
 
     index: int
     keys: Chain
-    leased: list[HeldPlane] = field(default_factory=list)
+    leased: list[HeldPlane]
     missing: int = 0
 
     def offsets(self) -> tuple[int, ...]:

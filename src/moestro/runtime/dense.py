@@ -69,6 +69,12 @@ class DenseWeight(torch.Tensor):
             return func(*(_as_fp32(arg) for arg in args), **{key: _as_fp32(arg) for key, arg in kwargs.items()})
 
 
+def stored(weight: torch.Tensor) -> torch.Tensor:
+    """The matrix behind a placed weight, in its stored type."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.as_subclass(torch.Tensor)
+
+
 @dataclass(frozen=True)
 class PackedMatrix:
     """A quantised dense matrix as it lies in memory: its bytes and what they are."""

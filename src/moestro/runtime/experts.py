@@ -81,10 +81,11 @@ class RoutedExperts:
 
 def combine(out_PH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """Weighted sum [T, H] over k in ascending order, changing `out_PH`: the same additions whatever is in the batch."""
-    weights_TK = plain(weights_TK).to(torch.float32)
-    weighted_TKH = out_PH.view(*weights_TK.shape, out_PH.shape[1]).mul_(weights_TK.unsqueeze(-1))
+    weights_TK = plain(weights_TK).to(torch.float32).numpy()
+    weighted_TKH = out_PH.numpy().reshape(*weights_TK.shape, -1)
+    weighted_TKH *= weights_TK[:, :, None]
     # numpy adds along an outer dimension one row after another; torch's sum promises no order.
-    return torch.from_numpy(np.add.reduce(weighted_TKH.numpy(), axis=1))
+    return torch.from_numpy(np.add.reduce(weighted_TKH, axis=1))
 
 
 class RawExperts:
@@ -108,10 +109,10 @@ class PackedExperts:
         self._arena = arena.data_ptr()
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        depth = len(arrived[0][1])
-        planes = np.zeros((len(arrived), _CHAIN_PLANES), dtype=np.int64)
-        planes[:, :depth] = [offsets for _, offsets in arrived]
-        planes[:, :depth] += self._arena
+        absent = (0,) * (_CHAIN_PLANES - len(arrived[0][1]))
+        base = self._arena
+        addresses = [[*[base + offset for offset in offsets], *absent] for _, offsets in arrived]
+        planes = np.array(addresses, dtype=np.int64)
         jobs = rows.jobs([expert for expert, _ in arrived], planes, self._level)
         self._kernels.experts(self._spec, jobs, hidden_TH, out_PH)
 
@@ -173,11 +174,12 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(_packed(kernels, module, layout, level, arena))
+            layers.append(packed_layer(kernels, module, layout, level, arena))
     return RoutedExperts(planes, layers, chains)
 
 
-def _packed(kernels: Kernels, module: nn.Module, layout: Layout, level: int, arena: torch.Tensor) -> LayerExperts:
+def packed_layer(kernels: Kernels, module: nn.Module, layout: Layout, level: int, arena: torch.Tensor) -> LayerExperts:
+    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`."""
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
     if spec is not None:

@@ -53,14 +53,13 @@ class Grouping:
     def jobs(self, experts: Sequence[int], planes_JP: Ints, level: int) -> ExpertJobs:
         """Jobs for these experts, whose planes lie at the addresses `planes_JP`."""
         count = len(experts)
-        starts = np.zeros(count + 1, dtype=np.int32)
         if count == self._per_row == len(self._places_P) and experts == self.used:  # one row and all its experts
             places = self._places_P.astype(np.int32)
-            starts[1:].fill(1)
-            starts.cumsum(out=starts)
+            starts = np.arange(count + 1, dtype=np.int32)
             rows = np.zeros(count, dtype=np.int32)
         else:
             places = np.concatenate([self.places_of(expert) for expert in experts], dtype=np.int32)
+            starts = np.zeros(count + 1, dtype=np.int32)
             self.counts_E[list(experts)].cumsum(out=starts[1:])
             rows = places // np.int32(self._per_row)
         return ExpertJobs(planes_JP, np.full(count, level, dtype=np.int32), starts, rows, places)

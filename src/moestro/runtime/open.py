@@ -24,6 +24,7 @@ from moestro.runtime.dense_file import read_dense
 from moestro.runtime.experts import open_experts
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
+from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.runner import ModelRunner
@@ -85,10 +86,11 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int = 0) -> ModelSha
     )
 
 
-def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0) -> OpenModel:
+def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0, native: bool = True) -> OpenModel:
     """Open `store` within the memory that `options` give.
 
-    `logit_rows`: how many rows of a step can get logits (0: the last one of each sequence).
+    `logit_rows`: how many rows of a step can get logits (0: the last one of each sequence). With `native` False every
+    family runs on the general path, which tests compare with.
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -98,7 +100,7 @@ def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0) ->
     level_of(store, options.level)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
-    probed = probe_for(skeleton, options, logit_rows=logit_rows)
+    probed = probe_for(skeleton, options, logit_rows=logit_rows, native=native)
     kernels = make_kernels("auto", threads=compute_threads(options))
     floor = measure_floor(kernels)
     shape = shape_of_store(store, skeleton, options.level)
@@ -109,7 +111,8 @@ def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0) ->
             "%s of memory and a process floor of %s are more than this machine or container has (%s).",
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
-    return _assemble(store, skeleton, plan, probed, options, kernels)
+    blueprint = describe(skeleton, probed) if native else None
+    return _assemble(store, skeleton, plan, probed, blueprint, options, kernels)
 
 
 def _assemble(
@@ -117,6 +120,7 @@ def _assemble(
     skeleton: Skeleton,
     plan: Plan,
     probed: Probe,
+    blueprint: Blueprint | None,
     options: RuntimeOptions,
     kernels: Kernels,
 ) -> OpenModel:
@@ -137,10 +141,12 @@ def _assemble(
         policy=policy,
         locate=store.plane,
     )
+    kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
     runner = ModelRunner(
         skeleton=skeleton,
         kernels=kernels,
-        kv=KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor),
+        kv=kv,
+        native=NativeForward(blueprint, kv=kv, rows=plan.step_rows, context=plan.context) if blueprint else None,
         experts=open_experts(
             skeleton=skeleton,
             kernels=kernels,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -22,6 +22,7 @@ from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
 from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.kv import block_bytes, blocks_for
+from moestro.runtime.native import describe
 from moestro.runtime.probe import Probe, probe
 from moestro.store.layout import Layout
 
@@ -170,17 +171,24 @@ def resolve_context(config: PreTrainedConfig, asked: int) -> int:
     return asked or min(limit, DEFAULT_CONTEXT)
 
 
-def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, logit_rows: int = 0) -> Probe:
-    """The probe of a step as `options` allow it; `logit_rows` get logits (0: the last row of each sequence)."""
+def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, logit_rows: int = 0, native: bool = True) -> Probe:
+    """The probe of a step as `options` allow it, on the path that it will take (`native` False: always the general).
+
+    `logit_rows`: how many rows get logits (0: the last one of each sequence).
+    """
     if not 1 <= options.max_sequences <= STEP_ROWS:
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
-    return probe(
-        skeleton,
-        rows=min(STEP_ROWS, context * options.max_sequences),
-        history=context * options.max_sequences,
-        logit_rows=logit_rows or options.max_sequences,
+    rows = min(STEP_ROWS, context * options.max_sequences)
+    logit_rows = logit_rows or options.max_sequences
+    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=logit_rows)
+    blueprint = describe(skeleton, probed) if native else None
+    if blueprint is None:
+        return probed
+    activation_bytes = blueprint.activation_bytes(
+        rows=rows, context=context, logit_rows=logit_rows, experts_bytes=probed.experts_bytes
     )
+    return replace(probed, activation_bytes=activation_bytes)
 
 
 def compute_threads(options: RuntimeOptions) -> int:

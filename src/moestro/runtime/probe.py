@@ -10,6 +10,8 @@ Shapes: T rows, H heads or hidden width, K experts per token, D and V key and va
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +34,29 @@ _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeE
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """How a layer calls attention: `window` in rows (0: none), `softcap` (0: none), `sinks` where it has any."""
+
+    scale: float
+    window: int
+    softcap: float
+    sinks: bool
+
+
+@dataclass(frozen=True)
 class Probe:
     """What a step of `rows` tokens with `history` cached ones needs.
 
-    `value_width` is the widest value that attention adds up, `activation_bytes` the peak of live tensors.
+    `value_width` is the widest value that attention adds up, `activation_bytes` the peak of live tensors,
+    `experts_bytes` how much of it one layer's routed experts add.
     """
 
     kv_layers: tuple[LayerKV, ...]
+    attention: tuple[LayerAttention, ...]
     experts_per_token: tuple[int, ...]
     value_width: int
     activation_bytes: int
+    experts_bytes: int
     rows: int
     history: int
 
@@ -57,12 +72,14 @@ def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int) -> Pr
     shapes = _run(skeleton, rows=2, history=2, logit_rows=1, layers=None)
     layers = tuple(shapes.layers[index] for index in range(len(shapes.layers)))
     with _PeakMemory() as memory:
-        _run(skeleton, rows=rows, history=max(history, rows), logit_rows=logit_rows, layers=layers)
+        _run(skeleton, rows=rows, history=max(history, rows), logit_rows=logit_rows, layers=layers, memory=memory)
     return Probe(
         kv_layers=layers,
+        attention=tuple(shapes.attention[index] for index in range(len(layers))),
         experts_per_token=tuple(shapes.experts_per_token),
         value_width=shapes.value_width,
         activation_bytes=memory.peak,
+        experts_bytes=memory.part,
         rows=rows,
         history=history,
     )
@@ -78,10 +95,16 @@ def _refuse_unpackable(skeleton: Skeleton) -> None:
 
 
 def _run(
-    skeleton: Skeleton, *, rows: int, history: int, logit_rows: int, layers: tuple[LayerKV, ...] | None
+    skeleton: Skeleton,
+    *,
+    rows: int,
+    history: int,
+    logit_rows: int,
+    layers: tuple[LayerKV, ...] | None,
+    memory: _PeakMemory | None = None,
 ) -> _ProbeContext:
     family = skeleton.config.model_type
-    context = _ProbeContext(family=family, history=history, known=layers)
+    context = _ProbeContext(family=family, history=history, known=layers, memory=memory)
     token_ids = torch.zeros((1, rows), dtype=torch.int64, device="meta")
     positions = torch.zeros((1, rows), dtype=torch.int64, device="meta")
     with torch.inference_mode(), forward_pass(context):
@@ -106,10 +129,13 @@ def _run(
 
 
 class _ProbeContext:
-    def __init__(self, *, family: str, history: int, known: tuple[LayerKV, ...] | None) -> None:
-        self.family, self.history, self.known = family, history, known
+    def __init__(
+        self, *, family: str, history: int, known: tuple[LayerKV, ...] | None, memory: _PeakMemory | None
+    ) -> None:
+        self.family, self.history, self.known, self.memory = family, history, known, memory
         self.cache = HookedCache(family, self.cache_rows)
         self.layers: dict[int, LayerKV] = {}
+        self.attention: dict[int, LayerAttention] = {}
         self.experts_per_token: list[int] = []
         self.value_width = 0
         self._cached: dict[int, torch.Tensor] = {}
@@ -148,6 +174,7 @@ class _ProbeContext:
             value_width=cached.value_width,
             gathered=self._cached.pop(layer) is not call.key,
         )
+        self.attention[layer] = LayerAttention(call.scale, call.window, call.softcap, call.sinks_H is not None)
         self.value_width = max(self.value_width, call.value.shape[-1])
         _, heads, rows, _ = call.query.shape
         return call.query.new_empty((rows, heads, call.value.shape[-1]))
@@ -169,6 +196,12 @@ class _ProbeContext:
     def experts(
         self, module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
+        with self.memory.measure_part() if self.memory else nullcontext():
+            return self._experts(module, hidden_TH, index_TK, weights_TK)
+
+    def _experts(
+        self, module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
         rows, hidden = hidden_TH.shape
         self.experts_per_token.append(index_TK.shape[1])
         outputs_TKH = hidden_TH.new_empty((rows, index_TK.shape[1], hidden), dtype=torch.float32)
@@ -180,13 +213,25 @@ class _ProbeContext:
 
 
 class _PeakMemory(TorchDispatchMode):
-    """Peak bytes of the storages that are created while it is active and still referenced."""
+    """Peak bytes of the storages that are created while it is active and still referenced.
+
+    `part` is the most that any of the parts under `measure_part` added to what was there before.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
+        self.part = 0
+        self._part_peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @contextmanager
+    def measure_part(self) -> Iterator[None]:
+        """What is created in here is one part."""
+        before = self._part_peak = self.live
+        yield
+        self.part = max(self.part, self._part_peak - before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -203,6 +248,7 @@ class _PeakMemory(TorchDispatchMode):
         nbytes = storage.nbytes()
         self.live += nbytes
         self.peak = max(self.peak, self.live)
+        self._part_peak = max(self._part_peak, self.live)
         weakref.finalize(storage, self._freed, nbytes)
 
     def _freed(self, nbytes: int) -> None:

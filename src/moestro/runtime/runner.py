@@ -22,6 +22,7 @@ from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import KVPool
 from moestro.runtime.narrow import plain
+from moestro.runtime.native import NativeForward
 
 
 @dataclass
@@ -35,8 +36,17 @@ class RunnerStats:
 class ModelRunner:
     """The model with its hooks. Not thread-safe: one forward pass at a time."""
 
-    def __init__(self, *, skeleton: Skeleton, kernels: Kernels, kv: KVPool, experts: RoutedExperts) -> None:
+    def __init__(
+        self,
+        *,
+        skeleton: Skeleton,
+        kernels: Kernels,
+        kv: KVPool,
+        experts: RoutedExperts,
+        native: NativeForward | None = None,
+    ) -> None:
         self.stats = RunnerStats()
+        self.native = native
         self.kv = kv
         self.planes = experts.planes
         self._model = skeleton.model
@@ -60,18 +70,27 @@ class ModelRunner:
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
         try:
-            with torch.inference_mode(), forward_pass(self):
-                output = self._model(
-                    input_ids=batch.token_ids_T.unsqueeze(0),
-                    position_ids=batch.positions_T.unsqueeze(0),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    logits_to_keep=batch.logit_rows,
-                )
+            with torch.inference_mode():
+                return self._general_forward(batch) if self.native is None else self.native(batch, self.routed_experts)
         finally:
             self._batch = None
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
+
+    @property
+    def path(self) -> str:
+        """How a forward pass runs: "native" (a compiled call per layer) or "general" (transformers' own layers)."""
+        return "general" if self.native is None else "native"
+
+    def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
+        with forward_pass(self):
+            output = self._model(
+                input_ids=batch.token_ids_T.unsqueeze(0),
+                position_ids=batch.positions_T.unsqueeze(0),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=batch.logit_rows,
+            )
         logits_SV: torch.Tensor = plain(output.logits[0])
         return logits_SV.float()
 

@@ -72,6 +72,11 @@ class Subject:
         return tuple(sorted({t.dtype for layout in self.layouts for plane in layout.planes for t in plane.tensors}))
 
     @property
+    def encoding(self) -> str:
+        """How the experts' bits are stored."""
+        return AUTOMATIC.encoding if self.store is None else self.store.manifest.encoding
+
+    @property
     def experts_per_token(self) -> tuple[int, ...]:
         """How many experts each MoE layer runs for a token."""
         return probe(self.skeleton, rows=2, history=2, logit_rows=1).experts_per_token

@@ -5,7 +5,8 @@ Shapes: N rows (outputs), K columns (inputs).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -14,11 +15,17 @@ from moestro.quant.encoding import Encoding
 from moestro.store.calibration_facts import CalibrationText, rounded
 from moestro.store.expert_work import ExpertWork, Findings
 from moestro.store.pack_plan import PackPlan
+from moestro.store.workers import in_order
 from moestro.store.writer import EncodedExpert
+
+_Done = tuple[int, int, dict[str, torch.Tensor], EncodedExpert]
 
 
 class DataFree:
     """An `ExpertEncoder` that looks at no text."""
+
+    def __init__(self, *, warnings: tuple[str, ...] = ()) -> None:
+        self._warnings = warnings
 
     @property
     def text(self) -> CalibrationText | None:
@@ -32,14 +39,24 @@ class DataFree:
 
     def run(self, work: ExpertWork) -> Findings:
         """Write every expert that is missing."""
+        for layer, expert, weights, encoded in in_order(self._jobs(work)):
+            work.write(layer, expert, weights, encoded)
+        return Findings(warnings=self._warnings)
+
+    def _jobs(self, work: ExpertWork) -> Iterator[Callable[[], _Done]]:
         options = work.plan.options
         encoding = make_encoding(options.encoding)
         for layer, entry in enumerate(work.plan.layers):
             for expert in range(entry.experts):
                 if work.errors(layer, expert) is None:
                     weights = work.weights(layer, expert)
-                    work.write(layer, expert, weights, encode_alone(encoding, weights, options.promised_levels))
-        return Findings()
+                    yield partial(_encode_one, layer, expert, weights, encoding, options.promised_levels)
+
+
+def _encode_one(
+    layer: int, expert: int, weights: dict[str, torch.Tensor], encoding: Encoding, levels: tuple[int, ...]
+) -> _Done:
+    return layer, expert, weights, encode_alone(encoding, weights, levels)
 
 
 def encode_alone(encoding: Encoding, weights: Mapping[str, torch.Tensor], levels: tuple[int, ...]) -> EncodedExpert:

@@ -38,6 +38,7 @@ from moestro.store.manifest import (
 from moestro.store.pack_plan import DENSE_NAME, PLANE_FILE_BYTES, PackPlan, plan_pack
 from moestro.store.reader import PARTIAL_SUFFIX, Store
 from moestro.store.recipe import recipe_of
+from moestro.store.workers import one_torch_thread
 from moestro.store.writer import SYNC_BYTES, UnitWriter
 
 SCRATCH_NAME = "scratch"
@@ -69,16 +70,16 @@ def pack(
     destination: Path,
     *,
     options: PackOptions | None = None,
-    encoder: ExpertEncoder | None = None,
+    make_encoder: Callable[[Path, PackOptions], ExpertEncoder] | None = None,
     progress: Callable[[PackProgress], None] | None = None,
     limits: PackLimits | None = None,
 ) -> Store:
     """Pack the checkpoint folder `source` into a store at `destination`, or return the store that is already there.
 
-    `encoder` finds the experts' codes. Raw and data-free packs need none; `moestro.calibration.pack` calls this with
-    one that calibrates. Memory: a few experts plus the largest tensor that is not an expert's and is quantised or
-    converted, besides what the encoder says. Keys of the checkpoint that the model does not use are listed in the
-    store's `manifest.source.ignored`.
+    `make_encoder(source, options)` gives who finds the experts' codes. Raw and data-free packs need none;
+    `moestro.calibration.pack` calls this with one that calibrates. Memory: a few experts plus the largest tensor that
+    is not an expert's and is quantised or converted, besides what the encoder says. Keys of the checkpoint that the
+    model does not use are listed in the store's `manifest.source.ignored`.
 
     Raises:
         CheckpointError: the source is incomplete, damaged, or of a format that is not read.
@@ -86,13 +87,12 @@ def pack(
         StoreError: the destination holds something else, another process writes it, or the disk is full.
     """
     options, limits = options or PackOptions(), limits or PackLimits()
-    if encoder is None:
-        assert options.is_raw or not options.calibration, "calibration needs an encoder: moestro.calibration.pack"
-        encoder = DataFree()
+    assert make_encoder or options.is_raw or not options.calibration, "calibration needs moestro.calibration.pack"
     if destination.name.endswith(PARTIAL_SUFFIX):
         raise StoreError(f"{destination} ends in {PARTIAL_SUFFIX}, which marks unfinished stores. Choose another name.")
     skeleton = build_skeleton(load_config(source))
     with Checkpoint(source) as checkpoint:
+        encoder = make_encoder(source, options) if make_encoder else DataFree()
         plan = plan_pack(checkpoint, skeleton, options, text=encoder.text, plane_file_bytes=limits.plane_file_bytes)
         ready = _existing(destination, plan)
         if ready is not None:
@@ -136,7 +136,8 @@ class _Packer:
                 return ready
             self._refuse_other_work()
             if not has_manifest(self._partial):
-                self._write_manifest(*self._write_units())
+                with one_torch_thread():
+                    self._write_manifest(*self._write_units())
             shutil.rmtree(self._partial / SCRATCH_NAME, ignore_errors=True)
             (self._partial / JOURNAL_NAME).unlink(missing_ok=True)
             sync_file(self._partial)

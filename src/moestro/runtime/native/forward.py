@@ -1,0 +1,176 @@
+"""A forward pass on the native path: a call of the compiled decoder per layer, the experts in between.
+
+Shapes: T rows of the batch, S rows whose logits are wanted, H hidden width, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moestro import _native
+from moestro.kernels.base import WEIGHT_DTYPES
+from moestro.runtime.batch import PackedBatch
+from moestro.runtime.dense import PackedWeight, stored
+from moestro.runtime.kv import BLOCK_ROWS, KVPool
+from moestro.runtime.native.blueprint import Blueprint, LayerParts
+
+Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(number of the MoE layer, hidden [T, H], ids [T, K], weights [T, K]) -> their weighted sum [T, H]."""
+
+
+_TABLE_ROWS = 64
+_ALIGNMENT = 64
+_KINDS = {"flat8": 3, "flat4": 4}
+
+
+class NativeForward:
+    """The decoder of a blueprint whose weights are in place, with buffers for steps of up to `rows` tokens, in
+    sequences of up to `context`.
+
+    A row's logits have the same bits whatever else is in the step. Not thread-safe.
+    """
+
+    def __init__(self, blueprint: Blueprint, *, kv: KVPool, rows: int, context: int) -> None:
+        self._blueprint = blueprint
+        self._kv = kv  # like the weights, kept because the decoder knows addresses only
+        numbers = itertools.count()
+        self._moe_layer = [None if layer.experts is None else next(numbers) for layer in blueprint.layers]
+        self._vocabulary = blueprint.head.out_features
+        # Memory is taken when it is first written to: short steps never touch most of it.
+        self._residual = torch.empty(rows, blueprint.hidden)
+        self._hidden_RH = torch.empty(rows, blueprint.hidden)
+        self._scratch = torch.empty(rows, blueprint.scratch_width)
+        self._quantised = torch.empty(blueprint.quantised_size(rows) + _ALIGNMENT, dtype=torch.uint8)
+        self._ids = torch.empty(rows * blueprint.experts_per_token, dtype=torch.int64)
+        self._weights = torch.empty(rows * blueprint.experts_per_token)
+        self._cos, self._sin = _rotation(blueprint.rotary, context)
+        self._decoder = self._make_decoder(rows)
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds in matrix products and attention since the model was opened."""
+        return self._decoder.kernel_seconds
+
+    def __call__(self, batch: PackedBatch, experts: Experts) -> torch.Tensor:
+        """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
+        rows, decoder = batch.rows, self._decoder
+        sequences, most_blocks = batch.block_table_SM.shape
+        decoder.begin(
+            batch.token_ids_T.data_ptr(),
+            rows,
+            batch.block_table_SM.data_ptr(),
+            sequences,
+            most_blocks,
+            batch.sequence_T.data_ptr(),
+            batch.position32_T.data_ptr(),
+        )
+        picks = self._blueprint.experts_per_token
+        hidden_TH = self._hidden_RH[:rows]
+        ids_TK = self._ids[: rows * picks].view(rows, picks)
+        weights_TK = self._weights[: rows * picks].view(rows, picks)
+        address = 0
+        for index, moe_layer in enumerate(self._moe_layer):
+            decoder.run_layer(index, address)
+            if moe_layer is None:
+                address = 0
+                continue
+            delta_TH = experts(moe_layer, hidden_TH, ids_TK, weights_TK)
+            assert delta_TH.dtype is torch.float32
+            assert delta_TH.is_contiguous()
+            address = delta_TH.data_ptr()
+        wanted = batch.logit_rows
+        logits_SV = torch.empty(len(wanted), self._vocabulary)
+        decoder.logits(address, wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
+        return logits_SV
+
+    def _make_decoder(self, rows: int) -> _native.Decoder:
+        blueprint = self._blueprint
+        decoder = _native.Decoder(
+            embedding=_weight(blueprint.embedding),
+            norm=_norm(blueprint.norm),
+            head=_weight(blueprint.head),
+            rotation=_native.Rotation(self._cos.data_ptr(), self._sin.data_ptr(), *self._cos.shape),
+            residual=self._residual.data_ptr(),
+            hidden=self._hidden_RH.data_ptr(),
+            scratch=self._scratch.data_ptr(),
+            scratch_width=blueprint.scratch_width,
+            quantised=-(-self._quantised.data_ptr() // _ALIGNMENT) * _ALIGNMENT,
+            quantised_size=blueprint.quantised_size(rows),
+            ids=self._ids.data_ptr(),
+            weights=self._weights.data_ptr(),
+            picks=blueprint.experts_per_token,
+            rows=rows,
+            blocks=self._kv.blocks,
+            block_size=BLOCK_ROWS,
+        )
+        for index, layer in enumerate(blueprint.layers):
+            decoder.add(_layer(layer, *self._kv.pools(index)))
+        return decoder
+
+
+def _rotation(rotary: Any, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own cosines and sines of every position, [context, D / 2] each (their other half repeats it)."""
+    half = rotary.inv_freq.numel()
+    tables = torch.empty(2, context, half)
+    for first in range(0, context, _TABLE_ROWS):
+        # A multiple of 32 positions: torch treats the end of a tensor differently (see narrow.py).
+        positions = torch.arange(first, first + _TABLE_ROWS).unsqueeze(0)
+        for table, values in zip(tables, rotary(tables, position_ids=positions), strict=True):
+            table[first : first + _TABLE_ROWS] = values[0, : context - first, :half]
+    return tables[0], tables[1]
+
+
+def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _native.Layer:
+    layer, attention = _native.Layer(), parts.attention
+    layer.input_norm, layer.post_norm = _norm(parts.input_norm), _norm(parts.post_norm)
+    layer.q, layer.k = _weight(attention.q), _weight(attention.k)
+    layer.v, layer.o = _weight(attention.v), _weight(attention.o)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        layer.q_norm, layer.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+    layer.clip = attention.clip
+    layer.heads, layer.heads_kv, layer.head_dim = attention.heads, attention.heads_kv, attention.head_dim
+    layer.keys, layer.values = _target(keys), _target(values)
+    layer.scale, layer.window, layer.softcap = attention.scale, attention.window, attention.softcap
+    if attention.sinks_owner is not None:
+        layer.sinks = _floats(attention.sinks_owner.sinks)
+    if parts.mlp is not None:
+        mlp = parts.mlp
+        scale = _native.Weight() if mlp.scale is None else _weight(mlp.scale)
+        layer.mlp = _native.Mlp(_weight(mlp.gate), _weight(mlp.up), _weight(mlp.down), scale)
+    if parts.router is not None:
+        layer.router, layer.routing = _weight(parts.router), parts.routing
+    return layer
+
+
+def _weight(module: Any) -> _native.Weight:
+    weight_NK, bias_N = module.weight, getattr(module, "bias", None)
+    outputs, inputs = weight_NK.shape
+    bias = 0 if bias_N is None else _floats(bias_N)
+    if isinstance(weight_NK, PackedWeight):
+        packed, (offset,) = weight_NK.matrix, weight_NK.matrix.spec.offsets
+        kind, data, group = _KINDS[packed.spec.encoding], packed.bytes.data_ptr() + offset, packed.spec.group
+    else:
+        plain_NK = stored(weight_NK)
+        assert plain_NK.is_contiguous()
+        kind, data, group = WEIGHT_DTYPES.index(plain_NK.dtype), plain_NK.data_ptr(), 0
+    return _native.Weight(kind=kind, data=data, outputs=outputs, inputs=inputs, group=group, bias=bias)
+
+
+def _norm(module: Any) -> _native.Norm:
+    return _native.Norm(_floats(module.weight), module.weight.numel(), module.variance_epsilon)
+
+
+def _target(pool: torch.Tensor) -> _native.KvTarget:
+    block_stride, head_stride, position_stride, one = pool.stride()
+    assert one == 1
+    return _native.KvTarget(pool.data_ptr(), block_stride, head_stride, position_stride)
+
+
+def _floats(vector: Any) -> int:
+    assert vector.dtype is torch.float32
+    assert vector.is_contiguous()
+    return int(vector.data_ptr())

@@ -1,0 +1,150 @@
+"""The compiled decoder refuses parts and steps that would make it read or write outside its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moestro._native import Decoder, KvTarget, Layer, Norm, Rotation, Routing, Weight
+
+WIDTH, HEADS, HEADS_KV, DIM, EXPERTS, PICKS, VOCABULARY, BLOCKS, BLOCK, ROWS = 16, 4, 2, 4, 6, 2, 20, 3, 16, 8
+CONTEXT = 40
+
+
+class Parts:
+    """A decoder of one layer. Tensors live as long as it does."""
+
+    def __init__(self, **changes: Any) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._changes = changes
+        self.hidden, self.ids = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS, PICKS, dtype=torch.int64)
+        angles = torch.ones(CONTEXT, DIM // 2)
+        self.decoder = Decoder(
+            embedding=self.weight(VOCABULARY, WIDTH),
+            norm=self.norm(WIDTH),
+            head=self.weight(VOCABULARY, changes.get("head_inputs", WIDTH)),
+            rotation=Rotation(self.address(angles), self.address(angles), CONTEXT, DIM // 2),
+            residual=self.address(torch.zeros(ROWS, WIDTH)),
+            hidden=self.hidden.data_ptr(),
+            scratch=self.address(torch.zeros(ROWS, 64)),
+            scratch_width=changes.get("scratch_width", 64),
+            quantised=0,
+            quantised_size=0,
+            ids=self.ids.data_ptr(),
+            weights=self.address(torch.zeros(ROWS, PICKS)),
+            picks=changes.get("picks", PICKS),
+            rows=ROWS,
+            blocks=BLOCKS,
+            block_size=BLOCK,
+        )
+
+    def address(self, tensor: torch.Tensor) -> int:
+        self._tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def weight(self, outputs: int, inputs: int) -> Weight:
+        data = self.address(torch.linspace(-1, 1, outputs * inputs))
+        return Weight(kind=0, data=data, outputs=outputs, inputs=inputs, group=0, bias=0)
+
+    def norm(self, width: int) -> Norm:
+        return Norm(self.address(torch.ones(width)), width, 1e-6)
+
+    def layer(self) -> Layer:
+        layer = Layer()
+        layer.input_norm = layer.post_norm = self.norm(WIDTH)
+        layer.heads, layer.heads_kv, layer.head_dim = self._changes.get("heads", HEADS), HEADS_KV, DIM
+        layer.q, layer.o = (
+            self.weight(self._changes.get("q_outputs", HEADS * DIM), WIDTH),
+            self.weight(WIDTH, HEADS * DIM),
+        )
+        layer.k = layer.v = self.weight(HEADS_KV * DIM, WIDTH)
+        if "q_norm" in self._changes:
+            layer.q_norm = self.norm(self._changes["q_norm"])
+        pool = torch.zeros(BLOCKS, HEADS_KV, BLOCK, DIM)
+        self.keys, self.values = pool, pool.clone()
+        layer.keys, layer.values = (
+            KvTarget(self.address(self.keys), *pool.stride()[:3]),
+            KvTarget(self.address(self.values), *pool.stride()[:3]),
+        )
+        layer.router, layer.routing = self.weight(EXPERTS, WIDTH), Routing.PICK_THEN_SOFTMAX
+        return layer
+
+    def begin(self, tokens: list[int], positions: list[int], table: list[list[int]], sequence: int = 0) -> None:
+        self.decoder.begin(
+            self.address(torch.tensor(tokens)),
+            len(tokens),
+            self.address(torch.tensor(table, dtype=torch.int32)),
+            len(table),
+            len(table[0]),
+            self.address(torch.full((len(tokens),), sequence, dtype=torch.int32)),
+            self.address(torch.tensor(positions, dtype=torch.int32)),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q_outputs": 15}, r"q is \[15, 16\], expected \[16, 16\]"),
+        ({"q_norm": 8}, "neither a head's nor a row's"),
+        ({"heads": 3}, "heads"),
+        ({"scratch_width": 31}, "too small for attention"),
+        ({"picks": EXPERTS + 1}, "more experts are picked than exist"),
+    ],
+)
+def test_a_layer_that_does_not_fit_is_refused(changes: dict[str, int], message: str) -> None:
+    parts = Parts(**changes)
+    with pytest.raises(ValueError, match=message):
+        parts.decoder.add(parts.layer())
+
+
+def test_parts_of_different_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ in width"):
+        Parts(head_inputs=WIDTH + 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "table", "sequence", "message"),
+    [
+        ([VOCABULARY], [0], [[0]], 0, "token 20 does not exist"),
+        ([-1], [0], [[0]], 0, "token -1 does not exist"),
+        ([1], [BLOCK], [[0]], 0, "position 16"),
+        ([1], [-1], [[0]], 0, "position -1"),
+        ([1], [CONTEXT], [[0, 1, 2]], 0, "position 40 is beyond the context"),
+        ([1], [0], [[BLOCKS]], 0, "block 3"),
+        ([1], [BLOCK], [[-1, 0]], 0, "block -1"),
+        ([1], [0], [[0]], 1, "sequence 1"),
+        ([1] * (ROWS + 1), [0] * (ROWS + 1), [[0]], 0, "9 rows do not fit"),
+    ],
+)
+def test_a_step_that_leaves_its_memory_is_refused(
+    tokens: list[int], positions: list[int], table: list[list[int]], sequence: int, message: str
+) -> None:
+    parts = Parts()
+    parts.decoder.add(parts.layer())
+    with pytest.raises(ValueError, match=message):
+        parts.begin(tokens, positions, table, sequence)
+
+
+def test_a_layer_or_a_row_that_is_not_there_is_refused() -> None:
+    parts = Parts()
+    parts.decoder.add(parts.layer())
+    parts.begin([1, 2], [0, 1], [[0]])
+    with pytest.raises(ValueError, match="no such layer"):
+        parts.decoder.run_layer(1, 0)
+    with pytest.raises(ValueError, match="row that is not there"):
+        parts.decoder.logits(0, parts.address(torch.tensor([2])), 1, parts.address(torch.zeros(VOCABULARY)))
+
+
+def test_rows_go_to_their_blocks_and_nowhere_else() -> None:
+    parts = Parts()
+    parts.decoder.add(parts.layer())
+    parts.begin([3, 4], [15, 16], [[2, 0]])
+    parts.decoder.run_layer(0, 0)
+    written = torch.zeros(BLOCKS, BLOCK, dtype=torch.bool)
+    written[2, 15] = written[0, 0] = True
+    for pool in (parts.keys, parts.values):
+        assert torch.equal((pool != 0).any(-1).any(1), written)
+    assert parts.ids[:2].unique().numel() == PICKS
+    assert (parts.ids[2:] == 0).all()
