@@ -150,17 +150,22 @@ def _score(
     sums = [_Sums() for _ in range(texts)]
     started = time.perf_counter()
     for done, one in enumerate(windows, start=1):
-        fed = one.token_ids[:-1]
-        for start in range(0, len(fed), feeds[0].rows):
-            logits = [feed.logits(fed, start) for feed in feeds]
-            end = start + len(logits[0])
-            first = max(start, one.first_scored - 1)
-            if first < end:
-                sums[one.text].add([rows[first - start :] for rows in logits], one.token_ids[first + 1 : end + 1])
+        for start in range(0, len(one.token_ids) - 1, feeds[0].rows):
+            _score_chunk(feeds, one, start, sums[one.text])
         if progress:
             so_far = sum(text.loss for text in sums) / sum(text.tokens for text in sums)
             progress(EvaluationProgress(done, len(windows), math.exp(so_far), time.perf_counter() - started))
     return sums
+
+
+def _score_chunk(feeds: Sequence[_Feed], window: Window, start: int, sums: _Sums) -> None:
+    """Run and score the rows from `start` on; the logits are gone when it returns, before the next are made."""
+    fed = window.token_ids[:-1]
+    logits = [feed.logits(fed, start) for feed in feeds]
+    end = start + len(logits[0])
+    first = max(start, window.first_scored - 1)
+    if first < end:
+        sums.add([rows[first - start :] for rows in logits], window.token_ids[first + 1 : end + 1])
 
 
 def _window_size(store: Store, asked: int) -> int:
