@@ -26,6 +26,7 @@ namespace {
                                         floats::linear_scratch,                                                        \
                                         floats::attention_scratch,                                                     \
                                         floats::round_columns,                                                         \
+                                        floats::scale_costs,                                                           \
                                         &floats::row_table};
 MOESTRO_PACKED(scalar)
 MOESTRO_TABLE(scalar, scalar, scalar)

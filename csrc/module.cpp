@@ -99,6 +99,31 @@ void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t targe
   kernels().round_columns(args);
 }
 
+void scale_costs(uintptr_t weights, uintptr_t importance, uintptr_t scales, uintptr_t middles, uintptr_t costs,
+                 const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
+                 int64_t tries, int64_t rows, int64_t groups, int64_t group) {
+  if (steps.size() != kLevels || priorities.size() != kLevels) {
+    throw std::invalid_argument("scale_costs: steps and priorities are one for each of the 4 levels");
+  }
+  ScaleCostArgs args{};
+  args.weights = pointer<const float>(weights);
+  args.importance = pointer<const float>(importance);
+  args.scales = pointer<const float>(scales);
+  args.middles = pointer<const float>(middles);
+  args.costs = pointer<float>(costs);
+  for (int level = 0; level < kLevels; ++level) {
+    args.steps[level] = steps[level];
+    args.priorities[level] = priorities[level];
+  }
+  args.hi = hi;
+  args.lo = lo;
+  args.tries = tries;
+  args.rows = rows;
+  args.groups = groups;
+  args.group = group;
+  kernels().scale_costs(args);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const KernelTable *table : available_kernels()) names.emplace_back(table->name);
@@ -155,6 +180,7 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear, release());
   m.def("attention", &attention, release());
   m.def("round_columns", &round_columns, release());
+  m.def("scale_costs", &scale_costs, release());
   m.def("set_threads", &set_threads, release(), nb::arg("threads"));
   m.def("get_threads", [] { return pool().threads(); });
   m.def("available_isas", &available_isas);

@@ -24,7 +24,11 @@ struct Choice {
   Lanes code, nibble, value[kLevels];
 };
 
-MOESTRO_INLINE float clamp_round(float x, float most) { return std::min(std::max(std::nearbyint(x), 0.0f), most); }
+// Nearest whole number from 0 to `most` (ties to even): adding 1.5 * 2^23 leaves no room for a fraction.
+MOESTRO_INLINE float clamp_round(float x, float most) {
+  const float clamped = std::min(std::max(x, 0.0f), most);
+  return (clamped + 12582912.0f) - 12582912.0f;
+}
 
 // What each code stands for at the first three levels, and the step and middle of the nibble at the fourth.
 struct Values {
@@ -140,7 +144,48 @@ void round_task(void *context, int64_t task, char *scratch) {
   round_rows(args, first, std::min<int64_t>(kRows, args.rows - first), reinterpret_cast<Lanes *>(scratch));
 }
 
+// Sixteen columns at a time. Errors are counted in scales, so that they are as good for the smallest weights.
+float scale_cost(const ScaleCostArgs &args, const float *weights, const float *importance, float scale, float middle) {
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  const float fine = args.steps[3] > 0.0f ? 1.0f / args.steps[3] : 0.0f;
+  const float per_lo = args.lo > 0.0f ? 1.0f / args.lo : 0.0f;
+  const float *p = args.priorities;
+  Lanes sum{};
+  for (int64_t k = 0; k < args.group; k += kRows) {
+    for (int i = 0; i < kRows; ++i) {
+      const float relative = (weights[k + i] - middle) * inverse;
+      const float code = clamp_round(relative + 7.5f, 15.0f);
+      const float code3 = std::floor(code * 0.5f), code2 = std::floor(code * 0.25f);
+      const float nibble = clamp_round((relative * fine - args.hi * (code - 7.5f)) * per_lo + 7.5f, 15.0f);
+      const float miss2 = relative - args.steps[0] * (code2 - 1.5f), miss3 = relative - args.steps[1] * (code3 - 3.5f);
+      const float miss4 = relative - args.steps[2] * (code - 7.5f);
+      const float miss8 = relative - args.steps[3] * (args.hi * (code - 7.5f) + args.lo * (nibble - 7.5f));
+      const float low = p[0] * (miss2 * miss2) + p[1] * (miss3 * miss3);
+      sum.at[i] += (low + (p[2] * (miss4 * miss4) + p[3] * (miss8 * miss8))) * importance[k + i];
+    }
+  }
+  float total = 0.0f;
+  for (int i = 0; i < kRows; ++i) total += sum.at[i];
+  return total * (scale * scale);
+}
+
+void cost_task(void *context, int64_t row, char *) {
+  const ScaleCostArgs &args = *static_cast<const ScaleCostArgs *>(context);
+  const float *weights = args.weights + row * args.groups * args.group;
+  for (int64_t t = 0; t < args.tries; ++t) {
+    for (int64_t g = 0; g < args.groups; ++g) {
+      const int64_t at = (t * args.rows + row) * args.groups + g;
+      args.costs[at] = scale_cost(args, weights + g * args.group, args.importance + g * args.group, args.scales[at],
+                                  args.middles[row * args.groups + g]);
+    }
+  }
+}
+
 } // namespace
+
+void scale_costs(const ScaleCostArgs &args) {
+  pool().run(args.rows, 0, true, cost_task, const_cast<ScaleCostArgs *>(&args));
+}
 
 void round_columns(const RoundArgs &args) {
   const size_t scratch = sizeof(Lanes) * kLevels * static_cast<size_t>(args.columns);

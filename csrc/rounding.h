@@ -29,4 +29,16 @@ struct RoundArgs {
   int64_t rows, columns;
 };
 
+// What it would cost to round every group of every row with each of a few scales.
+struct ScaleCostArgs {
+  const float *weights;    // [rows, groups * group], contiguous
+  const float *importance; // [groups * group]
+  const float *scales;     // [tries, rows, groups]
+  const float *middles;    // [rows, groups]
+  float *costs;            // [tries, rows, groups]
+  float steps[kLevels], priorities[kLevels];
+  float hi, lo;
+  int64_t tries, rows, groups, group; // group is a multiple of 16
+};
+
 } // namespace moestro

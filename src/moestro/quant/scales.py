@@ -1,6 +1,6 @@
 """Scales and middles of groups, and the steps of levels, chosen for all levels together.
 
-Shapes: N rows, K columns, G groups, g columns of a group.
+Shapes: N rows, K columns, G groups, g columns of a group, S scales that are tried.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from moestro.quant.codes import Codes
-from moestro.quant.grid import HI, Grid, decode, positions, spread
+from moestro import _native
+from moestro.quant.codes import LEVELS, Codes
+from moestro.quant.grid import HI, LO, Grid, positions, spread
 
 SHRINKS = (1.0, 0.95, 0.9)
 """Shares of a group's range that the 16 codes may span; what lies outside is clipped."""
@@ -26,43 +27,43 @@ def fit_grid(weights_NK: torch.Tensor, importance_K: torch.Tensor, group: int, p
 
     Weights are in units that suit fp16 (see `unit_for`); so is the grid, whose own unit is 1.
     """
-    rows, columns = weights_NK.shape
-    values_NGg = weights_NK.view(rows, columns // group, group)
+    steps = {level: FIRST_STEPS[level] for level in priorities}
+    values_NGg = weights_NK.view(len(weights_NK), -1, group)
     low_NG, high_NG = values_NGg.amin(-1), values_NGg.amax(-1)
     middle_NG = ((low_NG + high_NG) / 2).half()
-    steps = {level: FIRST_STEPS[level] for level in priorities}
-    best_cost_NG = torch.full(low_NG.shape, float("inf"))
-    best_scale_NG = torch.zeros(low_NG.shape, dtype=torch.float16)
-    for shrink in SHRINKS:
-        scale_NG = ((high_NG - low_NG) * (shrink / 15)).half()
-        grid = Grid(scale_NG, middle_NG, 1.0, steps)
-        cost_NG = _cost(weights_NK, importance_K, grid, group, priorities)
-        better_NG = cost_NG < best_cost_NG
-        best_cost_NG = torch.where(better_NG, cost_NG, best_cost_NG)
-        best_scale_NG = torch.where(better_NG, scale_NG, best_scale_NG)
-    grid = Grid(best_scale_NG, middle_NG, 1.0, steps)
-    return fit_steps(weights_NK, importance_K, nearest(weights_NK, grid, group), grid, group)
+    tried_SNG = torch.stack([((high_NG - low_NG) * (shrink / 15)).half() for shrink in SHRINKS])
+    costs_SNG = _costs(weights_NK, importance_K, tried_SNG, middle_NG, group, steps, priorities)
+    scale_NG = tried_SNG.gather(0, costs_SNG.argmin(0, keepdim=True))[0]
+    return Grid(scale_NG, middle_NG, 1.0, steps)
 
 
-def _cost(
-    weights_NK: torch.Tensor, importance_K: torch.Tensor, grid: Grid, group: int, priorities: Mapping[int, float]
+def _costs(
+    weights_NK: torch.Tensor,
+    importance_K: torch.Tensor,
+    tried_SNG: torch.Tensor,
+    middle_NG: torch.Tensor,
+    group: int,
+    steps: Mapping[int, float],
+    priorities: Mapping[int, float],
 ) -> torch.Tensor:
-    """Weighted squared error of every group, [N, G]."""
-    codes = nearest(weights_NK, grid, group)
-    cost_NK = torch.zeros_like(weights_NK)
-    for level, priority in priorities.items():
-        cost_NK += priority * (weights_NK - decode(codes, level, grid, group)).square()
-    return (cost_NK * importance_K).view(len(weights_NK), -1, group).sum(-1)
-
-
-def nearest(weights_NK: torch.Tensor, grid: Grid, group: int) -> Codes:
-    """The codes nearest to the weights at the highest level."""
-    step_NK = spread(grid.real_scale_NG, group)
-    relative_NK = (weights_NK - spread(grid.real_middle_NG, group)) / step_NK.clamp_min(1e-30)
-    code_NK = (relative_NK + 7.5).round().clamp(0, 15)
-    fine = grid.steps.get(8, FIRST_STEPS[8])
-    nibble_NK = ((relative_NK / fine - grid.hi * (code_NK - 7.5)) / grid.lo + 7.5).round().clamp(0, 15)
-    return Codes(code_NK.to(torch.uint8), nibble_NK.to(torch.uint8))
+    """Weighted squared error of every group with each of S scales, [S, N, G] (csrc/rounding.cpp)."""
+    weights_NK, importance_K = weights_NK.contiguous(), importance_K.contiguous()
+    scales_SNG, middles_NG = tried_SNG.float(), middle_NG.float()
+    costs_SNG = torch.empty_like(scales_SNG)
+    _native.scale_costs(
+        weights_NK.data_ptr(),
+        importance_K.data_ptr(),
+        scales_SNG.data_ptr(),
+        middles_NG.data_ptr(),
+        costs_SNG.data_ptr(),
+        [steps.get(level, 0.0) for level in LEVELS],
+        [priorities.get(level, 0.0) for level in LEVELS],
+        HI,
+        LO,
+        *costs_SNG.shape,
+        group,
+    )
+    return costs_SNG
 
 
 def fit_steps(weights_NK: torch.Tensor, importance_K: torch.Tensor, codes: Codes, grid: Grid, group: int) -> Grid:
