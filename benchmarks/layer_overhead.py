@@ -1,6 +1,6 @@
 """What a decoder layer costs beside its kernels and experts, per decoded token, on the native and on the general path.
 
-    python benchmarks/layer_overhead.py [--shape qwen3-30b-a3b] [--layers N] [--tokens N]
+    python benchmarks/layer_overhead.py [--shape qwen3-30b-a3b] [--quantised] [--layers N] [--tokens N]
 
 The layers have the published shape but few and small experts, so that the model is small; time in experts is measured
 apart. "Kernels" are matrix products and attention; everything else that a forward pass does counts as overhead, its
@@ -22,7 +22,7 @@ from typing import Any
 from random_checkpoint import SHAPES, write
 
 from moestro import _native
-from moestro.config import RuntimeOptions
+from moestro.config import PackOptions, RuntimeOptions
 from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, open_model
@@ -36,14 +36,15 @@ PROMPT = [(7 * index) % 4000 for index in range(64)]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="olmoe-1b-7b")
+    parser.add_argument("--quantised", action="store_true", help="8-bit matrices and 4-bit experts, not bf16")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=60, help="decoded tokens, of which the median counts")
     arguments = parser.parse_args()
     print(f"{arguments.shape}, {arguments.layers} layers; microseconds per layer and decoded token, median (least)")
     with tempfile.TemporaryDirectory() as folder:
-        store = _make_store(Path(folder), arguments.shape, arguments.layers)
+        store = _make_store(Path(folder), arguments.shape, arguments.layers, arguments.quantised)
         for native in (True, False):
-            options = RuntimeOptions(memory=str(1 << 40), context=256)
+            options = RuntimeOptions(memory="4GiB", context=256)
             with open_model(store, options, native=native) as opened:
                 steps = list(_decode(opened, arguments.tokens))
             parts = {name: [getattr(step, name) / arguments.layers * 1e6 for step in steps] for name in Step.NAMES}
@@ -65,15 +66,15 @@ class Step:
         return self.forward - self.kernels - self.experts
 
 
-def _make_store(folder: Path, shape: str, layers: int) -> Store:
+def _make_store(folder: Path, shape: str, layers: int, quantised: bool) -> Store:
     config = SHAPES[shape]
     for name, value in SMALL.items():
         if hasattr(config, name):
             setattr(config, name, value)
     config.num_hidden_layers = layers
     write(config, folder / "checkpoint")
-    pack(folder / "checkpoint", folder / "store")
-    return Store.open(folder / "store")
+    options = PackOptions(levels="4", calibration=False) if quantised else PackOptions(levels="raw")
+    return pack(folder / "checkpoint", folder / "store", options=options)
 
 
 def _decode(opened: OpenModel, tokens: int) -> Iterator[Step]:
@@ -108,13 +109,15 @@ def _timed_kernels(opened: OpenModel) -> Iterator[Callable[[], float]]:
 
         return call
 
-    saved = _native.linear, _native.attention
-    _native.linear, _native.attention = (timed(function, 1) for function in saved)
+    saved = {name: getattr(_native, name) for name in ("linear", "packed_linear", "attention")}
+    for name, function in saved.items():
+        setattr(_native, name, timed(function, 1))
     runner.experts = timed(runner.experts, -1)
     try:
         yield lambda: seconds
     finally:
-        _native.linear, _native.attention = saved
+        for name, function in saved.items():
+            setattr(_native, name, function)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@
 namespace moestro {
 namespace {
 
-#define MOESTRO_PACKED(isa)                                                                                            \
-  constexpr PackedTable isa##_packed = {isa::packed_tiles, isa::packed_tile_scratch, isa::quantise_row, isa::activate};
+#define MOESTRO_PACKED(isa) constexpr PackedTable isa##_packed = {isa::packed_tiles, isa::quantise_row, isa::activate};
 // `floats` and `packed` name the builds that a table's kernels come from.
 #define MOESTRO_TABLE(name, floats, packed)                                                                            \
   constexpr KernelTable name##_table = {#name,                                                                         \
@@ -27,6 +26,7 @@ namespace {
                                         floats::linear_scratch,                                                        \
                                         floats::attention_scratch,                                                     \
                                         floats::round_columns,                                                         \
+                                        floats::scale_costs,                                                           \
                                         &floats::row_table};
 MOESTRO_PACKED(scalar)
 MOESTRO_TABLE(scalar, scalar, scalar)

@@ -124,7 +124,7 @@ void quantise_used(void *context, int64_t number, char *) {
 
 // Parts [first, end) of the unit's tiles, counted through both ranges.
 void compute_up(const Run &run, const Block &block, const Unit &unit, float *values, int64_t stride, int64_t first,
-                int64_t end, char *scratch) {
+                int64_t end) {
   TileTask task;
   task.matrix = &run.up[block.job];
   task.bias = run.bias(block.job, run.shape->up_bias);
@@ -144,7 +144,7 @@ void compute_up(const Run &run, const Block &block, const Unit &unit, float *val
     task.end = range.first + to;
     task.first_row = range.first * kTile;
     for (int64_t i = 0; i < block.count; ++i) task.out[i] = values + i * stride + range.column;
-    packed_kernels().tiles(task, scratch);
+    packed_kernels().tiles(task);
   }
 }
 
@@ -168,15 +168,15 @@ void up_task(void *context, int64_t number, char *scratch) {
   const Block &block = run.blocks[unit_number / run.groups];
   const int64_t group = unit_number % run.groups;
   const Unit unit = unit_of(*run.shape, group);
-  float *own = reinterpret_cast<float *>(scratch + rounded_up(packed_kernels().tile_scratch(), 64));
+  float *own = reinterpret_cast<float *>(scratch);
   float *values = run.parts == 1 ? own : run.values + unit_number * run.unit_floats;
   const int64_t tiles = unit.tiles(), first = tiles * part / run.parts, end = tiles * (part + 1) / run.parts;
-  compute_up(run, block, unit, values, kWidestUnit, first, end, scratch);
+  compute_up(run, block, unit, values, kWidestUnit, first, end);
   if (run.parts > 1 && run.finished[unit_number].fetch_add(1, std::memory_order_acq_rel) + 1 < run.parts) return;
   activate_unit(run, block, unit, group, values, kWidestUnit);
 }
 
-void down_task(void *context, int64_t number, char *scratch) {
+void down_task(void *context, int64_t number, char *) {
   const Run &run = *static_cast<const Run *>(context);
   const int64_t all_tiles = parts_of(run.shape->down.rows, kTile), per_block = parts_of(all_tiles, run.down_tiles);
   const Block &block = run.blocks[number / per_block];
@@ -193,7 +193,7 @@ void down_task(void *context, int64_t number, char *scratch) {
     task.scales[i] = run.width.scales + r * run.groups;
     task.out[i] = run.out->data + run.jobs->places[r] * run.out->stride;
   }
-  packed_kernels().tiles(task, scratch);
+  packed_kernels().tiles(task);
 }
 
 // Parts of a unit: more than one only where units are few, so that their values need little memory.
@@ -276,10 +276,9 @@ void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenR
   const int64_t all_tiles = parts_of(shape.down.rows, kTile);
   run.down_tiles = rounded_up(std::max(parts_of(all_tiles * blocks, kDownTasksPerThread * threads), kLeastTiles), 2);
   const bool parallel = jobs.listed * shape.up.rows * shape.up.columns >= kLeastParallelWork;
-  const size_t scratch = experts_scratch_bytes();
   pool().run(static_cast<int64_t>(run.used.size()), 0, run.used.size() > 8, quantise_used, &run);
-  pool().run(blocks * run.groups * run.parts, scratch, parallel, up_task, &run);
-  pool().run(blocks * parts_of(all_tiles, run.down_tiles), scratch, parallel, down_task, &run);
+  pool().run(blocks * run.groups * run.parts, experts_scratch_bytes(), parallel, up_task, &run);
+  pool().run(blocks * parts_of(all_tiles, run.down_tiles), 0, parallel, down_task, &run);
 }
 
 size_t experts_shared_bytes(int64_t rows, int64_t hidden, int32_t hidden_group, int64_t listed, int64_t width,
@@ -288,9 +287,6 @@ size_t experts_shared_bytes(int64_t rows, int64_t hidden, int32_t hidden_group, 
          parted_bytes(kUnitsPerThread * threads, std::min(listed, kMostRows));
 }
 
-size_t experts_scratch_bytes() {
-  return static_cast<size_t>(rounded_up(packed_kernels().tile_scratch(), 64) +
-                             kMostRows * kWidestUnit * int64_t{sizeof(float)});
-}
+size_t experts_scratch_bytes() { return kMostRows * kWidestUnit * sizeof(float); }
 
 } // namespace moestro

@@ -69,6 +69,7 @@ struct KernelTable {
   size_t (*linear_scratch)();
   size_t (*attention_scratch)(int64_t positions, int64_t value_dim);
   void (*round_columns)(const RoundArgs &);
+  void (*scale_costs)(const ScaleCostArgs &);
   const RowTable *rows;
 };
 
@@ -79,6 +80,7 @@ struct KernelTable {
   size_t linear_scratch();                                                                                             \
   size_t attention_scratch(int64_t positions, int64_t value_dim);                                                      \
   void round_columns(const RoundArgs &args);                                                                           \
+  void scale_costs(const ScaleCostArgs &args);                                                                         \
   }
 MOESTRO_DECLARE_KERNELS(scalar)
 MOESTRO_DECLARE_KERNELS(avx2)

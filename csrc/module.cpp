@@ -67,8 +67,8 @@ void attention(uintptr_t query, int64_t query_row_stride, int64_t query_head_str
 }
 
 void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t target_row_stride,
-                   const std::vector<uintptr_t> &scales, int64_t groups, uintptr_t group_of, uintptr_t root,
-                   int64_t root_stride, uintptr_t errors, uintptr_t codes, uintptr_t nibbles,
+                   const std::vector<uintptr_t> &scales, int64_t groups, uintptr_t group_of, uintptr_t pushes,
+                   int64_t push_stride, uintptr_t old_values, uintptr_t errors, uintptr_t codes, uintptr_t nibbles,
                    const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
                    bool signs, int64_t rows, int64_t columns) {
   if (scales.size() != kLevels || steps.size() != kLevels || priorities.size() != kLevels) {
@@ -80,8 +80,9 @@ void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t targe
   args.target_row_stride = target_row_stride;
   args.groups = groups;
   args.group_of = pointer<const int32_t>(group_of);
-  args.root = pointer<const float>(root);
-  args.root_stride = root_stride;
+  args.pushes = pointer<const float>(pushes);
+  args.push_stride = push_stride;
+  args.old_values = pointer<const float>(old_values);
   args.errors = pointer<float>(errors);
   args.codes = pointer<uint8_t>(codes);
   args.nibbles = pointer<uint8_t>(nibbles);
@@ -96,6 +97,31 @@ void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t targe
   args.rows = rows;
   args.columns = columns;
   kernels().round_columns(args);
+}
+
+void scale_costs(uintptr_t weights, uintptr_t importance, uintptr_t scales, uintptr_t middles, uintptr_t costs,
+                 const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
+                 int64_t tries, int64_t rows, int64_t groups, int64_t group) {
+  if (steps.size() != kLevels || priorities.size() != kLevels) {
+    throw std::invalid_argument("scale_costs: steps and priorities are one for each of the 4 levels");
+  }
+  ScaleCostArgs args{};
+  args.weights = pointer<const float>(weights);
+  args.importance = pointer<const float>(importance);
+  args.scales = pointer<const float>(scales);
+  args.middles = pointer<const float>(middles);
+  args.costs = pointer<float>(costs);
+  for (int level = 0; level < kLevels; ++level) {
+    args.steps[level] = steps[level];
+    args.priorities[level] = priorities[level];
+  }
+  args.hi = hi;
+  args.lo = lo;
+  args.tries = tries;
+  args.rows = rows;
+  args.groups = groups;
+  args.group = group;
+  kernels().scale_costs(args);
 }
 
 std::vector<std::string> available_isas() {
@@ -154,6 +180,7 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear, release());
   m.def("attention", &attention, release());
   m.def("round_columns", &round_columns, release());
+  m.def("scale_costs", &scale_costs, release());
   m.def("set_threads", &set_threads, release(), nb::arg("threads"));
   m.def("get_threads", [] { return pool().threads(); });
   m.def("available_isas", &available_isas);

@@ -43,7 +43,7 @@ struct LinearJob {
   std::vector<Piece> pieces;
 };
 
-void linear_task(void *context, int64_t number, char *scratch) {
+void linear_task(void *context, int64_t number, char *) {
   const LinearJob &job = *static_cast<const LinearJob *>(context);
   const LinearJob::Piece &piece = job.pieces[number];
   const PackedLinear &linear = job.linears[piece.linear];
@@ -61,7 +61,7 @@ void linear_task(void *context, int64_t number, char *scratch) {
     task.scales[i] = linear.x.scales + t * groups;
     task.out[i] = linear.y + t * linear.y_stride;
   }
-  packed_kernels().tiles(task, scratch);
+  packed_kernels().tiles(task);
 }
 
 } // namespace
@@ -107,7 +107,7 @@ void packed_linear(const PackedLinear *linears, int64_t count) {
     }
   }
   const bool parallel = work >= kLeastParallelWork;
-  pool().run(static_cast<int64_t>(job.pieces.size()), packed_kernels().tile_scratch(), parallel, linear_task, &job);
+  pool().run(static_cast<int64_t>(job.pieces.size()), 0, parallel, linear_task, &job);
 }
 
 } // namespace moestro

@@ -29,8 +29,7 @@ struct QuantisedRows {
   int32_t group;
 };
 
-// Bytes that quantised rows take, and the same rows as a view of such memory (64-byte aligned). Rows may be viewed in
-// part: fewer rows of the same columns lie at the same place.
+// Bytes that quantised rows take, and such memory (64-byte aligned) as quantised rows.
 size_t quantised_bytes(int64_t rows, int64_t columns, int32_t group);
 QuantisedRows quantised_view(void *memory, int64_t rows, int64_t columns, int32_t group);
 

@@ -11,12 +11,11 @@
 namespace moestro {
 namespace MOESTRO_ISA {
 
-enum class Form { nested2, nested3, nested4, nested8, signs3, signs4, signs8, flat8, flat4 };
+// whole8: nested8 whose nibbles are the low halves of plain bytes, so that one dot product does.
+enum class Form { nested2, nested3, nested4, nested8, whole8, signs3, signs4, signs8, flat8, flat4 };
 
 constexpr int kBlockColumns = 32;
 constexpr int kBlockQuads = 8;
-constexpr int kMostGroup = 128;
-constexpr int kMostDots = 4;
 
 // How many sets of codes a form has; each gets an integer dot product of its own.
 constexpr int dots_of(Form form) {
@@ -29,7 +28,8 @@ constexpr int dots_of(Form form) {
   }
 }
 
-inline Form form_of(const PackedMatrix &matrix) {
+// `plain`: the two parts of eight nested bits are the halves of a byte.
+inline Form form_of(const PackedMatrix &matrix, bool plain) {
   switch (matrix.encoding) {
   case Encoding::flat8: return Form::flat8;
   case Encoding::flat4: return Form::flat4;
@@ -40,11 +40,29 @@ inline Form form_of(const PackedMatrix &matrix) {
   default:
     if (matrix.level == 3) return Form::nested3;
     if (matrix.level == 4) return Form::nested4;
-    return matrix.level == 8 ? Form::nested8 : Form::nested2;
+    if (matrix.level == 8) return plain ? Form::whole8 : Form::nested8;
+    return Form::nested2;
   }
 }
 
-// Calls use(f) with f(Count<form>) for the run-time form.
+constexpr bool is_signs(Form form) { return form == Form::signs3 || form == Form::signs4 || form == Form::signs8; }
+// Whether codes have eight bits that are multiplied at once.
+constexpr bool is_wide(Form form) { return form == Form::flat8 || form == Form::whole8; }
+// Planes of the chain that are read.
+constexpr int planes_of(Form form) {
+  switch (form) {
+  case Form::nested3:
+  case Form::signs3: return 2;
+  case Form::nested4:
+  case Form::signs4: return 3;
+  case Form::nested8:
+  case Form::whole8:
+  case Form::signs8: return 4;
+  default: return 1;
+  }
+}
+
+// Calls f with the run-time form as a type.
 template <class F> void with_form(Form form, F f) {
   switch (form) {
 #define MOESTRO_CASE(name)                                                                                             \
@@ -53,6 +71,7 @@ template <class F> void with_form(Form form, F f) {
     MOESTRO_CASE(nested3);
     MOESTRO_CASE(nested4);
     MOESTRO_CASE(nested8);
+    MOESTRO_CASE(whole8);
     MOESTRO_CASE(signs3);
     MOESTRO_CASE(signs4);
     MOESTRO_CASE(signs8);
@@ -72,8 +91,8 @@ template <int Dot, class Use>
 MOESTRO_INLINE void use_nibbles(const Codes &even, const Codes &odd, uint8_t mask, int quad, Use use) {
   use(Count<Dot>{}, quad + 0, masked(even, mask));
   use(Count<Dot>{}, quad + 1, masked(odd, mask));
-  use(Count<Dot>{}, quad + 2, masked(down<4>(even), mask));
-  use(Count<Dot>{}, quad + 3, masked(down<4>(odd), mask));
+  use(Count<Dot>{}, quad + 2, masked(lowered<4>(even), mask));
+  use(Count<Dot>{}, quad + 3, masked(lowered<4>(odd), mask));
 }
 
 template <class Use> MOESTRO_INLINE void unpack_base(const uint8_t *base, Use use) {
@@ -81,49 +100,60 @@ template <class Use> MOESTRO_INLINE void unpack_base(const uint8_t *base, Use us
   for (int c = 0; c < 2; ++c) {
     const Codes fields = load_codes(base + c * kChunk);
     use(Count<0>{}, 4 * c + 0, masked(fields, 3));
-    use(Count<0>{}, 4 * c + 1, masked(down<2>(fields), 3));
-    use(Count<0>{}, 4 * c + 2, masked(down<4>(fields), 3));
-    use(Count<0>{}, 4 * c + 3, masked(down<6>(fields), 3));
+    use(Count<0>{}, 4 * c + 1, masked(lowered<2>(fields), 3));
+    use(Count<0>{}, 4 * c + 2, masked(lowered<4>(fields), 3));
+    use(Count<0>{}, 4 * c + 3, masked(lowered<6>(fields), 3));
   }
 }
 
 // 2 * base + bit
 template <class Use> MOESTRO_INLINE void unpack_three(const uint8_t *base, const uint8_t *third, Use use) {
   const Codes bits = load_codes(third);
-  const Codes fields[2] = {bits, down<1>(bits)};
+  const Codes fields[2] = {bits, lowered<1>(bits)};
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
     const Codes high = load_codes(base + c * kChunk);
-    const Codes even = chosen(0x66, up<1>(high), fields[c]);
-    const Codes odd = chosen(0x66, down<1>(high), down<2>(fields[c]));
+    const Codes even = chosen(0x66, raised<1>(high), fields[c]);
+    const Codes odd = chosen(0x66, lowered<1>(high), lowered<2>(fields[c]));
     use_nibbles<0>(even, odd, 7, 4 * c, use);
   }
 }
 
-// 4 * base + 2 * bit + bit
+// 4 * base + 2 * bit + bit, as nibbles: use(c, even, odd) for each base chunk.
 template <class Use>
-MOESTRO_INLINE void unpack_four(const uint8_t *base, const uint8_t *third, const uint8_t *fourth, Use use) {
+MOESTRO_INLINE void join_four(const uint8_t *base, const uint8_t *third, const uint8_t *fourth, Use use) {
   const Codes bits3 = load_codes(third), bits4 = load_codes(fourth);
-  const Codes low[2] = {chosen(0xaa, up<1>(bits3), bits4), chosen(0xaa, bits3, down<1>(bits4))};
+  const Codes low[2] = {chosen(0xaa, raised<1>(bits3), bits4), chosen(0xaa, bits3, lowered<1>(bits4))};
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
     const Codes high = load_codes(base + c * kChunk);
-    const Codes even = chosen(0xcc, up<2>(high), low[c]);
-    const Codes odd = chosen(0xcc, high, down<2>(low[c]));
-    use_nibbles<0>(even, odd, 15, 4 * c, use);
+    use(c, chosen(0xcc, raised<2>(high), low[c]), chosen(0xcc, high, lowered<2>(low[c])));
   }
+}
+
+// 16 * nibble of the first three planes + nibble of the last.
+template <class Use>
+MOESTRO_INLINE void unpack_whole(const uint8_t *base, const uint8_t *third, const uint8_t *fourth,
+                                 const uint8_t *nibbles, Use use) {
+  join_four(base, third, fourth, [&](int c, const Codes &even, const Codes &odd) __attribute__((always_inline)) {
+    const Codes first = load_codes(nibbles + 2 * c * kChunk), second = load_codes(nibbles + (2 * c + 1) * kChunk);
+    use(Count<0>{}, 4 * c + 0, wide<false>(chosen(0xf0, raised<4>(even), first)));
+    use(Count<0>{}, 4 * c + 1, wide<false>(chosen(0xf0, raised<4>(odd), lowered<4>(first))));
+    use(Count<0>{}, 4 * c + 2, wide<false>(chosen(0xf0, even, second)));
+    use(Count<0>{}, 4 * c + 3, wide<false>(chosen(0xf0, odd, lowered<4>(second))));
+  });
 }
 
 template <int Dot, class Use> MOESTRO_INLINE void unpack_bits(const uint8_t *plane, Use use) {
   const Codes bits = load_codes(plane);
   use(Count<Dot>{}, 0, masked(bits, 1));
-  use(Count<Dot>{}, 4, masked(down<1>(bits), 1));
-  use(Count<Dot>{}, 1, masked(down<2>(bits), 1));
-  use(Count<Dot>{}, 5, masked(down<3>(bits), 1));
-  use(Count<Dot>{}, 2, masked(down<4>(bits), 1));
-  use(Count<Dot>{}, 6, masked(down<5>(bits), 1));
-  use(Count<Dot>{}, 3, masked(down<6>(bits), 1));
-  use(Count<Dot>{}, 7, masked(down<7>(bits), 1));
+  use(Count<Dot>{}, 4, masked(lowered<1>(bits), 1));
+  use(Count<Dot>{}, 1, masked(lowered<2>(bits), 1));
+  use(Count<Dot>{}, 5, masked(lowered<3>(bits), 1));
+  use(Count<Dot>{}, 2, masked(lowered<4>(bits), 1));
+  use(Count<Dot>{}, 6, masked(lowered<5>(bits), 1));
+  use(Count<Dot>{}, 3, masked(lowered<6>(bits), 1));
+  use(Count<Dot>{}, 7, masked(lowered<7>(bits), 1));
 }
 
 template <int Dot, class Use> MOESTRO_INLINE void unpack_nibbles(const uint8_t *plane, Use use) {
@@ -131,26 +161,33 @@ template <int Dot, class Use> MOESTRO_INLINE void unpack_nibbles(const uint8_t *
   for (int c = 0; c < 4; ++c) {
     const Codes pair = load_codes(plane + c * kChunk);
     use(Count<Dot>{}, 2 * c + 0, masked(pair, 15));
-    use(Count<Dot>{}, 2 * c + 1, masked(down<4>(pair), 15));
+    use(Count<Dot>{}, 2 * c + 1, masked(lowered<4>(pair), 15));
   }
 }
 
 // Calls use(Count<dot>{}, quad, codes) for every set of codes and every quad of one block.
 template <Form F, class Use> MOESTRO_INLINE void unpack_block(const GroupCodes &at, int64_t block, Use use) {
-  constexpr bool kSigns = F == Form::signs3 || F == Form::signs4 || F == Form::signs8;
+  constexpr bool kSigns = is_signs(F);
   const uint8_t *first = at.plane[0];
   const auto bits_at = [&](int plane) { return at.plane[plane] + block * kChunk; };
   const uint8_t *nibbles = at.plane[3] + 4 * block * kChunk;
   if constexpr (F == Form::flat8) {
 #pragma GCC unroll 8
-    for (int q = 0; q < kBlockQuads; ++q) use(Count<0>{}, q, load_codes(first + (kBlockQuads * block + q) * kChunk));
+    for (int q = 0; q < kBlockQuads; ++q) {
+      use(Count<0>{}, q, wide<true>(load_codes(first + (kBlockQuads * block + q) * kChunk)));
+    }
   } else if constexpr (F == Form::flat4) {
     unpack_nibbles<0>(first + 4 * block * kChunk, use);
   } else {
     const uint8_t *base = first + 2 * block * kChunk;
     if constexpr (F == Form::nested2 || kSigns) unpack_base(base, use);
     if constexpr (F == Form::nested3) unpack_three(base, bits_at(1), use);
-    if constexpr (F == Form::nested4 || F == Form::nested8) unpack_four(base, bits_at(1), bits_at(2), use);
+    if constexpr (F == Form::nested4 || F == Form::nested8) {
+      join_four(base, bits_at(1), bits_at(2),
+                [&](int c, const Codes &even, const Codes &odd)
+                    __attribute__((always_inline)) { use_nibbles<0>(even, odd, 15, 4 * c, use); });
+    }
+    if constexpr (F == Form::whole8) unpack_whole(base, bits_at(1), bits_at(2), nibbles, use);
     if constexpr (kSigns) unpack_bits<1>(bits_at(1), use);
     if constexpr (F == Form::signs4 || F == Form::signs8) unpack_bits<2>(bits_at(2), use);
     if constexpr (F == Form::nested8) unpack_nibbles<1>(nibbles, use);

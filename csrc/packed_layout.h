@@ -21,7 +21,7 @@ struct Layout {
   int64_t tile_bytes[kPlanes], group_bytes[kPlanes], scale_bytes[kPlanes];
 };
 
-constexpr int64_t kRowBytes = kTileRows16 * int64_t{sizeof(uint16_t)}; // one fp16 number for each row of a tile
+constexpr int64_t kRowBytes = kTile * int64_t{sizeof(uint16_t)}; // one fp16 number for each row of a tile
 
 inline Layout layout_of(const PackedMatrix &matrix) {
   Layout layout{};
@@ -38,7 +38,7 @@ inline Layout layout_of(const PackedMatrix &matrix) {
   layout.groups = groups;
   for (int p = 0; p < kPlanes; ++p) {
     if (matrix.regions[p] == nullptr) continue;
-    const int64_t codes = kTileRows16 * group * bits[p] / 8;
+    const int64_t codes = kTile * group * bits[p] / 8;
     layout.tiles[p] = matrix.regions[p] + (p == 0 ? kHeader : 0);
     layout.group_bytes[p] = codes + (p == 0 ? 2 * kRowBytes : 0);
     layout.scale_bytes[p] = p == 0 ? 2 * kRowBytes : (signs ? rounded_up(groups * kRowBytes, 64) : 0);
@@ -68,8 +68,6 @@ struct GroupReals {
   Reals scale[kPlanes], middle;
 };
 
-template <Form F> constexpr bool is_signs = F == Form::signs3 || F == Form::signs4 || F == Form::signs8;
-
 template <Form F> MOESTRO_INLINE GroupReals reals_at(const Group &group, int part) {
   const auto load_at = [&](const uint8_t *p) {
     return load_reals(reinterpret_cast<const Float16 *>(p) + part * kPartRows);
@@ -77,7 +75,7 @@ template <Form F> MOESTRO_INLINE GroupReals reals_at(const Group &group, int par
   GroupReals reals;
   reals.scale[0] = load_at(group.scales[0]);
   reals.middle = load_at(group.scales[0] + kRowBytes);
-  if constexpr (is_signs<F>) {
+  if constexpr (is_signs(F)) {
     for (int p = 1; p < dots_of(F); ++p) reals.scale[p] = load_at(group.scales[p]);
   }
   return reals;
@@ -89,7 +87,7 @@ template <Form F> MOESTRO_INLINE Ints centred(const Header &header, const Ints *
     const Ints sum = add_ints(mul_ints(dots[0], header.high), mul_ints(dots[1], header.low));
     return twice_less(sum, 15 * (header.high + header.low) * codes);
   }
-  if constexpr (F == Form::flat8) return twice_less(dots[0], (2 * kSignedBias - 1) * codes);
+  if constexpr (is_wide(F)) return twice_less(dots[0], kWideCentre * codes);
   if constexpr (F == Form::nested3) return twice_less(dots[0], 7 * codes);
   if constexpr (F == Form::nested4 || F == Form::flat4) return twice_less(dots[0], 15 * codes);
   return twice_less(dots[0], 3 * codes);
@@ -104,7 +102,7 @@ MOESTRO_INLINE Reals add_group(Reals acc, const Header &header, const Ints *dots
   };
   add_step(centred<F>(header, dots, x.codes), x.scale * header.kh, reals.scale[0]);
   acc = fma_reals(reals.middle, all_reals(x.sum), acc);
-  if constexpr (is_signs<F>) {
+  if constexpr (is_signs(F)) {
     add_step(twice_less(dots[1], x.codes), x.scale, reals.scale[1]);
     if constexpr (dots_of(F) > 2) add_step(twice_less(dots[2], x.codes), x.scale, reals.scale[2]);
     if constexpr (dots_of(F) > 3) add_step(twice_less(dots[3], 15 * x.codes), x.scale * 0.5f, reals.scale[3]);

@@ -40,9 +40,7 @@ struct Activation {
 };
 
 struct PackedTable {
-  // `scratch` has tile_scratch() bytes.
-  void (*tiles)(const TileTask &task, char *scratch);
-  size_t (*tile_scratch)();
+  void (*tiles)(const TileTask &task);
   // One row: codes and scales of all its groups, the last one filled up with zeros.
   void (*quantise)(const float *x, int64_t columns, int32_t group, int8_t *codes, GroupScale *scales);
   // out[i] for i < count; writes up to the next multiple of 8. `gate` is null or apart from `up` (halves).
@@ -51,8 +49,7 @@ struct PackedTable {
 
 #define MOESTRO_DECLARE_PACKED(isa)                                                                                    \
   namespace isa {                                                                                                      \
-  void packed_tiles(const TileTask &task, char *scratch);                                                              \
-  size_t packed_tile_scratch();                                                                                        \
+  void packed_tiles(const TileTask &task);                                                                             \
   void quantise_row(const float *x, int64_t columns, int32_t group, int8_t *codes, GroupScale *scales);                \
   void activate(const Activation &activation, const float *gate, const float *up, int64_t count, float *out);          \
   }

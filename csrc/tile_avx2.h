@@ -8,16 +8,14 @@ namespace MOESTRO_ISA {
 
 constexpr int kParts = 2;
 constexpr int kChains = 1;
-constexpr int kDirectTokens = 2;
-constexpr int kBlockTokens = 4;
-constexpr int kBlockTiles = 1;
+constexpr int kTokens = 4;
+constexpr int kManyDots = 1;
 
 using Bytes = __m256i;
 using Ints = __m256i;
 using Reals = __m256;
 
 MOESTRO_INLINE Bytes load_bytes(const uint8_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
-MOESTRO_INLINE void store_bytes(uint8_t *p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v); }
 MOESTRO_INLINE Bytes mask_bytes(Bytes v, uint8_t mask) {
   return _mm256_and_si256(v, _mm256_set1_epi8(static_cast<char>(mask)));
 }
@@ -33,9 +31,11 @@ MOESTRO_INLINE Bytes load_quad(const int8_t *p) {
   return _mm256_set1_epi32(quad);
 }
 
-constexpr int32_t kSignedBias = 0;
+MOESTRO_INLINE Bytes flip_signs(Bytes v) { return _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80))); }
 
-// Codes up to 15: a pair's products are at most 2 * 15 * 127, so eight of them fit in 16 bits before a flush. Signed
+constexpr bool kWideSigned = true;
+
+// Codes up to 15: a pair's products are at most 2 * 15 * 127, so eight of them fit in 16 bits before a flush. Wide
 // codes: a pair's are at most 2 * 128 * 127, which just fits, and go into 32 bits at once; the sign moves to the
 // activations because the first operand has none.
 struct Dot {
@@ -45,7 +45,7 @@ struct Dot {
   MOESTRO_INLINE void add(Bytes codes, Bytes quad) {
     pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, quad));
   }
-  MOESTRO_INLINE void add_signed(Bytes codes, Bytes quad) {
+  MOESTRO_INLINE void add_wide(Bytes codes, Bytes quad) {
     const Ints products = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(quad, codes));
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
   }
@@ -55,8 +55,6 @@ struct Dot {
   }
 };
 
-MOESTRO_INLINE Ints load_ints(const int32_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
-MOESTRO_INLINE void store_ints(int32_t *p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v); }
 MOESTRO_INLINE Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 MOESTRO_INLINE Ints mul_ints(Ints a, int32_t b) { return _mm256_mullo_epi32(a, _mm256_set1_epi32(b)); }
 MOESTRO_INLINE Ints twice_less(Ints v, int32_t less) {

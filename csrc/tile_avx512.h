@@ -10,17 +10,15 @@ namespace MOESTRO_ISA {
 constexpr int kParts = 1;
 // One row's sums alone would wait for each other: they are split over this many registers.
 constexpr int kChains = 4;
-// How many rows of activations are computed together, straight from the planes and from unpacked codes.
-constexpr int kDirectTokens = 4;
-constexpr int kBlockTokens = 6;
-constexpr int kBlockTiles = 2;
+// How many rows of activations are computed together; half as many where they have more sums than kManyDots.
+constexpr int kTokens = 8;
+constexpr int kManyDots = 1;
 
 using Bytes = __m512i;
 using Ints = __m512i;
 using Reals = __m512;
 
 MOESTRO_INLINE Bytes load_bytes(const uint8_t *p) { return _mm512_loadu_si512(p); }
-MOESTRO_INLINE void store_bytes(uint8_t *p, Bytes v) { _mm512_storeu_si512(p, v); }
 MOESTRO_INLINE Bytes mask_bytes(Bytes v, uint8_t mask) {
   return _mm512_and_si512(v, _mm512_set1_epi8(static_cast<char>(mask)));
 }
@@ -35,22 +33,20 @@ MOESTRO_INLINE Bytes load_quad(const int8_t *p) {
   return _mm512_set1_epi32(quad);
 }
 
-// The instruction wants one operand without sign: signed codes are raised by 128, and their sum by 128 * sum(a).
-constexpr int32_t kSignedBias = 128;
+MOESTRO_INLINE Bytes flip_signs(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80))); }
+
+// The dot product's first operand has no sign.
+constexpr bool kWideSigned = false;
 
 struct Dot {
   Ints sums;
 
   MOESTRO_INLINE void clear() { sums = _mm512_setzero_si512(); }
   MOESTRO_INLINE void add(Bytes codes, Bytes quad) { sums = _mm512_dpbusd_epi32(sums, codes, quad); }
-  MOESTRO_INLINE void add_signed(Bytes codes, Bytes quad) {
-    add(_mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80))), quad);
-  }
+  MOESTRO_INLINE void add_wide(Bytes codes, Bytes quad) { add(codes, quad); }
   MOESTRO_INLINE void flush() {}
 };
 
-MOESTRO_INLINE Ints load_ints(const int32_t *p) { return _mm512_loadu_si512(p); }
-MOESTRO_INLINE void store_ints(int32_t *p, Ints v) { _mm512_storeu_si512(p, v); }
 MOESTRO_INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 MOESTRO_INLINE Ints mul_ints(Ints a, int32_t b) { return _mm512_mullo_epi32(a, _mm512_set1_epi32(b)); }
 // 2 * v - less

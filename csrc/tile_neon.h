@@ -10,16 +10,14 @@ namespace MOESTRO_ISA {
 
 constexpr int kParts = 4;
 constexpr int kChains = 1;
-constexpr int kDirectTokens = 2;
-constexpr int kBlockTokens = 4;
-constexpr int kBlockTiles = 1;
+constexpr int kTokens = 4;
+constexpr int kManyDots = 1;
 
 using Bytes = uint8x16_t;
 using Ints = int32x4_t;
 using Reals = float32x4_t;
 
 MOESTRO_INLINE Bytes load_bytes(const uint8_t *p) { return vld1q_u8(p); }
-MOESTRO_INLINE void store_bytes(uint8_t *p, Bytes v) { vst1q_u8(p, v); }
 MOESTRO_INLINE Bytes mask_bytes(Bytes v, uint8_t mask) { return vandq_u8(v, vdupq_n_u8(mask)); }
 template <int N> MOESTRO_INLINE Bytes shift_up(Bytes v) { return vshlq_n_u8(v, N); }
 template <int N> MOESTRO_INLINE Bytes shift_down(Bytes v) { return vshrq_n_u8(v, N); }
@@ -30,23 +28,21 @@ MOESTRO_INLINE int8x16_t load_quad(const int8_t *p) {
   return vreinterpretq_s8_s32(vdupq_n_s32(quad));
 }
 
-constexpr int32_t kSignedBias = 0;
+MOESTRO_INLINE Bytes flip_signs(Bytes v) { return veorq_u8(v, vdupq_n_u8(0x80)); }
+
+constexpr bool kWideSigned = true;
 
 struct Dot {
   Ints sums;
 
   MOESTRO_INLINE void clear() { sums = vdupq_n_s32(0); }
-  MOESTRO_INLINE void add_signed(Bytes codes, int8x16_t quad) {
+  MOESTRO_INLINE void add_wide(Bytes codes, int8x16_t quad) {
     sums = vdotq_s32(sums, vreinterpretq_s8_u8(codes), quad);
   }
-  MOESTRO_INLINE void add(Bytes codes, int8x16_t quad) {
-    add_signed(codes, quad);
-  } // codes up to 15 have no sign either
+  MOESTRO_INLINE void add(Bytes codes, int8x16_t quad) { add_wide(codes, quad); } // codes up to 15 have no sign either
   MOESTRO_INLINE void flush() {}
 };
 
-MOESTRO_INLINE Ints load_ints(const int32_t *p) { return vld1q_s32(p); }
-MOESTRO_INLINE void store_ints(int32_t *p, Ints v) { vst1q_s32(p, v); }
 MOESTRO_INLINE Ints add_ints(Ints a, Ints b) { return vaddq_s32(a, b); }
 MOESTRO_INLINE Ints mul_ints(Ints a, int32_t b) { return vmulq_n_s32(a, b); }
 MOESTRO_INLINE Ints twice_less(Ints v, int32_t less) { return vsubq_s32(vaddq_s32(v, v), vdupq_n_s32(less)); }

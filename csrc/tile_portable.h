@@ -8,9 +8,8 @@ namespace MOESTRO_ISA {
 
 constexpr int kParts = 1;
 constexpr int kChains = 1;
-constexpr int kDirectTokens = 1;
-constexpr int kBlockTokens = 2;
-constexpr int kBlockTiles = 1;
+constexpr int kTokens = 1;
+constexpr int kManyDots = 4;
 
 struct Bytes {
   uint8_t at[64];
@@ -44,7 +43,6 @@ template <class F> MOESTRO_INLINE Reals each_real(F f) {
 MOESTRO_INLINE Bytes load_bytes(const uint8_t *p) {
   return each_byte([&](int i) { return p[i]; });
 }
-MOESTRO_INLINE void store_bytes(uint8_t *p, const Bytes &v) { std::memcpy(p, v.at, sizeof v.at); }
 MOESTRO_INLINE Bytes mask_bytes(const Bytes &v, uint8_t mask) {
   return each_byte([&](int i) { return v.at[i] & mask; });
 }
@@ -63,7 +61,11 @@ MOESTRO_INLINE Quad load_quad(const int8_t *p) {
   return quad;
 }
 
-constexpr int32_t kSignedBias = 0;
+MOESTRO_INLINE Bytes flip_signs(const Bytes &v) {
+  return each_byte([&](int i) { return v.at[i] ^ 0x80; });
+}
+
+constexpr bool kWideSigned = true;
 
 struct Dot {
   Ints sums;
@@ -78,14 +80,10 @@ struct Dot {
     }
   }
   MOESTRO_INLINE void add(const Bytes &codes, const Quad &quad) { add_as<uint8_t>(codes, quad); }
-  MOESTRO_INLINE void add_signed(const Bytes &codes, const Quad &quad) { add_as<int8_t>(codes, quad); }
+  MOESTRO_INLINE void add_wide(const Bytes &codes, const Quad &quad) { add_as<int8_t>(codes, quad); }
   MOESTRO_INLINE void flush() {}
 };
 
-MOESTRO_INLINE Ints load_ints(const int32_t *p) {
-  return each_int([&](int i) { return p[i]; });
-}
-MOESTRO_INLINE void store_ints(int32_t *p, const Ints &v) { std::memcpy(p, v.at, sizeof v.at); }
 MOESTRO_INLINE Ints add_ints(const Ints &a, const Ints &b) {
   return each_int([&](int i) { return a.at[i] + b.at[i]; });
 }

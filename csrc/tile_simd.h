@@ -2,6 +2,7 @@
 // floats, each in kParts registers of the instruction set. All of them give the same bits.
 #pragma once
 
+#include "packed_tasks.h"
 #include "unroll.h"
 
 #if defined(__AVX512VNNI__)
@@ -17,10 +18,9 @@
 namespace moestro {
 namespace MOESTRO_ISA {
 
-constexpr int kTileRows16 = 16;
 constexpr int kChunk = 64;
 constexpr int kPartBytes = kChunk / kParts;
-constexpr int kPartRows = kTileRows16 / kParts;
+constexpr int kPartRows = kTile / kParts;
 
 struct Codes {
   Bytes part[kParts];
@@ -36,18 +36,14 @@ template <class F> MOESTRO_INLINE Codes each_part(F f) {
 MOESTRO_INLINE Codes load_codes(const uint8_t *p) {
   return each_part([&](int i) { return load_bytes(p + i * kPartBytes); });
 }
-MOESTRO_INLINE void store_codes(uint8_t *p, const Codes &v) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kParts; ++i) store_bytes(p + i * kPartBytes, v.part[i]);
-}
 MOESTRO_INLINE Codes masked(const Codes &v, uint8_t mask) {
   return each_part([&](int i) { return mask_bytes(v.part[i], mask); });
 }
 // Bits move between bytes; masks must leave out those that came in.
-template <int N> MOESTRO_INLINE Codes up(const Codes &v) {
+template <int N> MOESTRO_INLINE Codes raised(const Codes &v) {
   return each_part([&](int i) { return shift_up<N>(v.part[i]); });
 }
-template <int N> MOESTRO_INLINE Codes down(const Codes &v) {
+template <int N> MOESTRO_INLINE Codes lowered(const Codes &v) {
   return each_part([&](int i) { return shift_down<N>(v.part[i]); });
 }
 // Bits of `one` where the mask has ones, of `zero` elsewhere.
@@ -55,7 +51,16 @@ MOESTRO_INLINE Codes chosen(uint8_t mask, const Codes &one, const Codes &zero) {
   return each_part([&](int i) { return select(mask, one.part[i], zero.part[i]); });
 }
 
-// Sums of codes times activations. flush() at least every eight quads.
+// Codes of eight bits as this instruction set multiplies them, from how they are stored: code c as c or as c - 128. The
+// sum of c - 127.5 times activations, doubled, is 2 * sums - kWideCentre * sum(a).
+constexpr int32_t kWideCentre = kWideSigned ? -1 : 255;
+
+template <bool Signed> MOESTRO_INLINE Codes wide(const Codes &v) {
+  if constexpr (Signed == kWideSigned) return v;
+  return each_part([&](int i) { return flip_signs(v.part[i]); });
+}
+
+// Sums of activations times codes up to 15, or wide ones. flush() at least every eight quads.
 struct TileDot {
   Dot part[kParts];
 
@@ -63,11 +68,11 @@ struct TileDot {
 #pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) part[i].clear();
   }
-  template <bool Signed, class Quad> MOESTRO_INLINE void add(const Codes &codes, const Quad &quad) {
+  template <bool Wide, class Quad> MOESTRO_INLINE void add(const Codes &codes, const Quad &quad) {
 #pragma GCC unroll 4
     for (int i = 0; i < kParts; ++i) {
-      if constexpr (Signed) {
-        part[i].add_signed(codes.part[i], quad);
+      if constexpr (Wide) {
+        part[i].add_wide(codes.part[i], quad);
       } else {
         part[i].add(codes.part[i], quad);
       }

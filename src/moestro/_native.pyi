@@ -53,6 +53,22 @@ def attention(
 ) -> None:
     """Raises ValueError when a row's sequence, position or block lies outside the table or the pool."""
 
+def scale_costs(
+    weights: int,
+    importance: int,
+    scales: int,
+    middles: int,
+    costs: int,
+    steps: list[float],
+    priorities: list[float],
+    hi: float,
+    lo: float,
+    tries: int,
+    rows: int,
+    groups: int,
+    group: int,
+    /,
+) -> None: ...
 def round_columns(
     targets: int,
     target_level_stride: int,
@@ -60,8 +76,9 @@ def round_columns(
     scales: list[int],
     groups: int,
     group_of: int,
-    root: int,
-    root_stride: int,
+    pushes: int,
+    push_stride: int,
+    old_values: int,
     errors: int,
     codes: int,
     nibbles: int,

@@ -7,8 +7,10 @@ import signal
 import subprocess
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import Result
 
 from cli.running import MODEL, assert_user_error, command, run, run_process
 from moestro import LLM, SamplingParams
@@ -118,11 +120,18 @@ def test_a_picture_is_written(store: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_checkpoint_is_packed_once_with_lines_of_progress_on_standard_error(expected: str) -> None:
-    for _ in range(2):
-        result = run("generate", MODEL, "--prompt", PROMPT, *_options())
-        assert result.exit_code == 0
-        assert result.stdout == expected
+def test_a_checkpoint_is_packed_once_into_levels_that_can_be_asked_for() -> None:
+    answers = [run("generate", MODEL, "--prompt", PROMPT, "--json", *_options(level=level)) for level in (0, 4, 2)]
+    texts, levels = zip(*((one["text"], one["stats"]["level"]) for one in map(_parsed, answers)), strict=True)
+    assert levels == (4, 4, 2)
+    assert texts[0] == texts[1]
+    assert_user_error(run("generate", MODEL, "--prompt", PROMPT, *_options(level=5)), "Level 5", "levels 2, 3, 4, 8")
+
+
+def _parsed(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
 
 
 def test_no_auto_pack_refuses(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def _probe() -> tuple[typer.Typer, list[object]]:
 
 OTHER = {
     "memory": "7MiB",
+    "level": 2,
     "context": 17,
     "max_sequences": 3,
     "threads": 5,

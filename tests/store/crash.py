@@ -10,8 +10,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from moestro.calibration import pack
 from moestro.config import PackOptions
-from moestro.store.pack import PackLimits, pack
+from moestro.store.pack import PackLimits
 
 RAW = PackOptions(levels="raw")
 LIMITS = PackLimits(sync_bytes=32 << 10)
@@ -21,7 +22,7 @@ _CHANGING_CALLS = ("write", "pwrite", "fsync", "fdatasync", "ftruncate", "rename
 def processes() -> ForkServerContext:
     """Makes processes that have torch and transformers imported already, and nothing else in common with this one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moestro.store.pack"])
+    context.set_forkserver_preload(["moestro.calibration"])
     return context
 
 

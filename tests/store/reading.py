@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moestro.quant import make_encoding
 from moestro.store.dtypes import TORCH_DTYPES
 from moestro.store.reader import Store
 
@@ -16,6 +17,30 @@ def read_expert(store: Store, layer: int, expert: int) -> dict[str, torch.Tensor
         plane = bytearray(file.read(extent.nbytes))
     tensors = store.layers[layer].layout.planes[0].tensors
     return {t.name: _tensor(plane, t.dtype, t.shape, t.offset, t.nbytes) for t in tensors}
+
+
+def read_level(store: Store, layer: int, expert: int, level: int) -> dict[str, torch.Tensor]:
+    """An expert's parameters at a level, by the format's rules alone."""
+    planes = []
+    for plane, layout in enumerate(store.layers[layer].layout.planes):
+        if layout.level <= level:
+            extent = store.plane((layer, expert, plane))
+            with extent.file.open("rb") as file:
+                file.seek(extent.offset)
+                planes.append((layout, torch.frombuffer(bytearray(file.read(extent.nbytes)), dtype=torch.uint8)))
+    values = {}
+    for tensor in planes[0][0].tensors:
+        regions = [
+            data[t.offset : t.offset + t.nbytes]
+            for layout, data in planes
+            for t in layout.tensors
+            if t.name == tensor.name
+        ]
+        if tensor.dtype == "F32":
+            values[tensor.name] = regions[0].view(torch.float32).view(tensor.shape)
+        else:
+            values[tensor.name] = make_encoding(tensor.dtype).decode(regions, *tensor.shape, level)
+    return values
 
 
 def read_dense(store: Store) -> dict[str, torch.Tensor]:

@@ -17,13 +17,12 @@ from moestro.config import PackOptions
 from moestro.errors import CheckpointError, StoreError
 from moestro.hf.linears import linear_names
 from moestro.hf.skeleton import build_skeleton, load_config
-from moestro.quant import make_encoding
 from moestro.quant.flat import flat_decode
 from moestro.store.dense_file import FLAT_BITS
 from moestro.store.pack import PackProgress, pack
 from moestro.store.pack_plan import expert_layouts, planned_dense_bytes
-from moestro.store.reader import Store
 from store.crash import LIMITS, pack_counting, pack_until, run
+from store.reading import read_level
 
 OPTIONS = PackOptions(calibration=False)
 SIGNS = PackOptions(encoding="signs", levels="2,4", exact_level=2, dense_bits=4, calibration=False)
@@ -33,30 +32,6 @@ SIGNS = PackOptions(encoding="signs", levels="2,4", exact_level=2, dense_bits=4,
 def model(tmp_path: Path) -> PreTrainedModel:
     """A checkpoint in `source` of the test's folder."""
     return save_checkpoint("olmoe", tmp_path / "source")
-
-
-def _read(store: Store, layer: int, expert: int, level: int) -> dict[str, torch.Tensor]:
-    """An expert's parameters at a level, by the format's rules alone."""
-    planes = []
-    for plane, layout in enumerate(store.layers[layer].layout.planes):
-        if layout.level <= level:
-            extent = store.plane((layer, expert, plane))
-            with extent.file.open("rb") as file:
-                file.seek(extent.offset)
-                planes.append((layout, torch.frombuffer(bytearray(file.read(extent.nbytes)), dtype=torch.uint8)))
-    values = {}
-    for tensor in planes[0][0].tensors:
-        regions = [
-            data[t.offset : t.offset + t.nbytes]
-            for layout, data in planes
-            for t in layout.tensors
-            if t.name == tensor.name
-        ]
-        if tensor.dtype == "F32":
-            values[tensor.name] = regions[0].view(torch.float32).view(tensor.shape)
-        else:
-            values[tensor.name] = make_encoding(tensor.dtype).decode(regions, *tensor.shape, level)
-    return values
 
 
 def _error(wanted: torch.Tensor, found: torch.Tensor) -> float:
@@ -84,7 +59,7 @@ def test_every_family_gives_its_weights_back_nearly(family: str, options: PackOp
     transposed = family == "gpt_oss"
     for index, level in enumerate(manifest.levels):
         total = 0.0
-        for name, found in _read(store, layer.layer, 5, level).items():
+        for name, found in read_level(store, layer.layer, 5, level).items():
             wanted = state[f"{layer.module}.{name}"][5]
             if found.ndim == 1:
                 assert torch.equal(found, wanted)
@@ -181,7 +156,7 @@ def test_weights_of_one_value_come_back_exactly(options: PackOptions, model: Pre
     assert facts is not None
     for expert, value in ((1, 0.0), (2, 0.375)):
         for level in options.promised_levels:
-            for found in _read(store, 0, expert, level).values():
+            for found in read_level(store, 0, expert, level).values():
                 torch.testing.assert_close(found, torch.full_like(found, value), rtol=1e-3, atol=0)
         assert max(facts.errors[0][expert]) < 1e-6
 

@@ -26,9 +26,9 @@ MOST_WINDOWS = 128
 LEAST_WINDOW = 8
 """Shorter pieces say nothing about a model's usual states."""
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model") + (
-    "vocab.json",
-    "vocab.txt",
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model"),
 )
 
 _PROBE_PIECES = 4

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from moestro.quant.groups import padded_columns, padded_rows
 
-PRIORITIES = {2: 0.33, 3: 1.43, 4: 4.0, 8: 50.0}
+PRIORITIES = {2: 1.0, 3: 2.0, 4: 10.0, 8: 50.0}
 """Weights of the levels' squared errors when one code serves all: the inverse of the loss that each may cost."""
 
 

@@ -27,47 +27,48 @@ def flat_bytes(rows: int, columns: int, bits: int) -> int:
 def flat_encode(weights_NK: torch.Tensor, bits: int) -> torch.Tensor:
     """The bytes of a matrix (fp32, finite): the nearest codes, groups clipped where that has less error."""
     group = group_size(weights_NK.shape[1])
-    weights_NK = padded(weights_NK)
+    unit = unit_for(weights_NK)
+    weights_NK = padded(weights_NK) / unit
     values_NGg = weights_NK.view(len(weights_NK), -1, group)
     low_NG, high_NG = values_NGg.amin(-1), values_NGg.amax(-1)
-    unit = unit_for((high_NG - low_NG) / (2**bits - 1), low_NG, high_NG)
-    middle_NG = ((low_NG + high_NG) / 2 / unit).half()
-    best = (torch.full(low_NG.shape, float("inf")), torch.zeros(low_NG.shape, dtype=torch.float16))
+    middle_NG = ((low_NG + high_NG) / 2).half()
+    least_NG = torch.full(low_NG.shape, float("inf"))
+    scale_NG = torch.zeros(low_NG.shape, dtype=torch.float16)
     for shrink in _SHRINKS[bits]:
-        scale_NG = ((high_NG - low_NG) * (shrink / (2**bits - 1)) / unit).half()
-        grid = _grid(scale_NG, middle_NG, unit, bits)
-        error_NK = (weights_NK - _decode(_nearest(weights_NK, grid, bits, group), grid, bits, group)).square()
-        cost_NG = error_NK.view(values_NGg.shape).sum(-1)
-        best = (cost_NG.minimum(best[0]), torch.where(cost_NG < best[0], scale_NG, best[1]))
-    grid = _grid(best[1], middle_NG, unit, bits)
-    codes_NK = _nearest(weights_NK, grid, bits, group)
-    codes_NK = (codes_NK - (_SIGNED if bits == 8 else 0)).to(torch.int16).to(torch.uint8)
-    packed = pack_scaled((grid.scale_NG, grid.middle_NG), codes_NK, group, FORMS[bits])
-    return torch.cat((grid.header(), packed))
+        tried_NG = ((high_NG - low_NG) * (shrink / (2**bits - 1))).half()
+        codes_NK = _nearest(weights_NK, tried_NG, middle_NG, bits)
+        error_NK = weights_NK - _values(codes_NK, tried_NG.float(), middle_NG.float(), bits)
+        cost_NG = error_NK.square().view(values_NGg.shape).sum(-1)
+        scale_NG = torch.where(cost_NG < least_NG, tried_NG, scale_NG)
+        least_NG = cost_NG.minimum(least_NG)
+    codes_NK = _nearest(weights_NK, scale_NG, middle_NG, bits) - (_SIGNED if bits == 8 else 0)
+    packed = pack_scaled((scale_NG, middle_NG), codes_NK.to(torch.int16).to(torch.uint8), group, FORMS[bits])
+    return torch.cat((_grid(scale_NG, middle_NG, unit).header(), packed))
 
 
 def flat_decode(region: torch.Tensor, rows: int, columns: int, bits: int) -> torch.Tensor:
     """The weights [N, K] in fp32 that the bytes of a matrix stand for."""
-    group = group_size(columns)
-    scales, codes_NK = unpack_scaled(region[HEADER:], 2, padded_rows(rows), padded_columns(columns), group, FORMS[bits])
-    grid = Grid.parse(region[:HEADER], *scales)
+    (scale_NG, middle_NG), codes_NK = unpack_scaled(
+        region[HEADER:], 2, padded_rows(rows), padded_columns(columns), group_size(columns), FORMS[bits]
+    )
+    unit = Grid.parse(region[:HEADER], scale_NG, middle_NG).unit
     stored_NK = codes_NK.view(torch.int8).float() + _SIGNED if bits == 8 else codes_NK.float()
-    step_NK = spread(grid.real_scale_NG, group)
-    return (spread(grid.real_middle_NG, group) + step_NK * (stored_NK - (2**bits - 1) / 2))[:rows, :columns]
+    return _values(stored_NK, scale_NG.float() * unit, middle_NG.float() * unit, bits)[:rows, :columns]
 
 
-def _grid(scale_NG: torch.Tensor, middle_NG: torch.Tensor, unit: float, bits: int) -> Grid:
+def _grid(scale_NG: torch.Tensor, middle_NG: torch.Tensor, unit: float) -> Grid:
     # The header has one step for flat codes, in the place of the lowest level.
-    del bits
     return Grid(scale_NG, middle_NG, unit, {2: 1.0}, hi=0, lo=0)
 
 
-def _nearest(weights_NK: torch.Tensor, grid: Grid, bits: int, group: int) -> torch.Tensor:
-    step_NK = spread(grid.real_scale_NG, group).clamp_min(1e-30)
-    relative_NK = (weights_NK - spread(grid.real_middle_NG, group)) / step_NK
-    return (relative_NK + (2**bits - 1) / 2).round().clamp(0, 2**bits - 1)
+def _nearest(weights_NK: torch.Tensor, scale_NG: torch.Tensor, middle_NG: torch.Tensor, bits: int) -> torch.Tensor:
+    group = weights_NK.shape[1] // scale_NG.shape[1]
+    relative_NK = (weights_NK - spread(middle_NG.float(), group)) / spread(scale_NG.float(), group).clamp_min(1e-30)
+    codes_NK: torch.Tensor = (relative_NK + (2**bits - 1) / 2).round().clamp(0, 2**bits - 1)
+    return codes_NK
 
 
-def _decode(codes_NK: torch.Tensor, grid: Grid, bits: int, group: int) -> torch.Tensor:
-    step_NK = spread(grid.real_scale_NG, group)
-    return spread(grid.real_middle_NG, group) + step_NK * (codes_NK - (2**bits - 1) / 2)
+def _values(codes_NK: torch.Tensor, scale_NG: torch.Tensor, middle_NG: torch.Tensor, bits: int) -> torch.Tensor:
+    group = codes_NK.shape[1] // scale_NG.shape[1]
+    weights_NK: torch.Tensor = spread(middle_NG, group) + spread(scale_NG, group) * (codes_NK - (2**bits - 1) / 2)
+    return weights_NK

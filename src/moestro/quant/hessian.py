@@ -31,6 +31,17 @@ def compensation(hessian_KK: torch.Tensor | None, columns: int) -> Compensation 
     damped_KK = functional.pad(hessian_KK.double(), (0, extra, 0, extra))
     damped_KK.diagonal().add_(float(hessian_KK.diagonal().double().mean()) * DAMPING)
     order_K = damped_KK.diagonal().argsort(descending=True, stable=True)
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK[order_K][:, order_K]))
-    root_KK = torch.linalg.cholesky(inverse_KK, upper=True).float().contiguous()
-    return Compensation(order_K, root_KK)
+    damped_KK = damped_KK[order_K][:, order_K]
+    return Compensation(order_K, damped_KK.float().contiguous(), _inverse_root(damped_KK).float().contiguous())
+
+
+def _inverse_root(matrix_KK: torch.Tensor) -> torch.Tensor:
+    """Upper triangular R with R^T R the inverse of a positive definite matrix.
+
+    Turned around, the lower Cholesky factor is an upper U with U U^T the matrix, and R is U's inverse: no inverse of
+    the whole matrix is needed.
+    """
+    upper_KK = torch.linalg.cholesky(matrix_KK.flip(0, 1)).flip(0, 1)
+    identity_KK = torch.eye(len(matrix_KK), dtype=matrix_KK.dtype)
+    root_KK: torch.Tensor = torch.linalg.solve_triangular(upper_KK, identity_KK, upper=True)
+    return root_KK

@@ -5,16 +5,17 @@ Shapes: N rows, K columns (both padded inside), G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from moestro.quant.codes import LEVELS, Codes
 from moestro.quant.encoding import PRIORITIES, padded
-from moestro.quant.grid import Grid, decode, spread
+from moestro.quant.grid import Grid, decode, positions, spread, unit_for
 from moestro.quant.groups import group_size, groups, padded_columns, padded_rows
 from moestro.quant.hessian import compensation, importance
-from moestro.quant.rounding import Rule, round_columns
+from moestro.quant.rounding import Rule, improve, round_compensated, round_nearest
 from moestro.quant.scales import fit_grid, fit_steps
 from moestro.quant.tiles import (
     BITS1,
@@ -29,6 +30,12 @@ from moestro.quant.tiles import (
 )
 
 FORMS = {2: BITS2, 3: BITS1, 4: BITS1, 8: BITS4}
+
+_STEP_ROWS = 256
+_STEP_ROUNDS = 3
+SWEEPS = 1
+"""Sweeps of coordinate descent after compensated rounding. Measured on the built-in model (divergence from the original
+at 2 bits): .042 without, .0357 with one, .0350 with three."""
 
 
 class NestedEncoding:
@@ -45,7 +52,9 @@ class NestedEncoding:
         self, weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
     ) -> dict[int, torch.Tensor]:
         group = group_size(weights_NK.shape[1])
-        codes, grid = quantise(weights_NK, levels=levels, hessian_KK=hessian_KK)
+        unit = unit_for(weights_NK)
+        codes, grid = quantise(weights_NK / unit, levels=levels, hessian_KK=hessian_KK)
+        grid = replace(grid, unit=unit)
         base = pack_scaled((grid.scale_NG, grid.middle_NG), codes.plane(2), group, BITS2)
         planes = {2: torch.cat((grid.header(), base))}
         for level in LEVELS[1 : LEVELS.index(max(levels)) + 1]:
@@ -66,17 +75,42 @@ def quantise(
     weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
 ) -> tuple[Codes, Grid]:
     """Codes and grid of the padded matrix."""
-    rows, columns = weights_NK.shape
-    group = group_size(columns)
+    group = group_size(weights_NK.shape[1])
     weights_NK = padded(weights_NK)
     priorities = {level: PRIORITIES[level] for level in levels}
     importance_K = importance(hessian_KK, weights_NK.shape[1])
     grid = fit_grid(weights_NK, importance_K, group, priorities)
     offset_NK = weights_NK - spread(grid.real_middle_NG, group)
-    for _ in range(2):
-        rule = Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
-        codes = round_columns(offset_NK, rule, group, None)
-        grid = fit_steps(weights_NK, importance_K, codes, grid, group)
-    rule = Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
-    codes = round_columns(offset_NK, rule, group, compensation(hessian_KK, weights_NK.shape[1]))
+
+    grid = replace(grid, steps=_fitted_steps(offset_NK, importance_K, grid, group, priorities))
+    rule = _rule(grid, priorities)
+    how = compensation(hessian_KK, weights_NK.shape[1])
+    if how is None:
+        return round_nearest(offset_NK, rule, group), grid
+    codes = round_compensated(offset_NK, rule, group, how)
+    for _ in range(SWEEPS):
+        values_BNK = torch.stack([_value(codes, level, grid, group) for level in LEVELS])
+        codes = improve(offset_NK, values_BNK, rule, group, how)
     return codes, grid
+
+
+def _rule(grid: Grid, priorities: Mapping[int, float]) -> Rule:
+    return Rule([grid.real_scale_NG], grid.steps, priorities, grid.hi, grid.lo)
+
+
+def _fitted_steps(
+    offset_NK: torch.Tensor, importance_K: torch.Tensor, grid: Grid, group: int, priorities: Mapping[int, float]
+) -> dict[int, float]:
+    """Steps and codes that fit each other, from some of the rows: the steps are a handful of numbers per matrix."""
+    some = slice(None, None, -(-len(offset_NK) // _STEP_ROWS))
+    grid = replace(grid, scale_NG=grid.scale_NG[some], middle_NG=torch.zeros_like(grid.middle_NG[some]))
+    for _ in range(_STEP_ROUNDS):
+        codes = round_nearest(offset_NK[some], _rule(grid, priorities), group)
+        grid = fit_steps(offset_NK[some], importance_K, codes, grid, group)
+    return grid.steps
+
+
+def _value(codes: Codes, level: int, grid: Grid, group: int) -> torch.Tensor:
+    if level not in grid.steps:
+        return torch.zeros(codes.code_NK.shape)
+    return spread(grid.real_scale_NG * grid.steps[level], group) * positions(codes, level, grid)

@@ -8,16 +8,17 @@ Shapes: N rows, K columns (both padded inside), G groups, g columns of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from moestro.quant.codes import LEVELS
-from moestro.quant.encoding import padded
-from moestro.quant.grid import Grid, spread
+from moestro.quant.codes import LEVELS, Codes
+from moestro.quant.encoding import PRIORITIES, padded
+from moestro.quant.grid import Grid, spread, unit_for
 from moestro.quant.groups import TILE, group_size, groups, padded_columns, padded_rows
 from moestro.quant.hessian import compensation, importance
 from moestro.quant.nested import FORMS
-from moestro.quant.rounding import Rule, round_columns
+from moestro.quant.rounding import Rule, round_compensated, round_nearest
 from moestro.quant.scales import fit_grid
 from moestro.quant.tiles import (
     BITS2,
@@ -33,10 +34,11 @@ from moestro.quant.tiles import (
 )
 
 _LINE = 64
+_ROUNDS = 3
 
 
 class SignsEncoding:
-    """See `Encoding`. The chain is greedy, so that levels below the highest are good whether asked for or not."""
+    """See `Encoding`. Codes are chosen over all levels at once, as those of nested integers are."""
 
     name = "signs"
 
@@ -49,15 +51,26 @@ class SignsEncoding:
         self, weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
     ) -> dict[int, torch.Tensor]:
         group = group_size(weights_NK.shape[1])
-        weights_NK = padded(weights_NK)
+        unit = unit_for(weights_NK)
+        weights_NK = padded(weights_NK) / unit
         importance_K = importance(hessian_KK, weights_NK.shape[1])
         grid = fit_grid(weights_NK, importance_K, group, {2: 1.0})
-        scales_NG = _sign_scales(weights_NK, importance_K, grid, group)
-        rule = Rule(
-            [grid.real_scale_NG, *(scale_NG.float() * grid.unit for scale_NG in scales_NG)], grid.steps, {}, 0, 0
-        )
         offset_NK = weights_NK - spread(grid.real_middle_NG, group)
-        codes = round_columns(offset_NK, rule, group, compensation(hessian_KK, weights_NK.shape[1]))
+        priorities = {level: PRIORITIES[level] for level in levels}
+        how = compensation(hessian_KK, weights_NK.shape[1])
+        rule = Rule([grid.real_scale_NG, *[grid.real_scale_NG] * 3], grid.steps, priorities, 0, 0)
+        codes = round_nearest(offset_NK, rule, group)
+        scales_NG = _sign_scales(offset_NK, importance_K, codes, grid, group)
+        for _ in range(1 if how is None else _ROUNDS):
+            planes_NG = [grid.real_scale_NG, *(scale_NG.float() for scale_NG in scales_NG)]
+            rule = Rule(planes_NG, grid.steps, priorities, 0, 0)
+            if how is None:
+                codes = round_nearest(offset_NK, rule, group)
+            else:
+                codes = round_compensated(offset_NK, rule, group, how)
+                # Compensation moves codes of the base away from the weights: more is left for the planes after it.
+                scales_NG = _sign_scales(offset_NK, importance_K, codes, grid, group)
+        grid = replace(grid, unit=unit)
         base = pack_scaled((grid.scale_NG, grid.middle_NG), codes.plane(2), group, BITS2)
         planes = {2: torch.cat((grid.header(), base))}
         for level, scale_NG in zip(LEVELS[1 : LEVELS.index(max(levels)) + 1], scales_NG, strict=False):
@@ -78,22 +91,20 @@ class SignsEncoding:
 
 
 def _sign_scales(
-    weights_NK: torch.Tensor, importance_K: torch.Tensor, grid: Grid, group: int
+    offset_NK: torch.Tensor, importance_K: torch.Tensor, codes: Codes, grid: Grid, group: int
 ) -> tuple[torch.Tensor, ...]:
-    """Scales of the planes after the base, fp16 [N, G] each, in the grid's unit."""
-    rows = len(weights_NK)
+    """Scales of the planes after the base, for given codes of the base: fp16 [N, G] each, in the grid's unit."""
+    rows = len(offset_NK)
     step_NK = spread(grid.real_scale_NG * grid.steps[2], group)
-    offset_NK = weights_NK - spread(grid.real_middle_NG, group)
-    code_NK = (offset_NK / step_NK.clamp_min(1e-30) + 1.5).round().clamp(0, 3)
-    rest_NK = offset_NK - step_NK * (code_NK - 1.5)
+    rest_NK = offset_NK - step_NK * (codes.plane(2).float() - 1.5)
     weight_NG = importance_K.view(-1, group).sum(-1)
     scales = []
     for _ in range(2):
         mean_NG = (rest_NK.abs() * importance_K).view(rows, -1, group).sum(-1) / weight_NG
-        scales.append((mean_NG / grid.unit).half())
-        size_NK = spread(scales[-1].float() * grid.unit, group)
+        scales.append(mean_NG.half())
+        size_NK = spread(scales[-1].float(), group)
         rest_NK = torch.where(rest_NK >= 0, rest_NK - size_NK, rest_NK + size_NK)
-    scales.append((rest_NK.abs().view(rows, -1, group).amax(-1) / 7.5 / grid.unit).half())
+    scales.append((rest_NK.abs().view(rows, -1, group).amax(-1) / 7.5).half())
     return tuple(scales)
 
 

@@ -1,8 +1,8 @@
 """Codes and scales of a matrix to the bytes that kernels read, and back.
 
-Rows come in tiles of 16; within a tile, group after group. A chunk is 64 bytes: byte 4r + i belongs to row r of the tile
-and to a column that is i modulo 4, so that one 32-bit lane of a vector holds four columns of one row and integer dot
-products need no sums across lanes. How many columns share a byte depends on the width of the codes.
+Rows come in tiles of 16; within a tile, group after group. A chunk is 64 bytes: byte 4r + i belongs to row r of the
+tile and to a column that is i modulo 4, so that one 32-bit lane of a vector holds four columns of one row and integer
+dot products need no sums across lanes. How many columns share a byte depends on the width of the codes.
 
 Shapes: N rows and K columns, both padded; T tiles, G groups, g columns of a group, R = 16 rows of a tile.
 """

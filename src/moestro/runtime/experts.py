@@ -84,7 +84,9 @@ def combine(out_PH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     weights_TK = plain(weights_TK).to(torch.float32).numpy()
     weighted_TKH = out_PH.numpy().reshape(*weights_TK.shape, -1)
     weighted_TKH *= weights_TK[:, :, None]
-    # numpy adds along an outer dimension one row after another; torch's sum promises no order.
+    # numpy adds one row after another along a dimension that is not the fast one in memory (there it adds in pairs);
+    # torch's sum promises no order.
+    assert weighted_TKH.shape[2] > 1, "a hidden width of one"
     return torch.from_numpy(np.add.reduce(weighted_TKH, axis=1))
 
 

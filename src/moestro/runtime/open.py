@@ -15,6 +15,7 @@ from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
 from moestro.memory.arena import Arena
 from moestro.memory.budget import format_bytes, machine_bytes, resident_bytes
+from moestro.memory.heap import return_large_blocks
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
@@ -86,11 +87,11 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int = 0) -> ModelSha
     )
 
 
-def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0, native: bool = True) -> OpenModel:
+def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> OpenModel:
     """Open `store` within the memory that `options` give.
 
-    `logit_rows`: how many rows of a step can get logits (0: the last one of each sequence). With `native` False every
-    family runs on the general path, which tests compare with.
+    With `native` False every family runs on the general path, which tests compare with. `logit_rows`: how many rows of
+    a step can get logits (0: the last one of each sequence).
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -100,8 +101,9 @@ def open_model(store: Store, options: RuntimeOptions, *, logit_rows: int = 0, na
     level_of(store, options.level)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
-    probed = probe_for(skeleton, options, logit_rows=logit_rows, native=native)
+    probed = probe_for(skeleton, options, native=native, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
+    return_large_blocks()
     floor = measure_floor(kernels)
     shape = shape_of_store(store, skeleton, options.level)
     plan = make_plan(shape, probed, options, config=skeleton.config, floor_bytes=floor)

@@ -129,8 +129,9 @@ class Plan:
         return self.dense_bytes + self.kv_bytes + self.activation_bytes + self.staging_bytes
 
     def bytes_for_experts(self, share: float) -> int:
-        """The memory to give so that the arena holds `share` (0 to 1) of all experts, at least the least."""
-        return max(self.least_bytes, self.fixed_bytes + round_up(int(share * self.whole_arena_bytes), PAGE))
+        """The memory to give so that the arena has `share` (0 to 1) of the experts' bytes, at least the least."""
+        arena = self.whole_arena_bytes if share >= 1 else int(share * self.expert_bytes)
+        return max(self.least_bytes, self.fixed_bytes + round_up(arena, PAGE))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -171,22 +172,21 @@ def resolve_context(config: PreTrainedConfig, asked: int) -> int:
     return asked or min(limit, DEFAULT_CONTEXT)
 
 
-def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, logit_rows: int = 0, native: bool = True) -> Probe:
+def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> Probe:
     """The probe of a step as `options` allow it, on the path that it will take (`native` False: always the general).
 
-    `logit_rows`: how many rows get logits (0: the last one of each sequence).
+    `logit_rows` get logits (0: the last row of each sequence).
     """
     if not 1 <= options.max_sequences <= STEP_ROWS:
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
-    rows = min(STEP_ROWS, context * options.max_sequences)
-    logit_rows = logit_rows or options.max_sequences
-    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=logit_rows)
+    rows, wanted = min(STEP_ROWS, context * options.max_sequences), logit_rows or options.max_sequences
+    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=wanted)
     blueprint = describe(skeleton, probed) if native else None
     if blueprint is None:
         return probed
     activation_bytes = blueprint.activation_bytes(
-        rows=rows, context=context, logit_rows=logit_rows, experts_bytes=probed.experts_bytes
+        rows=rows, context=context, logit_rows=wanted, experts_bytes=probed.experts_bytes
     )
     return replace(probed, activation_bytes=activation_bytes)
 

@@ -24,7 +24,8 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         if dense_bits == 16:
             pack_raw(folder / "checkpoint", folder / "store")
         else:
-            pack(folder / "checkpoint", folder / "store", options=PackOptions(dense_bits=dense_bits, calibration=False))
+            options = PackOptions(levels="4", dense_bits=dense_bits, calibration=False)
+            pack(folder / "checkpoint", folder / "store", options=options)
         return folder / "store"
 
     return make

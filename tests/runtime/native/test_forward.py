@@ -46,8 +46,9 @@ def test_stored_types_are_computed_in_fp32(dtype: torch.dtype, make_store: MakeS
         assert (logits_of(native, TOKENS) - logits_of(general, TOKENS)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("dense_bits", [8, 4])
-@pytest.mark.parametrize("variant", ["gpt_oss", "olmoe", "qwen2_moe_odd_widths", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("variant", "dense_bits"), [("gpt_oss", 8), ("olmoe", 4), ("qwen2_moe_odd_widths", 8), ("qwen3_moe", 4)]
+)
 def test_quantised_weights_take_the_same_kernels(variant: str, dense_bits: int, make_store: MakeStore) -> None:
     """Logits are those of the general path, but where a last bit makes a rounded activation another one."""
     store = make_store(VARIANTS[variant], torch.float32, dense_bits=dense_bits)
