@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "combine.h"
 #include "dispatch.h"
 #include "module_decoder.h"
 #include "module_packed.h"
@@ -124,6 +125,11 @@ void scale_costs(uintptr_t weights, uintptr_t importance, uintptr_t scales, uint
   kernels().scale_costs(args);
 }
 
+void combine_outputs(uintptr_t outputs, uintptr_t weights, uintptr_t out, int64_t tokens, int64_t picks,
+                     int64_t width) {
+  combine(pointer<const float>(outputs), pointer<const float>(weights), pointer<float>(out), tokens, picks, width);
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const KernelTable *table : available_kernels()) names.emplace_back(table->name);
@@ -179,6 +185,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled CPU kernels; call them through moestro.kernels.";
   m.def("linear", &linear, release());
   m.def("attention", &attention, release());
+  m.def("combine", &combine_outputs, release());
   m.def("round_columns", &round_columns, release());
   m.def("scale_costs", &scale_costs, release());
   m.def("set_threads", &set_threads, release(), nb::arg("threads"));

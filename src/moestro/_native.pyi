@@ -53,6 +53,9 @@ def attention(
 ) -> None:
     """Raises ValueError when a row's sequence, position or block lies outside the table or the pool."""
 
+def combine(outputs: int, weights: int, out: int, tokens: int, picks: int, width: int, /) -> None:
+    """Weighted sums over k in ascending order of fp32 outputs [tokens, picks, width]."""
+
 def scale_costs(
     weights: int,
     importance: int,

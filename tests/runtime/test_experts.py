@@ -119,9 +119,11 @@ class Shelf:
             policy=make_policy("lru"),
             locate=self._extents.__getitem__,
         )
-        self.layer = packed_layer(make_kernels("cpu", threads=2), module, layout, level, self.buffer.tensor)
+        self.layer = packed_layer(
+            make_kernels("cpu", threads=2), module, layout, self.buffer.tensor, level=level, experts=EXPERTS
+        )
         chains = [tuple((0, expert, plane) for plane in range(len(sizes))) for expert in range(EXPERTS)]
-        self.experts = RoutedExperts(planes, [self.layer], [chains])
+        self.experts = RoutedExperts(planes, [self.layer], [chains], whole=whole)
 
     def _write(
         self, file: object, path: Path, layout: Layout, params: Sequence[ExpertParam], expert: int, level: int

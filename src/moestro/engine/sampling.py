@@ -24,14 +24,20 @@ class Sampler:
         logits -= logits.max()
         with np.errstate(over="ignore"):  # the coldest temperatures leave the likeliest token alone
             logits /= params.temperature
+        if not params.top_k and params.top_p == 1.0:
+            return self._draw(np.exp(logits).cumsum())
         # A stable order makes ties break the same way every time.
         order = np.argsort(-logits, kind="stable")
         if params.top_k:
             order = order[: params.top_k]
         weights = np.exp(logits[order])
-        cumulative = np.cumsum(weights) / weights.sum()
+        cumulative = np.cumsum(weights)
         if params.top_p < 1.0:
-            keep = int(np.searchsorted(cumulative, params.top_p, side="left")) + 1
-            cumulative = cumulative[:keep] / cumulative[keep - 1 : keep]
-        drawn = int(np.searchsorted(cumulative, self._random.random(), side="right"))
-        return int(order[min(drawn, len(cumulative) - 1)])
+            keep = int(np.searchsorted(cumulative, params.top_p * cumulative[-1], side="left")) + 1
+            cumulative = cumulative[:keep]
+        return int(order[self._draw(cumulative)])
+
+    def _draw(self, cumulative: np.ndarray) -> int:
+        """An index with the probability that it adds to the cumulative weights."""
+        drawn = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        return min(drawn, len(cumulative) - 1)

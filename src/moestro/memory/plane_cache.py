@@ -50,6 +50,8 @@ class PlaneCache:
         self._loading: dict[PlaneKey, HeldPlane] = {}
         self._streams: list[PlaneStream] = []
         self._step = 0  # streams so far
+        self.drops = 0
+        """How many planes have lost their slots so far."""
         self._stats = CacheStats()
         self._loaded: Counter[int] = Counter()  # bytes loaded of late, by slot class
         self._lock = threading.Lock()
@@ -76,6 +78,11 @@ class PlaneCache:
         Raises PlaneReadError when a plane cannot be read; the cache then is as good as before.
         """
         return PlaneStream(self, chains)
+
+    def count_hits(self, chains: int) -> None:
+        """Count chains that a consumer used without asking, because nothing has been dropped since it last had them."""
+        with self._lock:
+            self._stats.hits += chains
 
     def prefetch(self, keys: Sequence[PlaneKey]) -> int:
         """Queue reads of these planes, most wanted first, behind all demand; returns how many were queued.
@@ -194,6 +201,7 @@ class PlaneCache:
         return True
 
     def _drop(self, plane: HeldPlane) -> None:
+        self.drops += 1
         self._planes.remove(plane)
         self._arena.free(plane.slot)
         self._policy.on_evict(plane.key)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from moestro import _native
 from moestro.errors import PlaneReadError
 from moestro.hf.skeleton import Skeleton, is_experts_module
-from moestro.kernels.base import ExpertSpec, Kernels
+from moestro.kernels.base import ExpertJobs, ExpertSpec, Kernels
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.runtime.expert_mlp import activate, expert_mlp
@@ -36,13 +37,30 @@ class LayerExperts(Protocol):
         """Write the unweighted output of each arrived expert into its places of `out_PH`."""
         ...
 
+    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
+        """Outputs [K, H] of one row, from where the planes last arrived; None when that is not known of all."""
+        ...
+
+    def forget(self) -> None:
+        """Planes may have moved."""
+        ...
+
 
 class RoutedExperts:
-    """The experts of all layers over one plane cache. `counts_LE`: rows routed to each expert so far."""
+    """The experts of all layers over one plane cache. `counts_LE`: rows routed to each expert so far.
 
-    def __init__(self, planes: PlaneCache, layers: Sequence[LayerExperts], chains: Sequence[Sequence[Chain]]) -> None:
+    Where `whole` says that the arena has room for every plane, planes stay where they once arrived: a single row whose
+    planes are all known goes past the cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have
+    just washed it out of the processor's caches.
+    """
+
+    def __init__(
+        self, planes: PlaneCache, layers: Sequence[LayerExperts], chains: Sequence[Sequence[Chain]], *, whole: bool
+    ) -> None:
         assert len(layers) == len(chains)
         self.planes = planes
+        self._whole = whole
+        self._drops = planes.drops
         self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
         self._layers = tuple(layers)
         self._chains = tuple(tuple(one) for one in chains)
@@ -62,6 +80,10 @@ class RoutedExperts:
         """
         chains = self._chains[layer]
         hidden_TH = hidden_TH.contiguous()
+        if self._whole and len(index_TK) == 1:
+            out_PH = self._known_row(layer, hidden_TH, index_TK.numpy()[0])
+            if out_PH is not None:
+                return combine(out_PH, weights_TK)
         rows = Grouping(index_TK.numpy(), len(chains))
         self.counts_LE[layer, : len(chains)] += rows.counts_E
         used = rows.used
@@ -78,19 +100,39 @@ class RoutedExperts:
             raise
         return combine(out_PH, weights_TK)
 
+    def _known_row(self, layer: int, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
+        """Unweighted outputs [K, H] of one row, from planes that are known to be where they were; else None."""
+        if self.planes.drops != self._drops:
+            self._drops = self.planes.drops
+            for one in self._layers:
+                one.forget()
+        out_KH = self._layers[layer].compute_known(hidden_1H, experts_K)
+        if out_KH is not None:
+            self.counts_LE[layer, experts_K] += 1
+            self.planes.count_hits(len(experts_K))
+        return out_KH
+
+
+class StreamedExperts:
+    """Those that are asked for anew at every step."""
+
+    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
+        return None
+
+    def forget(self) -> None:
+        pass
+
 
 def combine(out_PH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """Weighted sum [T, H] over k in ascending order, changing `out_PH`: the same additions whatever is in the batch."""
-    weights_TK = plain(weights_TK).to(torch.float32).numpy()
-    weighted_TKH = out_PH.numpy().reshape(*weights_TK.shape, -1)
-    weighted_TKH *= weights_TK[:, :, None]
-    # numpy adds one row after another along a dimension that is not the fast one in memory (there it adds in pairs);
-    # torch's sum promises no order.
-    assert weighted_TKH.shape[2] > 1, "a hidden width of one"
-    return torch.from_numpy(np.add.reduce(weighted_TKH, axis=1))
+    """Weighted sum [T, H] over k in ascending order: the same additions whatever is in the batch."""
+    weights_TK = plain(weights_TK).to(torch.float32).contiguous()
+    tokens, picks = weights_TK.shape
+    sum_TH = torch.empty((tokens, out_PH.shape[1]))
+    _native.combine(out_PH.data_ptr(), weights_TK.data_ptr(), sum_TH.data_ptr(), tokens, picks, sum_TH.shape[1])
+    return sum_TH
 
 
-class RawExperts:
+class RawExperts(StreamedExperts):
     """Experts in their stored type, one after another, with the activation of transformers' module."""
 
     def __init__(self, kernels: Kernels, module: nn.Module, views: SlotViews, layer: int) -> None:
@@ -106,20 +148,44 @@ class RawExperts:
 class PackedExperts:
     """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
 
-    def __init__(self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, level: int) -> None:
+    def __init__(self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int) -> None:
         self._kernels, self._spec, self._level = kernels, spec, level
         self._arena = arena.data_ptr()
+        self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
+        self._one_row: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
         absent = (0,) * (_CHAIN_PLANES - len(arrived[0][1]))
         base = self._arena
         addresses = [[*[base + offset for offset in offsets], *absent] for _, offsets in arrived]
-        planes = np.array(addresses, dtype=np.int64)
-        jobs = rows.jobs([expert for expert, _ in arrived], planes, self._level)
-        self._kernels.experts(self._spec, jobs, hidden_TH, out_PH)
+        planes_JP = np.array(addresses, dtype=np.int64)
+        experts = [expert for expert, _ in arrived]
+        self._known_EP[experts] = planes_JP
+        self._kernels.experts(self._spec, rows.jobs(experts, planes_JP, self._level), hidden_TH, out_PH)
+
+    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
+        if experts_K.max() >= len(self._known_EP):
+            return None
+        planes_KP = self._known_EP[experts_K]
+        if not planes_KP[:, 0].all():
+            return None
+        if self._one_row is None or len(self._one_row[0]) != len(experts_K):
+            self._one_row = _one_row(len(experts_K), self._level)
+        out_KH = torch.empty((len(experts_K), hidden_1H.shape[1]))
+        self._kernels.experts(self._spec, ExpertJobs(planes_KP, *self._one_row), hidden_1H, out_KH)
+        return out_KH
+
+    def forget(self) -> None:
+        self._known_EP[:] = 0
 
 
-class PackedExpertsWithModule:
+def _one_row(picks: int, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Levels, starts, rows and places of the jobs of one row: one for each of its experts."""
+    places_K = np.arange(picks, dtype=np.int32)
+    return np.full(picks, level, np.int32), np.arange(picks + 1, dtype=np.int32), np.zeros_like(places_K), places_K
+
+
+class PackedExpertsWithModule(StreamedExperts):
     """Quantised experts with an activation that only transformers' module knows, one after another."""
 
     def __init__(
@@ -159,12 +225,14 @@ def open_experts(
     layouts: Sequence[Layout],
     level: int,
     arena: torch.Tensor,
+    whole: bool,
 ) -> RoutedExperts:
     """The experts of a model at a level.
 
     Args:
         layouts: of each MoE layer, up to the planes of `level`.
         arena: the bytes in which `planes` holds planes.
+        whole: whether they have room for all planes.
     """
     views = SlotViews(arena_bytes=arena, layouts=layouts)
     modules = [module for module in skeleton.model.modules() if is_experts_module(module)]
@@ -176,16 +244,18 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(packed_layer(kernels, module, layout, level, arena))
-    return RoutedExperts(planes, layers, chains)
+            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts)))
+    return RoutedExperts(planes, layers, chains, whole=whole)
 
 
-def packed_layer(kernels: Kernels, module: nn.Module, layout: Layout, level: int, arena: torch.Tensor) -> LayerExperts:
+def packed_layer(
+    kernels: Kernels, module: nn.Module, layout: Layout, arena: torch.Tensor, *, level: int, experts: int
+) -> LayerExperts:
     """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`."""
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
     if spec is not None:
-        return PackedExperts(kernels, spec, arena, level)
+        return PackedExperts(kernels, spec, arena, level=level, experts=experts)
     _say_once(type(module))
     return PackedExpertsWithModule(kernels, module, matrices, arena, level)
 

@@ -156,6 +156,7 @@ def _assemble(
             layouts=layouts,
             level=plan.level,
             arena=arena_buffer.tensor,
+            whole=plan.arena_bytes >= plan.whole_arena_bytes,
         ),
     )
     return OpenModel(
