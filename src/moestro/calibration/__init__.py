@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moestro.calibration.apart import pack_apart
 from moestro.calibration.packing import pack
 
-__all__ = ["pack"]
+__all__ = ["pack", "pack_apart"]

@@ -17,14 +17,14 @@ def locate_store(model: str, *, auto_pack: bool, raw: bool = False) -> Path:
 
     With `raw` a checkpoint is packed with its weights as they are; a store is taken as it is, whatever it holds.
     """
-    from moestro.calibration import pack
+    from moestro.calibration import pack_apart
     from moestro.store.locate import AUTOMATIC, locate
 
     with progress_bar("packing") as report:
         return locate(
             model,
             auto_pack=auto_pack,
-            pack=pack,
+            pack=pack_apart,
             options=PackOptions(levels="raw") if raw else AUTOMATIC,
             progress=lambda step: report(step.done_bytes, step.total_bytes),
         )

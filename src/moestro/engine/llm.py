@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from moestro.calibration import pack
+from moestro.calibration import pack_apart
 from moestro.config import RuntimeOptions, SamplingParams
 from moestro.engine.detokenize import Detokenizer
 from moestro.engine.engine import Engine
@@ -56,7 +56,7 @@ class LLM:
             settings["memory"] = str(settings["memory"])
         self.options = replace(options or RuntimeOptions(), **settings)
         _check_before_packing(str(model), self.options)
-        store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, pack=pack, progress=progress))
+        store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, pack=pack_apart, progress=progress))
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
         self._closed_stats: Stats | None = None

@@ -60,7 +60,9 @@ def _costs(
         [priorities.get(level, 0.0) for level in LEVELS],
         HI,
         LO,
-        *costs_SNG.shape,
+        len(SHRINKS),
+        len(weights_NK),
+        weights_NK.shape[1] // group,
         group,
     )
     return costs_SNG

@@ -19,7 +19,7 @@ from moestro.quant.groups import TILE, group_size, groups, padded_columns, padde
 from moestro.quant.hessian import compensation, importance
 from moestro.quant.nested import FORMS
 from moestro.quant.rounding import Rule, round_compensated, round_nearest
-from moestro.quant.scales import fit_grid
+from moestro.quant.scales import fit_grid, fit_steps
 from moestro.quant.tiles import (
     BITS2,
     HEADER,
@@ -34,7 +34,8 @@ from moestro.quant.tiles import (
 )
 
 _LINE = 64
-_ROUNDS = 3
+_ROUNDS = 2
+"""How often codes and scales are fitted to each other, before errors are pushed on and while they are."""
 
 
 class SignsEncoding:
@@ -58,17 +59,17 @@ class SignsEncoding:
         offset_NK = weights_NK - spread(grid.real_middle_NG, group)
         priorities = {level: PRIORITIES[level] for level in levels}
         how = compensation(hessian_KK, weights_NK.shape[1])
-        rule = Rule([grid.real_scale_NG, *[grid.real_scale_NG] * 3], grid.steps, priorities, 0, 0)
-        codes = round_nearest(offset_NK, rule, group)
-        scales_NG = _sign_scales(offset_NK, importance_K, codes, grid, group)
-        for _ in range(1 if how is None else _ROUNDS):
+        scales_NG: tuple[torch.Tensor, ...] = (grid.scale_NG,) * 3
+        for round_ in range(2 * _ROUNDS):
             planes_NG = [grid.real_scale_NG, *(scale_NG.float() for scale_NG in scales_NG)]
             rule = Rule(planes_NG, grid.steps, priorities, 0, 0)
-            if how is None:
+            if how is None or round_ < _ROUNDS:
                 codes = round_nearest(offset_NK, rule, group)
             else:
                 codes = round_compensated(offset_NK, rule, group, how)
-                # Compensation moves codes of the base away from the weights: more is left for the planes after it.
+            if round_ + 1 < 2 * _ROUNDS:
+                if round_ == 0:
+                    grid = fit_steps(weights_NK, importance_K, codes, grid, group)
                 scales_NG = _sign_scales(offset_NK, importance_K, codes, grid, group)
         grid = replace(grid, unit=unit)
         base = pack_scaled((grid.scale_NG, grid.middle_NG), codes.plane(2), group, BITS2)
