@@ -193,7 +193,7 @@ def plot(whole: dict[str, Any], file: Path) -> None:
             panel.annotate(
                 one["name"].removeprefix("llama.cpp "),
                 (one["bits_per_weight"], one[field]),
-                xytext=(4, 3),
+                xytext=(4, -7 if one["name"].endswith("-imatrix") else 3),
                 textcoords="offset points",
                 fontsize=6,
                 color="#555555",
