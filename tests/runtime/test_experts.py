@@ -92,7 +92,7 @@ def _encoded(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, dict[int,
 class Shelf:
     """One layer of quantised experts with biases on disk, and its experts function."""
 
-    def __init__(self, folder: Path, module: Module, level: int) -> None:
+    def __init__(self, folder: Path, module: Module, level: int, *, whole: bool = False) -> None:
         up = "gate_up_proj" if module.has_gate else "up_proj"
         outputs = 2 * WIDTH if module.has_gate else WIDTH
         params = (
@@ -197,6 +197,30 @@ def test_a_layer_computes_its_decoded_experts(
         assert (actual_TH[row] - expected_H).norm() <= 0.04 * expected_H.norm()
         alone_TH = shelf.experts(0, hidden_TH[row : row + 1], index_TK[row : row + 1], weights_TK[row : row + 1], set)  # type: ignore[arg-type]
         assert torch.equal(alone_TH[0], actual_TH[row]), "the neighbours change a row"
+    shelf.close()
+
+
+def test_a_row_goes_past_the_cache_only_while_nothing_has_been_dropped(tmp_path: Path) -> None:
+    """One row at a time, its planes there, then dropped, then there again."""
+    shelf = Shelf(tmp_path, Module("silu", True), 4, whole=True)
+    planes, generator = shelf.experts.planes, torch.Generator().manual_seed(2)
+    hidden_1H, weights_1K = torch.randn(1, HIDDEN, generator=generator), torch.rand(1, 2, generator=generator)
+    index_1K = torch.tensor([[EXPERTS - 1, 0]])
+
+    def run() -> torch.Tensor:
+        return shelf.experts(0, hidden_1H, index_1K, weights_1K, lambda _rows: frozenset())
+
+    first = run()
+    assert (planes.stats.hits, planes.stats.misses) == (0, 2)
+    assert torch.equal(run(), first)
+    assert (planes.stats.hits, planes.stats.misses) == (2, 2)
+    planes.clear()
+    shelf.buffer.tensor.zero_()  # what lay there is gone
+    assert torch.equal(run(), first)
+    assert (planes.stats.hits, planes.stats.misses) == (2, 4)
+    assert torch.equal(run(), first)
+    assert (planes.stats.hits, planes.stats.misses) == (4, 4)
+    assert shelf.experts.counts_LE[0].tolist() == [4, *[0] * (EXPERTS - 2), 4]
     shelf.close()
 
 

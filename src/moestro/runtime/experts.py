@@ -37,7 +37,7 @@ class LayerExperts(Protocol):
         """Write the unweighted output of each arrived expert into its places of `out_PH`."""
         ...
 
-    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
+    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray, /) -> torch.Tensor | None:
         """Outputs [K, H] of one row, from where the planes last arrived; None when that is not known of all."""
         ...
 
@@ -116,7 +116,7 @@ class RoutedExperts:
 class StreamedExperts:
     """Those that are asked for anew at every step."""
 
-    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
+    def compute_known(self, _hidden_1H: torch.Tensor, _experts_K: np.ndarray, /) -> torch.Tensor | None:
         return None
 
     def forget(self) -> None:
@@ -163,7 +163,7 @@ class PackedExperts:
         self._known_EP[experts] = planes_JP
         self._kernels.experts(self._spec, rows.jobs(experts, planes_JP, self._level), hidden_TH, out_PH)
 
-    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
+    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray, /) -> torch.Tensor | None:
         if experts_K.max() >= len(self._known_EP):
             return None
         planes_KP = self._known_EP[experts_K]
