@@ -77,7 +77,7 @@ def test_every_family_is_calibrated(family: str, tmp_path: Path) -> None:
     assert facts.text is not None
     assert (facts.text.name, facts.text.checksum) == ("text.txt", checksum(case.text.read_bytes()))
     assert facts.tokens == 6 * 60
-    assert facts.warnings == ("calibrated on 360 tokens only, 16384 are usual",)
+    assert facts.warnings == ("calibrated on 360 tokens only, 32768 are usual",)
     assert facts.sensitivity is not None
     assert len(facts.sensitivity) == len(store.layers)
     assert all(value > 0 for value in facts.sensitivity)

@@ -17,7 +17,7 @@ from moestro.store.checksum import checksum
 WINDOW = 512
 """Most tokens of a calibration sequence."""
 
-TOKENS = 16384
+TOKENS = 32768
 """So many tokens are taken, where the text has them."""
 
 MOST_WINDOWS = 128
