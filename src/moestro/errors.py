@@ -49,7 +49,3 @@ class PlaneReadError(MoestroError):
 
     key: PlaneKey | None = None
     requests: frozenset[int] = frozenset()
-
-
-class TraceError(MoestroError):
-    """Recorded routing, or what was made from it, is damaged or does not fit the model."""

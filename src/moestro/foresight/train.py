@@ -1,7 +1,7 @@
 """Trains the nets of the learned predictor on recorded traces: minutes on a processor, layer after layer.
 
-Shapes: N visits (rows of the trace), L MoE layers, E experts, F own features, D inputs of a net, W width, H horizons, B rows of a
-batch.
+Shapes: N visits (rows of the trace), L MoE layers, E experts, F own features, D inputs of a net, W width, H horizons,
+B rows of a batch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def train(
         inputs_ND, uses_NE = routing.inputs(layer), torch.from_numpy(routing.uses(layer))
         soon_NHE = torch.from_numpy(_uses_within(routing.uses(layer), HORIZONS))
         after.append(_fit(inputs_ND, soon_NHE, options, seed=options.seed + layer))
-        before_ND = routing.inputs_before(layer, inputs_ND)
+        before_ND = routing.inputs_before(inputs_ND)
         ahead.append(_fit(before_ND, uses_NE.unsqueeze(1), options, seed=options.seed + layer))
         progress(layer + 1)
     return _stacked(after), _stacked(ahead)
@@ -73,7 +73,7 @@ class _Routing:
         latest = [self._latest(layer, layer + offset) for offset in NEIGHBOURS]
         return torch.from_numpy(np.concatenate([own_NFE.reshape(len(own_NFE), -1), *latest], axis=1))
 
-    def inputs_before(self, layer: int, after_ND: torch.Tensor) -> torch.Tensor:
+    def inputs_before(self, after_ND: torch.Tensor) -> torch.Tensor:
         """The same before the visit: the own history is a row older, that of its neighbours is not."""
         experts = self._trace.num_experts
         before_ND = after_ND.clone()
@@ -106,7 +106,9 @@ def _uses_within(uses_NE: np.ndarray, horizons: tuple[int, ...]) -> np.ndarray:
     return np.stack([after_NE - rows <= horizon for horizon in horizons], axis=1).astype(np.float32)
 
 
-def _fit(inputs_ND: torch.Tensor, wanted_NHE: torch.Tensor, options: TrainingOptions, *, seed: int) -> dict[str, torch.Tensor]:
+def _fit(
+    inputs_ND: torch.Tensor, wanted_NHE: torch.Tensor, options: TrainingOptions, *, seed: int
+) -> dict[str, torch.Tensor]:
     """One layer's weights, by AdamW on the cross entropy of each expert and horizon."""
     rows, inputs = inputs_ND.shape
     _, horizons, experts = wanted_NHE.shape
@@ -132,7 +134,7 @@ def _fit(inputs_ND: torch.Tensor, wanted_NHE: torch.Tensor, options: TrainingOpt
             logits_BHE = _logits(weights, inputs_ND[picked_B])
             loss = functional.binary_cross_entropy_with_logits(logits_BHE, wanted_NHE[picked_B])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     return {name: one.detach() for name, one in weights.items()}

@@ -1,8 +1,9 @@
 """Which experts to read before they are asked for.
 
-A prefetch that is right saves at most the time until its layer routes; one that is wrong keeps the link from what is
-asked for, and takes a slot. So only experts that are likelier used than not are worth it, and when prefetches of late
-did worse than that, none are made until the next trial.
+A read that begins when the link has nothing else to do, and that is right, saves the time until its layer routes, at
+most its own length. A wrong one keeps what is then asked for waiting for the rest of its length, and takes the slot of
+an expert that was worth keeping. So the probability that makes a prefetch pay follows from two measured times, and on a
+link that is never idle none does. Whether they did pay is checked against what was used.
 
 Shapes: E experts per layer.
 """
@@ -17,58 +18,91 @@ import numpy as np
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.base import Predictor
 
-_MEMORY = 1 / 64
-_TRIAL = 256
+_SLOT = 0.1
+"""Cost of the slot, in reads: about how likely the next visit is to use what has to leave. Measured on real routing."""
+
+_MEMORY = 1 / 256
+_TRIAL = 64
+_MOST = 8
 
 
 @dataclass(frozen=True, slots=True)
-class PrefetchRule:
-    """`least` probability that is worth a read, at most `most` experts a layer, `ahead` layers at a time."""
+class Slack:
+    """Seconds that reading an expert takes, and that the link is likely to be idle before the next layer routes."""
 
-    least: float = 0.5
-    most: int = 4
-    ahead: int = 1
+    read_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Bet:
+    """What a proposal gains in seconds when its expert is used, and loses when it is not."""
+
+    gain_s: float
+    loss_s: float
 
 
 class Prefetcher:
-    """Proposes experts of the layers to come, the likeliest first, and judges itself by what became of them."""
+    """Proposes experts of the next layer, the likeliest first."""
 
-    def __init__(self, shape: Shape, predictor: Predictor, rule: PrefetchRule | None = None) -> None:
+    def __init__(self, shape: Shape, predictor: Predictor) -> None:
         self._shape, self._predictor = shape, predictor
-        self._rule = rule or PrefetchRule()
-        self._pending: dict[int, frozenset[int]] = {}
-        self._precision = 1.0
-        self._idle = 0
-
-    @property
-    def precision(self) -> float:
-        """Share of the late proposals that were used, most recent ones weighing most."""
-        return self._precision
+        self._bets: dict[int, dict[int, _Bet]] = {}
+        self._outcome = 0.0  # mean gain of late proposals, as a share of what they hoped for or risked
+        self._rested = 0
 
     def judge(self, layer: int, counts_E: np.ndarray) -> None:
-        """The layer has routed: compare with what had been proposed for it."""
-        for expert in self._pending.pop(layer, frozenset()):
-            self._precision += _MEMORY * ((counts_E[expert] > 0) - self._precision)
+        """The layer has routed: what became of what was proposed for it."""
+        for expert, bet in self._bets.pop(layer, {}).items():
+            won = bet.gain_s if counts_E[expert] else -bet.loss_s
+            self._outcome += _MEMORY * (won / max(bet.gain_s, bet.loss_s) - self._outcome)
 
-    def propose(self, layer: int, absent: Callable[[int], np.ndarray]) -> list[tuple[int, int]]:
+    def propose(self, layer: int, absent: Callable[[int], np.ndarray], slack: Slack) -> list[tuple[int, int]]:
         """(layer, expert) of experts worth reading now that `layer` has routed; `absent(layer)` is a mask [E]."""
-        if self._resting():
+        if slack.idle_s <= 0 or slack.read_s <= 0 or self._resting():
             return []
-        rule, proposed = self._rule, []
-        for ahead in range(1, rule.ahead + 1):
-            target = (layer + ahead) % self._shape.layers
-            likely_E = np.where(absent(target), self._predictor.forecast(target, 1), 0)
-            order = np.argsort(-likely_E, kind="stable")[: rule.most]
-            chosen = [int(expert) for expert in order if likely_E[expert] >= rule.least]
-            if chosen:
-                self._pending[target] = frozenset(chosen) | self._pending.get(target, frozenset())
-                proposed += [(float(likely_E[expert]), target, expert) for expert in chosen]
-        proposed.sort(key=lambda one: -one[0])
-        return [(target, expert) for _, target, expert in proposed]
+        target = (layer + 1) % self._shape.layers
+        likely_E = np.where(absent(target), self._predictor.forecast(target, 1), 0)
+        bets: dict[int, _Bet] = {}
+        for place, expert in enumerate(np.argsort(-likely_E, kind="stable")[:_MOST].tolist()):
+            bet = _bet(slack, place)
+            if likely_E[expert] * bet.gain_s <= (1 - likely_E[expert]) * bet.loss_s:
+                break
+            bets[expert] = bet
+        self._bets[target] = bets
+        return [(target, expert) for expert in bets]
 
     def _resting(self) -> bool:
         """Whether prefetches have not paid of late; now and then one layer is tried all the same."""
-        if self._precision >= self._rule.least:
+        if self._outcome >= 0:
             return False
-        self._idle = (self._idle + 1) % _TRIAL
-        return self._idle != 0
+        self._rested = (self._rested + 1) % _TRIAL
+        return self._rested != 0
+
+
+def _bet(slack: Slack, place: int) -> _Bet:
+    """Of a read that comes after `place` others."""
+    gain_s = min(max(slack.idle_s - place * slack.read_s, 0.0), slack.read_s)
+    return _Bet(gain_s, slack.read_s - gain_s + _SLOT * slack.read_s)
+
+
+class SlackMeter:
+    """Learns from events, told with their times, how long the link is idle before the next layer routes."""
+
+    def __init__(self) -> None:
+        self._idle_s = [0.0, 0.0]  # after layers that had nothing to read, and after those that had
+        self._last: tuple[float, bool] | None = None
+
+    def served(self, now_s: float, *, read: bool) -> None:
+        """The last planes of a layer are in memory; `read` says whether any had to be read."""
+        self._last = now_s, read
+
+    def routed(self, now_s: float) -> None:
+        """The next layer asks for planes."""
+        if self._last is not None:
+            then_s, read = self._last
+            self._idle_s[read] += (now_s - then_s - self._idle_s[read]) / 32
+
+    def slack(self, read_s: float, *, reading: bool) -> Slack:
+        """For the layer that asks now; `reading` as in `served`."""
+        return Slack(read_s, self._idle_s[reading])

@@ -5,6 +5,7 @@ Shapes: N rows of a trace, B rows of a pass.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,4 +63,4 @@ def _chunks(trace: Trace, request: int) -> deque[tuple[int, int]]:
         return deque((row, row + 1) for row in range(first, last))
     steps_N = trace.step_N[first:last]
     cuts = [first, *(first + 1 + np.flatnonzero(np.diff(steps_N))).tolist(), last] if last > first else []
-    return deque(zip(cuts[:-1], cuts[1:], strict=True))
+    return deque(itertools.pairwise(cuts))

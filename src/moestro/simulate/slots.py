@@ -1,8 +1,8 @@
 """Hit rates with equal slots in every layer, prefetch off, every miss admitted: the yardstick that policies share.
 
-A pass's accesses of a layer are its distinct experts; an access is a hit when the expert was resident before the pass. What is kept
-afterwards are the experts of the pass and, of those that were resident, the ones of most worth. A policy's worth does not depend on
-what is resident, so one replay serves any number of sizes.
+A pass's accesses of a layer are its distinct experts; an access is a hit when the expert was resident before the pass.
+What is kept afterwards are the experts of the pass and, of those that were resident, the ones of most worth. A policy's
+worth does not depend on what is resident, so one replay serves any number of sizes.
 
 Shapes: P passes, B rows of a pass, L MoE layers, E experts, K experts per row, S cache sizes.
 """

@@ -40,6 +40,11 @@ class WorthEviction:
         """Nothing more comes of this request."""
         self._policy.end(request)
 
+    def absent(self, layer: int) -> np.ndarray:
+        """[E] bool: experts of which no plane is held or on its way."""
+        held_E: np.ndarray = self._held_X[layer * self._experts : (layer + 1) * self._experts]
+        return np.asarray(held_E == 0)
+
     def observe(self, routing: Routing) -> None:
         """A layer has routed: to be told before its planes are asked for."""
         self._layer = routing.layer

@@ -2,7 +2,7 @@
 
 An expert that is exact or nothing costs the same time per byte whenever it is missed, so its worth is the foreseen use
 alone: the sum over horizons of the probability of a use within them falls about with the logarithm of the time to the
-next use, and so ranks by it. Where experts may also be computed at fewer bits, `importance_LE` weighs what is lost then.
+next use, and so ranks by it. Where experts may also be computed at fewer bits, `importance_LE` weighs that loss.
 
 Shapes: L MoE layers, E experts, H horizons.
 """

@@ -46,7 +46,8 @@ class Learned:
 
     def forecast(self, layer: int, horizon: int = 1) -> np.ndarray:
         if horizon == 1 and layer == (self._at + 1) % self._shape.layers:
-            return _any(self._ahead(layer, self._inputs(layer)))[0]
+            soon_HE = _any(self._ahead(layer, self._inputs(layer)))
+            return np.asarray(soon_HE[0])
         return between(self.outlook(layer), horizon)
 
     def _inputs(self, layer: int) -> np.ndarray:

@@ -36,11 +36,12 @@ class Nets:
         requests = len(inputs_RD)
         bias_HE = self.bias_LHE[layer]
         horizons, experts = bias_HE.shape
-        inner_RW = inputs_RD @ self.inner_LDW[layer]
+        inner_RW: np.ndarray = inputs_RD @ self.inner_LDW[layer]
         inner_RW += self.inner_bias_LW[layer]
         np.maximum(inner_RW, 0, out=inner_RW)
         width = inner_RW.shape[1]
-        logits_RHE = (inner_RW @ self.outer_LWHE[layer].reshape(width, -1)).reshape(requests, horizons, experts)
+        logits_RX: np.ndarray = inner_RW @ self.outer_LWHE[layer].reshape(width, -1)
+        logits_RHE = logits_RX.reshape(requests, horizons, experts)
         own_RFE = inputs_RD[:, : OWN * experts].reshape(requests, 1, OWN, experts)
         logits_RHE += (own_RFE * self.own_LHFE[layer]).sum(2)
         logits_RHE += bias_HE
@@ -48,7 +49,8 @@ class Nets:
         np.clip(logits_RHE, -30, 30, out=logits_RHE)
         np.exp(logits_RHE, out=logits_RHE)
         logits_RHE += 1
-        return np.reciprocal(logits_RHE, out=logits_RHE)
+        np.reciprocal(logits_RHE, out=logits_RHE)
+        return logits_RHE
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, to be kept in a file."""
