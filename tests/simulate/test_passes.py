@@ -33,4 +33,3 @@ def test_a_prompt_is_one_pass_unless_recorded_otherwise() -> None:
     trace = random_trace(0, prompts=(3,), answers=(2,))
     assert [one.rows_B.tolist() for one in passes(trace)] == [[0, 1, 2], [3], [4]]
     assert [one.requests[0].decode for one in passes(trace)] == [False, True, True]
-
