@@ -56,7 +56,7 @@ class Checks:
 
     def weights(self, weights_NLK: np.ndarray) -> None:
         """Falling along K; they add up to 255, apart from what rounding did."""
-        rising = (weights_NLK[..., 1:] > weights_NLK[..., :-1]).any(axis=-1)
+        rising = np.any(weights_NLK[..., 1:] > weights_NLK[..., :-1], axis=-1)
         if rising.any():
             raise self.fail("weights", f"rise in {_place(rising)}, expected experts in falling order of weight.")
         picks = weights_NLK.shape[-1]

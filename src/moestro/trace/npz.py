@@ -22,8 +22,8 @@ from moestro.errors import TraceError
 from moestro.store.disk import write_durably
 
 _SUFFIX = ".npy"
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError)
-_BAD_HEADER = (ValueError, TypeError, SyntaxError, KeyError, OverflowError, tokenize.TokenError, *_DAMAGE)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, ValueError, RuntimeError)
+_BAD_HEADER = (TypeError, SyntaxError, KeyError, OverflowError, tokenize.TokenError, *_DAMAGE)
 """What numpy raises for a header that is not one, besides what the zip file under it raises."""
 _HEADER_READERS: dict[tuple[int, int], Any] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -35,30 +35,31 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a file, by name; read-only.
 
     Raises:
-        TraceError: there is no such file, it cannot be read, is no npz, was cut, is damaged, or holds Python objects.
+        OSError: there is no such file, or it cannot be read.
+        TraceError: it is no npz, was cut, is damaged, or holds Python objects.
     """
+    content = io.BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {
-                info.filename.removesuffix(_SUFFIX): _read_array(archive, info, path) for info in archive.infolist()
-            }
+        with zipfile.ZipFile(content) as archive:
+            members = archive.infolist()
+            return {one.filename.removesuffix(_SUFFIX): _read_array(archive, one, path) for one in members}
+    except TraceError:
+        raise
     except _DAMAGE as error:
         raise TraceError(
             f"{path} is not a whole npz file ({error or type(error).__name__}): it was cut, damaged, or is of another "
             "kind. Copy or record it anew."
         ) from error
-    except OSError as error:
-        raise TraceError(f"{path} cannot be read: {error.strerror or error}. Check the name.") from error
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray], *, effort: int = 6) -> None:
-    """Make `path` hold these arrays, or leave it as it was. `effort` is zlib's, 1 (quick) to 9. Raises OSError."""
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], *, compress: bool = True) -> None:
+    """Make `path` hold these arrays, or leave it as it was. Raises OSError."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=effort) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, array in arrays.items():
             # A fixed date: equal arrays make equal files.
             info = zipfile.ZipInfo(name + _SUFFIX)
-            info.compress_type = zipfile.ZIP_DEFLATED
+            info.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
             with archive.open(info, "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, np.asarray(array), allow_pickle=False)
     write_durably(path, buffer.getbuffer())

@@ -149,7 +149,10 @@ class Trace:
             TraceError: the file is missing, damaged or not a trace; the message names file and key.
         """
         path = Path(path)
-        arrays = read_npz(path)
+        try:
+            arrays = read_npz(path)
+        except OSError as error:
+            raise TraceError(f"{path} cannot be read: {error.strerror or error}. Check the name.") from error
         checks = Checks(str(path))
         _check_keys(arrays, checks)
         experts_NLK = arrays["experts"]
