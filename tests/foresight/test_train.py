@@ -31,7 +31,7 @@ def regular(rows: int) -> Trace:
 
 @pytest.fixture(scope="module")
 def nets() -> Pair:
-    return train(regular(1200), TrainingOptions(epochs=12, width=16, batch=64))
+    return train(regular(1200), TrainingOptions(epochs=16, width=16, batch=32, rate=1e-2))
 
 
 def routing(layer: int, experts: list[int], *, request: int = 0) -> Routing:
