@@ -71,15 +71,16 @@ class ModelRunner:
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                return self._general_forward(batch) if self.native is None else self.native(batch, self.routed_experts)
+                return self._general_forward(batch) if self.native is None else self.native(batch)
         finally:
             self._batch = None
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
+            self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
 
     @property
     def path(self) -> str:
-        """How a forward pass runs: "native" (a compiled call per layer) or "general" (transformers' own layers)."""
+        """How a forward pass runs: "native" (compiled layers) or "general" (transformers' own layers)."""
         return "general" if self.native is None else "native"
 
     def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -138,21 +139,12 @@ class ModelRunner:
     def experts(
         self, module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Routed experts of the layer that `module` belongs to."""
-        return self.routed_experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK)
-
-    def routed_experts(
-        self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """Output [T, H] of MoE layer number `layer`, combined in ascending k; needs no module of transformers.
+        """Routed experts of the layer that `module` belongs to, [T, H].
 
         Raises:
             PlaneReadError: a plane could not be read; the error names the requests that needed it.
         """
-        started = time.perf_counter()
-        combined_TH = self._experts(layer, hidden_TH, index_TK, weights_TK, self.batch.requests_of)
-        self.stats.experts_s += time.perf_counter() - started
-        return combined_TH
+        return self._experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK, self.batch.requests_of)
 
     @property
     def expert_counts(self) -> np.ndarray:
