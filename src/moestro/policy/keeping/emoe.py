@@ -33,7 +33,7 @@ class EMoE(Keeper):
         self._begun = 0
         self._now = 0
 
-    def begin(self, request: int, /) -> None:
+    def begin(self, _request: int, /) -> None:
         """Every `group` requests: O(L E log E)."""
         if self._begun and self._begun % self._group == 0:
             self._predict()

@@ -4,7 +4,8 @@ Source: Tang et al., "HOBBIT: A Mixed Precision Expert Offloading System for Fas
 sequence-level expert caching: the victim has the least
     w1 R/T + w2 F/T + w3 H/T + w4 (1 - ((l_e - l + L) mod L) / L),
 R the time of the expert's last use, F its uses, H its uses at high precision, T the time now, l_e its layer, l the
-layer that runs. The weights are not given there; the defaults are the best of a small grid on gpt-oss-20b.
+layer that runs. Records are those of the sequence (with several in flight: since there was none). The weights are not
+given there; the defaults are the best of a small grid on routing recorded from gpt-oss-20b.
 Shapes: L MoE layers, E experts per layer.
 """
 
@@ -24,8 +25,8 @@ class Hobbit(Keeper):
         shape: Shape,
         *,
         recency: float = 0.5,
-        frequency: float = 0.3,
-        high_precision: float = 0.1,
+        frequency: float = 0.5,
+        high_precision: float = 0.5,
         distance: float = 0.1,
     ) -> None:
         super().__init__(shape)
@@ -35,6 +36,19 @@ class Hobbit(Keeper):
         ahead_L = np.arange(shape.layers)
         self._near_L = distance * (1 - ahead_L / shape.layers)
         self._visits = 0
+        self._in_flight = 0
+
+    def begin(self, _request: int, /) -> None:
+        """The score is of the sequence: records start anew, but for the order of the last uses, which breaks ties."""
+        if not self._in_flight:
+            self._last_LE -= self._visits / self.shape.layers
+            np.multiply(self._last_LE, self._recency, out=self._sum_LE)
+            self._visits = 0
+        self._in_flight += 1
+
+    def end(self, _request: int, /) -> None:
+        """Records stay until the next sequence."""
+        self._in_flight -= 1
 
     def observe(self, routing: Routing, /) -> None:
         """O(K)."""

@@ -17,19 +17,19 @@ class Keeper:
         self.shape = shape
         self._worth_LE = np.zeros((shape.layers, shape.experts))
 
-    def begin(self, request: int, /) -> None:
+    def begin(self, _request: int, /) -> None:
         """A request's first forward pass is about to run."""
 
-    def end(self, request: int, /) -> None:
+    def end(self, _request: int, /) -> None:
         """Nothing more comes of this request."""
 
-    def loaded(self, layer: int, expert: int, /) -> None:
+    def loaded(self, _layer: int, _expert: int, /) -> None:
         """The expert got its first slot."""
 
-    def evicted(self, layer: int, expert: int, /) -> None:
+    def evicted(self, _layer: int, _expert: int, /) -> None:
         """The expert lost its last slot."""
 
-    def worth(self, layer: int, /) -> np.ndarray:
+    def worth(self, _layer: int, /) -> np.ndarray:
         """[L, E], larger stays longer; changes with the next observation."""
         return self._worth_LE
 
@@ -37,7 +37,7 @@ class Keeper:
 def used(routing: Routing) -> np.ndarray:
     """[U] the experts that this visit uses, each once."""
     if len(routing.experts_TK) == 1:
-        return routing.experts_TK[0]
+        return np.asarray(routing.experts_TK[0])
     return np.flatnonzero(routing.counts_E)
 
 

@@ -73,7 +73,7 @@ class MonotoneMap:
 
     def __call__(self, chance_E: np.ndarray) -> np.ndarray:
         """The calibrated probabilities; never falls where `chance_E` rises."""
-        return np.interp(log_odds(chance_E), self._odds_B, self._mapped_B)
+        return np.asarray(np.interp(log_odds(chance_E), self._odds_B, self._mapped_B))
 
     def reliability(self) -> Reliability:
         """Of the scores as they came in."""

@@ -47,8 +47,8 @@ class Flight:
         return self._place_of[request]
 
     @property
-    def places_R(self) -> np.ndarray:
-        """Places of the requests in flight; [0] when there is none."""
+    def in_flight(self) -> np.ndarray:
+        """[R] places of the requests in flight; [0] when there is none."""
         return self._places_R
 
     def _note(self) -> None:
@@ -98,7 +98,7 @@ def rows_of(routing: Routing, flight: Flight) -> Rows:
 def any_of(chance_RE: np.ndarray) -> np.ndarray:
     """[E] that at least one of R requests uses it, each on its own."""
     if len(chance_RE) == 1:
-        return chance_RE[0]
+        return np.asarray(chance_RE[0])
     return np.asarray(1 - np.prod(1 - chance_RE, axis=0))
 
 
@@ -107,4 +107,4 @@ def within(chance_E: np.ndarray, horizon: int) -> np.ndarray:
     assert horizon >= 1
     if horizon > 1:
         chance_E = 1 - (1 - chance_E) ** horizon
-    return np.clip(chance_E, 0, 1).astype(np.float32, copy=False)
+    return np.asarray(np.clip(chance_E, 0, 1), np.float32)

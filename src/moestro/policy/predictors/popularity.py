@@ -36,11 +36,11 @@ class Rates:
 
     def of(self, layer: int) -> np.ndarray:
         """[E] in (0, 1]; they add up to K."""
-        return self._sum_LE[layer] / self._rows_L[layer]
+        return np.asarray(self._sum_LE[layer] / self._rows_L[layer])
 
     def all(self) -> np.ndarray:
         """[L, E]"""
-        return self._sum_LE / self._rows_L[:, None]
+        return np.asarray(self._sum_LE / self._rows_L[:, None])
 
 
 class Popularity:

@@ -24,7 +24,7 @@ class PreviousLayer:
     Layers follow each other in a circle: the first layer's predecessor is the last one, of the token before.
     """
 
-    def __init__(self, shape: Shape, *, reach: int = 3, trusts: tuple[float, ...] = (0.5, 0.2)) -> None:
+    def __init__(self, shape: Shape, *, reach: int = 4, trusts: tuple[float, ...] = (0.4, 0.25, 0.15)) -> None:
         self._reach = min(reach, shape.layers - 1)
         self._factors = tuple(trust * shape.picks for trust in trusts)
         self._layers = shape.layers
@@ -54,7 +54,7 @@ class PreviousLayer:
         """[E] float32."""
         prior_E = self._rates.of(layer)
         ahead = self._trail.ahead(layer)
-        odds_RE = np.repeat(log_odds(prior_E)[None], len(self._trail.flight.places_R), 0)
+        odds_RE = np.repeat(log_odds(prior_E)[None], len(self._trail.flight.in_flight), 0)
         for lag, factor in zip(range(ahead, self._reach + 1), self._factors, strict=False):
             known_R, ids_RK, weights_RK = self._trail.last((layer - lag) % self._layers)
             if known_R.any():

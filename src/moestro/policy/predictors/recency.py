@@ -54,4 +54,4 @@ class Recency:
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
-        return within(any_of(self._share_SLE[self._flight.places_R, layer]), horizon)
+        return within(any_of(self._share_SLE[self._flight.in_flight, layer]), horizon)

@@ -65,7 +65,7 @@ class Successors:
             total_NK = np.where(known_NK, total_NK, 0)
         counts_NKE += strength * prior_E
         counts_NKE /= (total_NK + strength)[:, :, None]
-        return counts_NKE
+        return np.asarray(counts_NKE)
 
     def evidence(self, pair: int, before_NK: np.ndarray, weights_NK: np.ndarray, prior_E: np.ndarray) -> np.ndarray:
         """[N, E] what the experts before say, in log-odds above the prior: a mean over them, weighted."""

@@ -72,7 +72,7 @@ class Trail:
 
     def last(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the requests in flight: [R] known, and ids [R', K] and normalised weights of those that are known."""
-        places_R = self.flight.places_R
+        places_R = self.flight.in_flight
         known_R = self._known_SL[places_R, layer]
         places = places_R[known_R]
         return known_R, self._ids_SLK[places, layer], self._weights_SLK[places, layer]
