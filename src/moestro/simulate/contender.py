@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -47,14 +47,16 @@ class Contender:
 
     def fit(self, trace: Trace) -> None:
         """Let policy and predictor see the requests of a trace, one after another."""
-        told = [self.policy] if self.shared or self.predictor is None else [self.policy, self.predictor]
+        told: list[KeepPolicy | Predictor] = [self.policy]
+        if self.predictor is not None and not self.shared:
+            told.append(self.predictor)
         for one in passes(trace):
             weights_BLK = trace.weights_NLK[one.rows_B] / np.float32(255)
             ids_BLK = trace.experts_NLK[one.rows_B].astype(np.int64)
             for each in told:
                 for request in one.begins:
                     each.begin(_OTHERS - request)
-            rows = [type(rows)(_OTHERS - rows.request, rows.first, rows.last, rows.decode) for rows in one.requests]
+            rows = [replace(each, request=_OTHERS - each.request) for each in one.requests]
             for layer in range(trace.layers):
                 ids_BK, weights_BK = ids_BLK[:, layer], weights_BLK[:, layer]
                 routing = Routing.of(layer, ids_BK, weights_BK, rows, experts=trace.num_experts)
@@ -74,7 +76,9 @@ def needs_nets(policy: str, predictor: str, *, prefetch: bool) -> bool:
     return LEARNED in predictor.split("+") and (policy == VALUE or prefetch)
 
 
-def make_contender(policy: str, predictor: str, shape: Shape, *, prefetch: bool, nets: tuple[Nets, Nets] | None) -> Contender:
+def make_contender(
+    policy: str, predictor: str, shape: Shape, *, prefetch: bool, nets: tuple[Nets, Nets] | None
+) -> Contender:
     """By names; `nets` (after, ahead) are those of the learned predictor.
 
     Raises:
@@ -94,6 +98,8 @@ def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None) -> Predi
     if LEARNED not in name.split("+"):
         return make_predictor(name, shape)
     if nets is None:
-        raise TraceError("The learned predictor needs requests to learn from: give --fit half, or a --store that has one.")
+        raise TraceError(
+            "The learned predictor needs requests to learn from: give --fit half, or a --store that has been fitted."
+        )
     after, ahead = nets
     return make_predictor(name, shape, after=after, ahead=ahead)
