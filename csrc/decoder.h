@@ -91,8 +91,8 @@ public:
   // call of run() or logits() has returned.
   int64_t run(const float *delta);
 
-  // out [count, vocabulary]: logits of some of the step's rows, after all layers. Ends the step: the residual
-  // has been used up.
+  // out [count, vocabulary]: logits of some of the step's rows, after all layers. Ends the step: the residual has been
+  // used up.
   void logits(const int64_t *rows, int64_t count, float *out);
 
   // Seconds so far in matrix products and attention, and in experts.

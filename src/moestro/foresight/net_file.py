@@ -12,6 +12,9 @@ from moestro.policy.observation import Shape
 from moestro.policy.predictors.net import HORIZONS, Nets
 from moestro.store.disk import write_durably
 
+NETS_FILE = "foresight.safetensors"
+"""Its name in a store."""
+
 _FORMAT = {"format": "moestro-foresight", "version": "1"}
 _HORIZONS = {"after": len(HORIZONS), "ahead": 1}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -29,32 +30,39 @@ class _Transfer:
 
 @dataclass(eq=False)
 class VirtualLink:
-    """One read at a time, urgent ones first, none interrupted: `latency_s`, then its bytes at `bytes_per_s`.
+    """Two stages in a row, each with one read at a time: disk to memory, and memory to a device where
+    `device_bytes_per_s` is not 0. Urgent reads begin before the others; none is interrupted.
 
     Whoever computes calls `pass_time`; whoever waits for a read, `wait`. Nothing else moves the clock.
     """
 
     bytes_per_s: float
     latency_s: float = 0.0
+    device_bytes_per_s: float = 0.0
     carried: LinkBytes = field(default_factory=LinkBytes)
-    busy_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._now = 0.0
         self._urgent: deque[_Transfer] = deque()
         self._speculative: deque[_Transfer] = deque()
-        self._running: _Transfer | None = None
-        self._ends = 0.0
+        self._reading: _Transfer | None = None
+        self._read_ends = 0.0
+        self._arriving: deque[tuple[float, _Transfer]] = deque()
 
     def clock(self) -> float:
         """Virtual seconds since the start."""
         return self._now
 
+    def seconds_for(self, nbytes: int) -> float:
+        """How long the slower stage is busy with a read of so many bytes."""
+        onward_s = nbytes / self.device_bytes_per_s if self.device_bytes_per_s else 0.0
+        return max(self.latency_s + nbytes / self.bytes_per_s, onward_s)
+
     def pass_time(self, seconds: float) -> None:
-        """Somebody computes meanwhile: reads end that end by then."""
+        """Somebody computes meanwhile: what ends by then ends."""
         until = self._now + seconds
-        while self._running is not None and self._ends <= until:
-            self._finish()
+        while self._next_event() <= until:
+            self._happen()
         self._now = until
 
     def submit(self, read: Read, *, urgent: bool, on_done: Done | None) -> Ticket:
@@ -66,11 +74,10 @@ class VirtualLink:
 
     def promote(self, ticket: Ticket) -> None:
         """A computation waits for it by now."""
-        for transfer in self._speculative:
-            if transfer.ticket is ticket:
-                self._speculative.remove(transfer)
-                self._urgent.append(transfer)
-                return
+        transfer = next((one for one in self._speculative if one.ticket is ticket), None)
+        if transfer is not None:
+            self._speculative.remove(transfer)
+            self._urgent.append(transfer)
 
     def cancel(self, ticket: Ticket) -> bool:
         """Drop a read that has not begun."""
@@ -82,31 +89,46 @@ class VirtualLink:
         return False
 
     def wait(self, changed: threading.Condition) -> None:
-        """Time passes until the next read ends."""
+        """Time passes until a read has arrived."""
         changed.release()
         try:
-            assert self._running is not None, "nothing is under way that could end"
-            self._finish()
+            while not self._happen():
+                pass
         finally:
             changed.acquire()
 
-    def _start(self) -> None:
-        if self._running is not None or not (self._urgent or self._speculative):
-            return
-        self._running = (self._urgent or self._speculative).popleft()
-        seconds = self.latency_s + self._running.ticket.read.nbytes / self.bytes_per_s
-        self.busy_s += seconds
-        self._ends = self._now + seconds
+    def _next_event(self) -> float:
+        read_ends = self._read_ends if self._reading is not None else math.inf
+        return min(read_ends, self._arriving[0][0] if self._arriving else math.inf)
 
-    def _finish(self) -> None:
-        transfer = self._running
+    def _happen(self) -> bool:
+        """The next event; True when a read has arrived by it."""
+        at = self._next_event()
+        assert at < math.inf, "nothing is under way that could end"
+        self._now = max(self._now, at)
+        if self._arriving and self._arriving[0][0] <= at:
+            self._arrive(self._arriving.popleft()[1])
+            return True
+        transfer = self._reading
         assert transfer is not None
-        self._now = max(self._now, self._ends)
-        self._running = None
+        self._reading = None
+        self._start()
+        if not self.device_bytes_per_s:
+            self._arrive(transfer)
+            return True
+        begins = max(self._now, self._arriving[-1][0]) if self._arriving else self._now
+        self._arriving.append((begins + transfer.ticket.read.nbytes / self.device_bytes_per_s, transfer))
+        return False
+
+    def _start(self) -> None:
+        if self._reading is None and (self._urgent or self._speculative):
+            self._reading = (self._urgent or self._speculative).popleft()
+            self._read_ends = self._now + self.latency_s + self._reading.ticket.read.nbytes / self.bytes_per_s
+
+    def _arrive(self, transfer: _Transfer) -> None:
         if transfer.urgent:
             self.carried.demand += transfer.ticket.read.nbytes
         else:
             self.carried.prefetch += transfer.ticket.read.nbytes
-        self._start()
         if transfer.on_done is not None:
             transfer.on_done(transfer.ticket)

@@ -26,11 +26,12 @@ from moestro.trace.trace import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """How long things take: bytes per second and latency of reads; computing a layer of a pass without its experts,
-    and one expert of it."""
+    """How long things take: bytes per second and latency of reads, bytes per second onward to a device (0: experts are
+    computed where they are read to), computing a layer of a pass without its experts, and one expert of it."""
 
     bytes_per_s: float
     latency_s: float = 0.0
+    device_bytes_per_s: float = 0.0
     layer_s: float = 0.0
     expert_s: float = 0.0
 
@@ -61,7 +62,6 @@ class TimedResult:
     seconds: float
     stats: CacheStats
     carried: LinkBytes
-    link_busy_s: float
     foreseen: Foreseen
 
     @property
@@ -85,7 +85,7 @@ class TimedReplay:
     ) -> None:
         self._trace, self._machine, self._concurrency = trace, machine, concurrency
         self._plane_bytes, self._foresight = plane_bytes, foresight
-        self._link = VirtualLink(machine.bytes_per_s, machine.latency_s)
+        self._link = VirtualLink(machine.bytes_per_s, machine.latency_s, machine.device_bytes_per_s)
         sizes = sorted({nbytes for layer in plane_bytes for nbytes in layer})
         self._cache = PlaneCache(
             arena=Arena(memory, extent_bytes_for(sizes), sizes),
@@ -107,7 +107,6 @@ class TimedReplay:
             seconds=self._link.clock(),
             stats=self._cache.stats,
             carried=self._link.carried,
-            link_busy_s=self._link.busy_s,
             foreseen=self._foreseen,
         )
 
@@ -149,8 +148,7 @@ class TimedReplay:
             return
         target = (layer + 1) % len(self._plane_bytes)
         absent_E = foresight.eviction.absent(target)
-        machine = self._machine
-        read_s = machine.latency_s + sum(self._plane_bytes[target]) / machine.bytes_per_s
+        read_s = self._link.seconds_for(sum(self._plane_bytes[target]))
         proposed = foresight.propose(layer, self._meter.slack(read_s, reading=reading))
         if proposed:
             self._cache.prefetch(

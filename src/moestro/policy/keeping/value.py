@@ -9,10 +9,22 @@ Shapes: L MoE layers, E experts, H horizons.
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 
 from moestro.policy.observation import Routing, Shape
-from moestro.policy.predictors.learned import Learned
+from moestro.policy.predictors.base import Predictor
+from moestro.policy.predictors.net import HORIZONS
+
+
+@runtime_checkable
+class LooksFar(Protocol):
+    """A predictor that has all horizons at once."""
+
+    def outlook(self, layer: int, /) -> np.ndarray:
+        """[H, E]: probabilities of use within each of `HORIZONS` visits."""
+        ...
 
 
 class Value:
@@ -20,7 +32,7 @@ class Value:
 
     name = "value"
 
-    def __init__(self, shape: Shape, *, predictor: Learned, importance_LE: np.ndarray | None = None) -> None:
+    def __init__(self, shape: Shape, *, predictor: Predictor, importance_LE: np.ndarray | None = None) -> None:
         self._predictor, self._importance_LE = predictor, importance_LE
         self._worth_LE = np.zeros((shape.layers, shape.experts), dtype=np.float32)
 
@@ -33,10 +45,16 @@ class Value:
     def observe(self, routing: Routing) -> None:
         layer = routing.layer
         self._predictor.observe(routing)
-        worth_E = self._predictor.outlook(layer).sum(0)
+        worth_E = self._outlook(layer)
         if self._importance_LE is not None:
             worth_E *= self._importance_LE[layer]
         self._worth_LE[layer] = worth_E
+
+    def _outlook(self, layer: int) -> np.ndarray:
+        """[E], the sum over horizons."""
+        if isinstance(self._predictor, LooksFar):
+            return np.asarray(self._predictor.outlook(layer).sum(0))
+        return np.asarray(np.stack([self._predictor.forecast(layer, horizon) for horizon in HORIZONS]).sum(0))
 
     def loaded(self, _layer: int, _expert: int) -> None:
         pass
