@@ -1,25 +1,22 @@
-"""What a replay judges: a policy and a predictor by name, fitted to some requests of a trace."""
+"""A policy and a predictor by name, as they work together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-
-from moestro.errors import TraceError
+from moestro.errors import RequestError, TraceError
 from moestro.policy.foresight import Foresight
 from moestro.policy.keeping import KEEP_POLICIES, KeepPolicy, make_keep_policy
 from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.keeping.value import Value
-from moestro.policy.observation import Routing, Shape
-from moestro.policy.predictors import Predictor, make_predictor
+from moestro.policy.observation import Shape
+from moestro.policy.predictors import PREDICTORS, Predictor, make_predictor
 from moestro.policy.predictors.net import Nets
 from moestro.policy.prefetch import Prefetcher
-from moestro.simulate.passes import passes
-from moestro.trace.trace import Trace
 
 VALUE = "value"
 LEARNED = "learned"
+ENSEMBLE = "ensemble"
 
 
 def policy_names() -> list[str]:
@@ -28,7 +25,7 @@ def policy_names() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Choice:
     """`predictor` is None where nothing needs one; `shared` when the policy drives it."""
 
     shape: Shape
@@ -45,40 +42,15 @@ class Contender:
         own = None if self.shared else self.predictor
         return Foresight(WorthEviction(self.policy, self.shape), prefetcher=prefetcher, own_predictor=own)
 
-    def fit(self, trace: Trace) -> None:
-        """Let policy and predictor see the requests of a trace, one after another."""
-        told: list[KeepPolicy | Predictor] = [self.policy]
-        if self.predictor is not None and not self.shared:
-            told.append(self.predictor)
-        for one in passes(trace):
-            weights_BLK = trace.weights_NLK[one.rows_B] / np.float32(255)
-            ids_BLK = trace.experts_NLK[one.rows_B].astype(np.int64)
-            for each in told:
-                for request in one.begins:
-                    each.begin(_OTHERS - request)
-            rows = [replace(each, request=_OTHERS - each.request) for each in one.requests]
-            for layer in range(trace.layers):
-                ids_BK, weights_BK = ids_BLK[:, layer], weights_BLK[:, layer]
-                routing = Routing.of(layer, ids_BK, weights_BK, rows, experts=trace.num_experts)
-                for each in told:
-                    each.observe(routing)
-            for each in told:
-                for request in one.ends:
-                    each.end(_OTHERS - request)
-
-
-_OTHERS = -1
-"""Requests that were fitted to are numbered downwards from here: those that are judged have numbers from 0."""
-
 
 def needs_nets(policy: str, predictor: str, *, prefetch: bool) -> bool:
     """Whether the nets of the learned predictor have a part in it."""
     return LEARNED in predictor.split("+") and (policy == VALUE or prefetch)
 
 
-def make_contender(
+def make_choice(
     policy: str, predictor: str, shape: Shape, *, prefetch: bool, nets: tuple[Nets, Nets] | None
-) -> Contender:
+) -> Choice:
     """By names; `nets` (after, ahead) are those of the learned predictor.
 
     Raises:
@@ -90,8 +62,8 @@ def make_contender(
         foreseen = _predictor(predictor, shape, nets)
     if policy == VALUE:
         assert foreseen is not None
-        return Contender(shape, Value(shape, predictor=foreseen), foreseen, shared=True)
-    return Contender(shape, make_keep_policy(policy, shape), foreseen, shared=False)
+        return Choice(shape, Value(shape, predictor=foreseen), foreseen, shared=True)
+    return Choice(shape, make_keep_policy(policy, shape), foreseen, shared=False)
 
 
 def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None) -> Predictor:
@@ -99,7 +71,17 @@ def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None) -> Predi
         return make_predictor(name, shape)
     if nets is None:
         raise TraceError(
-            "The learned predictor needs requests to learn from: give --fit half, or a --store that has been fitted."
+            "The learned predictor needs requests to learn from: fit it to recorded routing first."
         )
     after, ahead = nets
     return make_predictor(name, shape, after=after, ahead=ahead)
+
+
+def check_names(policy: str, predictor: str) -> None:
+    """Raises RequestError, which lists the names there are, for one that does not exist; "auto" always does."""
+    if policy not in ("auto", *policy_names()):
+        raise RequestError(f"There is no policy {policy!r}; choose one of: auto, {', '.join(policy_names())}.")
+    for one in predictor.split("+"):
+        if predictor != "auto" and one not in (*PREDICTORS, ENSEMBLE):
+            known = ", ".join(sorted([*PREDICTORS, ENSEMBLE]))
+            raise RequestError(f"There is no predictor {one!r}; choose auto, one of: {known}; or several, joined by '+'.")
