@@ -13,7 +13,7 @@ from moestro.errors import TraceError
 from moestro.foresight import NETS_FILE, load_nets, train
 from moestro.memory.budget import parse_bytes
 from moestro.memory.pages import PAGE, round_up
-from moestro.policy import make_policy
+from moestro.policy import LRU
 from moestro.policy.choice import Choice, make_choice, needs_nets
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.net import Nets
@@ -94,7 +94,7 @@ def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lam
             foresight=sees,
             concurrency=options.concurrency,
         ).run()
-        for leaves, sees in ((foresight.eviction, foresight), (make_policy("lru"), None))
+        for leaves, sees in ((foresight.eviction, foresight), (LRU(), None))
     ]
     return Simulated(
         slots=slots,
