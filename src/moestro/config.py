@@ -31,11 +31,15 @@ class RuntimeOptions:
     max_sequences: int = option(1, "Sequences that may be in flight at once; each has a KV cache of `context` tokens.")
     threads: int = option(0, "Compute threads (0: one per available core).")
     level: int = option(0, "Bits of each expert that are read and applied, of the store's levels (0: its exact level).")
-    policy: str = option("lru", "Which planes leave the cache first.")
+    policy: str = option("auto", "Which experts are kept: auto is value where routing has been learned, else lrfu.")
+    predictor: str = option("auto", "What foresees experts: auto is learned where it has been, else none.")
+    prefetch: str = option("on", "Read experts ahead of the router when that pays, if there is a predictor (on, off).")
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:
         check_types(self, BudgetError)
+        if self.prefetch not in ("on", "off"):
+            raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
 
 
 @dataclass(frozen=True, kw_only=True)

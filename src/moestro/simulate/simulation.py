@@ -13,10 +13,11 @@ from moestro.errors import TraceError
 from moestro.foresight import NETS_FILE, load_nets, train
 from moestro.memory.budget import parse_bytes
 from moestro.memory.pages import PAGE, round_up
-from moestro.policy import make_policy
+from moestro.policy import LRU
+from moestro.policy.choice import Choice, make_choice, needs_nets
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.net import Nets
-from moestro.simulate.contender import Contender, make_contender, needs_nets
+from moestro.simulate.fit import fit
 from moestro.simulate.slots import SlotReplay
 from moestro.simulate.timed import Machine, TimedReplay, TimedResult
 from moestro.trace.trace import Trace
@@ -69,16 +70,17 @@ def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lam
     if needs_nets(options.policy, options.predictor, prefetch=prefetch):
         nets = _nets(options, shape, fitted_to, progress)
 
-    def contender() -> Contender:
-        made = make_contender(options.policy, options.predictor, shape, prefetch=prefetch, nets=nets)
+    def contender() -> Choice:
+        made = make_choice(options.policy, options.predictor, shape, prefetch=prefetch, nets=nets)
         if fitted_to is not None:
-            made.fit(fitted_to)
+            fit(made, fitted_to)
         return made
 
+    policy = contender().policy
     progress("hit rates")
     replay = SlotReplay(judged, concurrency=options.concurrency)
     (lru,), (belady,) = replay.lru([slots]), replay.belady([slots])
-    (judged_by,) = replay.run(contender().policy, [slots])
+    (judged_by,) = replay.run(policy, [slots])
     progress("time per token")
     machine = _machine(options, shape)
     foresight = contender().foresight(prefetch=prefetch)
@@ -88,11 +90,11 @@ def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lam
             plane_bytes=plane_bytes,
             memory=memory,
             machine=machine,
-            policy=policy,
+            policy=leaves,
             foresight=sees,
             concurrency=options.concurrency,
         ).run()
-        for policy, sees in ((foresight.eviction, foresight), (make_policy("lru"), None))
+        for leaves, sees in ((foresight.eviction, foresight), (LRU(), None))
     ]
     return Simulated(
         slots=slots,
