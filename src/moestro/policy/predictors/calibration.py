@@ -19,7 +19,7 @@ from moestro.policy.predictors.successors import log_odds
 _BINS = 32
 _WIDEST = 8.0
 # Outcomes that a bin is taken to have had as forecast, before any was seen.
-_PRIOR = 50.0
+_PRIOR = 10.0
 _FORGET_AT = 100_000.0
 _FIT_EVERY = 64
 
