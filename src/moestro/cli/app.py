@@ -17,6 +17,7 @@ from moestro.cli.inspect import inspect
 from moestro.cli.options import spread_options
 from moestro.cli.pack import pack
 from moestro.cli.plan import plan
+from moestro.cli.simulate import simulate
 
 app = typer.Typer(
     help="Run mixture-of-experts language models that are larger than memory.",
@@ -26,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (generate, pack, inspect, plan, demo):
+for _command in (generate, pack, inspect, plan, demo, simulate):
     app.command()(guarded(spread_options(_command)))
 app.command("eval")(guarded(spread_options(evaluate)))
 

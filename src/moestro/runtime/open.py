@@ -144,20 +144,24 @@ def _assemble(
         locate=store.plane,
     )
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
+    experts = open_experts(
+        skeleton=skeleton,
+        kernels=kernels,
+        planes=planes,
+        layouts=layouts,
+        level=plan.level,
+        arena=arena_buffer.tensor,
+        whole=plan.arena_bytes >= plan.whole_arena_bytes,
+    )
+    native = None
+    if blueprint is not None:
+        native = NativeForward(blueprint, kv=kv, experts=experts, rows=plan.step_rows, context=plan.context)
     runner = ModelRunner(
         skeleton=skeleton,
         kernels=kernels,
         kv=kv,
-        native=NativeForward(blueprint, kv=kv, rows=plan.step_rows, context=plan.context) if blueprint else None,
-        experts=open_experts(
-            skeleton=skeleton,
-            kernels=kernels,
-            planes=planes,
-            layouts=layouts,
-            level=plan.level,
-            arena=arena_buffer.tensor,
-            whole=plan.arena_bytes >= plan.whole_arena_bytes,
-        ),
+        native=native,
+        experts=experts,
     )
     return OpenModel(
         store=store,

@@ -52,7 +52,7 @@ class Checks:
             for other in range(one):
                 np.logical_or(twice, experts[..., one] == experts[..., other], out=twice)
         if twice.any():
-            raise self.fail(key, f"has an expert twice in {_place(twice)}, expected different ones.")
+            raise self.fail(key, f"has an expert twice in {_place(np.asarray(twice))}, expected different ones.")
 
     def weights(self, weights_NLK: np.ndarray) -> None:
         """Falling along K; they add up to 255, apart from what rounding did."""

@@ -12,6 +12,7 @@ from moestro.policy.predictors.calibration import Calibrated, Reliability
 from moestro.policy.predictors.eamc import EamcPredictor
 from moestro.policy.predictors.ensemble import Ensemble
 from moestro.policy.predictors.gate import Gate, LooksAhead
+from moestro.policy.predictors.learned import Learned
 from moestro.policy.predictors.popularity import Popularity
 from moestro.policy.predictors.previous_layer import PreviousLayer
 from moestro.policy.predictors.previous_token import PreviousToken
@@ -24,6 +25,7 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "previous-layer": PreviousLayer,
     "eamc": EamcPredictor,
     "gate": Gate,
+    "learned": Learned,
 }
 """Each takes a Shape and keyword arguments."""
 
@@ -50,7 +52,10 @@ def make_predictor(name: str, shape: Shape, **knowledge: object) -> Predictor:
     if len(set(names)) != len(names):
         raise RequestError(f"The predictor {name!r} names a member twice; name each once.")
     members = [_make(each, shape, knowledge) for each in names]
-    return Ensemble(shape, members) if len(members) > 1 else Calibrated(shape, members[0])
+    if len(members) > 1:
+        return Ensemble(shape, members)
+    # Nets are trained on what calibration would correct, and tell all horizons at once.
+    return members[0] if isinstance(members[0], Learned) else Calibrated(shape, members[0])
 
 
 def _make(name: str, shape: Shape, knowledge: dict[str, object]) -> Predictor:
