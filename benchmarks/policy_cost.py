@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 
 from moestro.policy.keeping import KEEP_POLICIES, make_keep_policy
+from moestro.policy.knowledge import needs
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.predictors import PREDICTORS, make_predictor
 
@@ -81,7 +82,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    every = [(name, keep_cost) for name in KEEP_POLICIES] + [(name, predictor_cost) for name in PREDICTORS]
+    every = [(name, keep_cost) for name, factory in KEEP_POLICIES.items() if not needs(factory)]
+    every += [(name, predictor_cost) for name, factory in PREDICTORS.items() if not needs(factory)]
     every.append(("ensemble", predictor_cost))
     for title, shape in SHAPES.items():
         work = routings(shape, args.passes)

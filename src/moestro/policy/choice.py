@@ -48,9 +48,7 @@ def needs_nets(policy: str, predictor: str, *, prefetch: bool) -> bool:
     return LEARNED in predictor.split("+") and (policy == VALUE or prefetch)
 
 
-def make_choice(
-    policy: str, predictor: str, shape: Shape, *, prefetch: bool, nets: tuple[Nets, Nets] | None
-) -> Choice:
+def make_choice(policy: str, predictor: str, shape: Shape, *, prefetch: bool, nets: tuple[Nets, Nets] | None) -> Choice:
     """By names; `nets` (after, ahead) are those of the learned predictor.
 
     Raises:
@@ -70,9 +68,7 @@ def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None) -> Predi
     if LEARNED not in name.split("+"):
         return make_predictor(name, shape)
     if nets is None:
-        raise TraceError(
-            "The learned predictor needs requests to learn from: fit it to recorded routing first."
-        )
+        raise TraceError("The learned predictor needs requests to learn from: fit it to recorded routing first.")
     after, ahead = nets
     return make_predictor(name, shape, after=after, ahead=ahead)
 
@@ -84,4 +80,6 @@ def check_names(policy: str, predictor: str) -> None:
     for one in predictor.split("+"):
         if predictor != "auto" and one not in (*PREDICTORS, ENSEMBLE):
             known = ", ".join(sorted([*PREDICTORS, ENSEMBLE]))
-            raise RequestError(f"There is no predictor {one!r}; choose auto, one of: {known}; or several, joined by '+'.")
+            raise RequestError(
+                f"There is no predictor {one!r}; choose auto, one of: {known}; or several, joined by '+'."
+            )
