@@ -28,16 +28,8 @@ def test_policies_are_pure(file: Path) -> None:
     imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     own = {name for name in imported if name.startswith("moestro")}
-    assert own <= {"moestro.keys", "moestro.errors", "moestro.trace.collection", "moestro.trace.eam"} | {
+    assert own <= {"moestro.keys", "moestro.errors", "moestro.trace.collection"} | {
         name for name in own if name.startswith("moestro.policy")
     }
-    assert imported - own <= {
-        "__future__",
-        "collections",
-        "collections.abc",
-        "dataclasses",
-        "inspect",
-        "math",
-        "numpy",
-        "typing",
-    }
+    pure = {"__future__", "collections", "collections.abc", "dataclasses", "inspect", "math", "numpy", "typing"}
+    assert imported - own <= pure

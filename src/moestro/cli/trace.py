@@ -149,6 +149,27 @@ def import_(
     say("note", f"{trace.rows} tokens of {trace.requests} request(s) are in {out}.")
 
 
+def fit(
+    store: Annotated[Path, typer.Argument(help="The store of the model that was recorded.")],
+    traces: Annotated[list[Path], typer.Argument(help="Traces to learn from, as many as there are.")],
+    epochs: Annotated[int, typer.Option(help="How often the traces are gone through.")] = 4,
+) -> None:
+    """Train the predictor of experts that a store's model runs with; minutes on a processor."""
+    from moestro.foresight import TrainingOptions, fit_store
+    from moestro.trace import Trace
+    from moestro.trace.join import join
+
+    if epochs < 1:
+        raise TraceError(f"epochs is {epochs}, expected a whole number of at least 1.")
+    trace = join([Trace.load(path) for path in traces])
+
+    def progress(layers: int) -> None:
+        say("training", f"layer {layers} of {trace.layers}")
+
+    fit_store(store, trace, TrainingOptions(epochs=epochs), progress=progress)
+    say("note", f"{store} has learned from {trace.rows} tokens of {trace.requests} request(s).")
+
+
 def _load(path: Path, experts: int) -> Trace:
     from moestro.trace import Trace
 

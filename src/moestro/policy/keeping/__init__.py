@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 from moestro.errors import RequestError
@@ -16,6 +15,7 @@ from moestro.policy.keeping.lfu import LFU
 from moestro.policy.keeping.lrfu import LRFU
 from moestro.policy.keeping.lru import LRU
 from moestro.policy.keeping.moe_infinity import MoEInfinity
+from moestro.policy.knowledge import check
 from moestro.policy.observation import Shape
 
 KEEP_POLICIES: dict[str, Callable[..., KeepPolicy]] = {
@@ -34,16 +34,12 @@ KEEP_POLICIES: dict[str, Callable[..., KeepPolicy]] = {
 def make_keep_policy(name: str, shape: Shape, **knowledge: object) -> KeepPolicy:
     """A fresh policy of this name; `knowledge` are keyword arguments of its class.
 
-    Raises RequestError (a ValueError) that lists the names there are, or what the policy takes.
+    Raises RequestError (a ValueError) that lists the names there are, or what the policy takes or needs.
     """
     if name not in KEEP_POLICIES:
         raise RequestError(f"There is no keep policy {name!r}; choose one of: {', '.join(sorted(KEEP_POLICIES))}.")
     factory = KEEP_POLICIES[name]
-    known = [each for each in inspect.signature(factory).parameters if each != "shape"]
-    unknown = sorted(set(knowledge) - set(known))
-    if unknown:
-        takes = ", ".join(known) if known else "nothing"
-        raise RequestError(f"The keep policy {name!r} does not take {', '.join(unknown)}; it takes {takes}.")
+    check(f"keep policy {name!r}", [factory], knowledge)
     return factory(shape, **knowledge)
 
 

@@ -9,6 +9,8 @@ Shapes: N rows, L MoE layers, E experts per layer, K experts per row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moestro.errors import RequestError
@@ -54,10 +56,11 @@ class EdgeMoE(Keeper):
         layer = routing.layer
         self._rates.add(routing)
         rows = self._trail.rows(routing)
-        for lag in self._lags:
-            before = self._trail.before(rows, layer, lag) if lag <= layer else None
-            if before is not None and len(before[1]):
-                self._counts.add(2 * layer + lag - 1, before[0], rows.ids_NK[before[1]])
+        lags = self._lags[:layer]
+        known = self._trail.before(rows, layer, lags) if lags else None
+        if known:
+            places_NJK = known[0] + self._first(layer, lags)
+            self._counts.add(places_NJK.reshape(len(known[1]), -1), known[1])
         self._trail.step(routing, rows)
         self._worth_LE[layer] = self._rates.of(layer) * self._sensitivity_L[layer]
         for ahead in self._lags:
@@ -68,10 +71,13 @@ class EdgeMoE(Keeper):
         """[E] of the layer `ahead` of `layer`, from `layer` and, for the next one, the layer before too."""
         target = layer + ahead
         prior_E = self._rates.of(target)
-        seen = []
-        for lag in range(ahead, self._lags[-1] + 1):
-            if lag <= target:
-                known_R, ids_RK, _ = self._trail.last(target - lag)
-                if known_R.all():
-                    seen.append(self._counts.given(2 * target + lag - 1, ids_RK, prior_E).mean(1))
-        return any_of(sum(seen) / len(seen)) if seen else prior_E
+        lags = self._lags[ahead - 1 : target]
+        ids_RJK, weights_RJK = self._trail.last([target - lag for lag in lags])
+        if not weights_RJK.any():
+            return prior_E
+        places_RJK = ids_RJK + self._first(target, lags)
+        return any_of(self._counts.mean(places_RJK.reshape(len(ids_RJK), -1), prior_E))
+
+    def _first(self, layer: int, lags: Sequence[int]) -> np.ndarray:
+        """[J, 1] the place of expert 0 before, for pairs with `layer`."""
+        return np.array([(2 * layer + lag - 1) * self.shape.experts for lag in lags])[:, None]

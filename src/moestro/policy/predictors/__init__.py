@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 from moestro.errors import RequestError
+from moestro.policy.knowledge import check, takes
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.base import Predictor
 from moestro.policy.predictors.calibration import Calibrated, Reliability
@@ -37,18 +37,14 @@ def make_predictor(name: str, shape: Shape, **knowledge: object) -> Predictor:
     """A fresh predictor of this name, its probabilities calibrated; "a+b" weighs several, "ensemble" the default ones.
 
     `knowledge` are keyword arguments; in an ensemble each member gets those that it takes. Raises RequestError (a
-    ValueError) that lists the names there are, or what is taken.
+    ValueError) that lists the names there are, or what is taken or needed.
     """
     names = (DEFAULT_ENSEMBLE if name == "ensemble" else name).split("+")
-    taken = set()
     for each in names:
         if each not in PREDICTORS:
             known = ", ".join(sorted([*PREDICTORS, "ensemble"]))
             raise RequestError(f"There is no predictor {each!r}; choose of: {known}; or several, joined by '+'.")
-        taken |= _parameters(each)
-    if unknown := sorted(set(knowledge) - taken):
-        takes = ", ".join(sorted(taken)) if taken else "nothing"
-        raise RequestError(f"The predictor {name!r} does not take {', '.join(unknown)}; it takes {takes}.")
+    check(f"predictor {name!r}", [PREDICTORS[each] for each in names], knowledge)
     if len(set(names)) != len(names):
         raise RequestError(f"The predictor {name!r} names a member twice; name each once.")
     members = [_make(each, shape, knowledge) for each in names]
@@ -59,11 +55,8 @@ def make_predictor(name: str, shape: Shape, **knowledge: object) -> Predictor:
 
 
 def _make(name: str, shape: Shape, knowledge: dict[str, object]) -> Predictor:
-    return PREDICTORS[name](shape, **{key: value for key, value in knowledge.items() if key in _parameters(name)})
-
-
-def _parameters(name: str) -> set[str]:
-    return set(inspect.signature(PREDICTORS[name]).parameters) - {"shape"}
+    factory = PREDICTORS[name]
+    return factory(shape, **{key: value for key, value in knowledge.items() if key in takes(factory)})
 
 
 __all__ = [

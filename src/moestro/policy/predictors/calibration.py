@@ -1,6 +1,6 @@
 """Makes probabilities of scores: of experts forecast with .3, three in ten shall be used.
 
-Shapes: B bins, E experts per layer.
+Shapes: B bins, N forecasts of an expert each, E experts per layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moestro.policy.predictors.successors import log_odds
 _BINS = 32
 _WIDEST = 8.0
 # Outcomes that a bin is taken to have had as forecast, before any was seen.
-_PRIOR = 50.0
+_PRIOR = 10.0
 _FORGET_AT = 100_000.0
 _FIT_EVERY = 64
 
@@ -54,21 +54,17 @@ class MonotoneMap:
         self._used_B = np.zeros(_BINS)
         self._start_B = start_B
         self._odds_B, self._mapped_B = self._centre_B, start_B
-        self._fresh = 0
+        self._said: list[np.ndarray] = []
+        self._came: list[np.ndarray] = []
 
     def add(self, chance_E: np.ndarray, used_E: np.ndarray) -> None:
-        """What was forecast and what came."""
-        bin_E = self._bin(log_odds(chance_E))
-        self._count_B += np.bincount(bin_E, minlength=_BINS)
-        self._forecast_B += np.bincount(bin_E, chance_E, minlength=_BINS)
-        self._used_B += np.bincount(bin_E, used_E, minlength=_BINS)
-        if self._count_B.max() > _FORGET_AT:
-            self._count_B *= 0.5
-            self._forecast_B *= 0.5
-            self._used_B *= 0.5
-        self._fresh += 1
-        if self._fresh >= _FIT_EVERY:
-            self._fresh = 0
+        """What was forecast and what came; neither is copied. Counts from the next 64th call on."""
+        self._said.append(chance_E)
+        self._came.append(used_E)
+        if len(self._said) >= _FIT_EVERY:
+            self._count(np.concatenate(self._said), np.concatenate(self._came))
+            self._said.clear()
+            self._came.clear()
             self._fit()
 
     def __call__(self, chance_E: np.ndarray) -> np.ndarray:
@@ -80,8 +76,16 @@ class MonotoneMap:
         count_B = np.maximum(self._count_B, 1)
         return Reliability(self._forecast_B / count_B, self._used_B / count_B, self._count_B.copy())
 
-    def _bin(self, odds_E: np.ndarray) -> np.ndarray:
-        return np.clip(((odds_E + _WIDEST) * (_BINS / (2 * _WIDEST))).astype(np.int64), 0, _BINS - 1)
+    def _count(self, chance_N: np.ndarray, used_N: np.ndarray) -> None:
+        odds_N = log_odds(chance_N)
+        bin_N = np.clip(((odds_N + _WIDEST) * (_BINS / (2 * _WIDEST))).astype(np.int64), 0, _BINS - 1)
+        self._count_B += np.bincount(bin_N, minlength=_BINS)
+        self._forecast_B += np.bincount(bin_N, chance_N, minlength=_BINS)
+        self._used_B += np.bincount(bin_N, used_N, minlength=_BINS)
+        if self._count_B.max() > _FORGET_AT:
+            self._count_B *= 0.5
+            self._forecast_B *= 0.5
+            self._used_B *= 0.5
 
     def _fit(self) -> None:
         weight_B = self._count_B + _PRIOR
@@ -130,7 +134,8 @@ class Calibrated:
         due = self._rehearsal.due(layer)
         if all(rows.decode for rows in routing.requests):
             used_E = routing.counts_E > 0
-            due[self._rehearsal.range_of(layer)] = self.inner.forecast(layer)
+            if self._rehearsal.check_next():
+                due[self._rehearsal.range_of(layer)] = np.array(self.inner.forecast(layer))
             for reach, chance_E in due.items():
                 self._maps[reach].add(chance_E, used_E)
         for other, reach in self._rehearsal.wanted():

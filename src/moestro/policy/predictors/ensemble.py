@@ -62,7 +62,8 @@ class Ensemble:
         due = self._rehearsal.due(layer)
         if all(rows.decode for rows in routing.requests):
             used_E = (routing.counts_E > 0).astype(np.float64)
-            due[self._rehearsal.range_of(layer)] = self._odds(layer)
+            if self._rehearsal.check_next():
+                due[self._rehearsal.range_of(layer)] = self._odds(layer)
             for reach, odds_EP in due.items():
                 self._learn(reach, layer, odds_EP, used_E)
         for other, reach in self._rehearsal.wanted():

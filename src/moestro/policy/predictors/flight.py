@@ -63,6 +63,9 @@ def grown(array: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate((array, more))
 
 
+_FIRST = np.zeros(1, np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of a visit to learn from, and where each request stands after it.
@@ -81,6 +84,10 @@ class Rows:
 
 def rows_of(routing: Routing, flight: Flight) -> Rows:
     """All decoded rows, and the last few of each prompt; the same rows at every layer of a pass."""
+    if len(routing.experts_TK) == 1 and len(routing.requests) == 1:
+        only = routing.requests[0]
+        places_1 = np.array([flight.place(only.request)])
+        return Rows(places_1, routing.experts_TK, routing.weights_TK, places_1, _FIRST, only.decode)
     requests = [rows for rows in routing.requests if rows.last > rows.first]
     places_R = np.array([flight.place(rows.request) for rows in requests], np.int64)
     if len(requests) == len(routing.experts_TK):
@@ -107,4 +114,4 @@ def within(chance_E: np.ndarray, horizon: int) -> np.ndarray:
     assert horizon >= 1
     if horizon > 1:
         chance_E = 1 - (1 - chance_E) ** horizon
-    return np.asarray(np.clip(chance_E, 0, 1), np.float32)
+    return np.asarray(np.minimum(np.maximum(chance_E, 0), 1), np.float32)

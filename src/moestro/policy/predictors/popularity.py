@@ -12,6 +12,8 @@ from moestro.policy.predictors.flight import LEARN_ROWS, within
 
 # Counts are halved when a layer has so many rows: half the weight is on the last few thousand.
 _FORGET_AT = 8192.0
+# Where every row takes every expert: so that log-odds exist.
+_MOST = 1 - 1e-4
 
 
 class Rates:
@@ -26,17 +28,25 @@ class Rates:
         rows = len(routing.experts_TK)
         if rows == 0:
             return
+        if rows == 1:
+            self._sum_LE[routing.layer, routing.experts_TK[0]] += 1
+            self._rows_L[routing.layer] += 1
+            self._forget(routing.layer)
+            return
         prompt = sum(part.last - part.first for part in routing.requests if not part.decode)
         weight = 1.0 if prompt <= LEARN_ROWS else (rows - prompt + LEARN_ROWS) / rows
         self._sum_LE[routing.layer] += weight * routing.counts_E
         self._rows_L[routing.layer] += weight * rows
-        if self._rows_L[routing.layer] > _FORGET_AT:
-            self._sum_LE[routing.layer] *= 0.5
-            self._rows_L[routing.layer] *= 0.5
+        self._forget(routing.layer)
+
+    def _forget(self, layer: int) -> None:
+        if self._rows_L[layer] > _FORGET_AT:
+            self._sum_LE[layer] *= 0.5
+            self._rows_L[layer] *= 0.5
 
     def of(self, layer: int) -> np.ndarray:
-        """[E] in (0, 1]; they add up to K."""
-        return np.asarray(self._sum_LE[layer] / self._rows_L[layer])
+        """[E] in (0, 1), float64; they add up to K."""
+        return np.asarray(np.minimum(self._sum_LE[layer] / self._rows_L[layer], _MOST))
 
     def all(self) -> np.ndarray:
         """[L, E]"""

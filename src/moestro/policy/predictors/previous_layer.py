@@ -7,6 +7,8 @@ Shapes: R requests in flight, L MoE layers, E experts per layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moestro.policy.observation import Routing, Shape
@@ -25,12 +27,12 @@ class PreviousLayer:
     """
 
     def __init__(self, shape: Shape, *, reach: int = 4, trusts: tuple[float, ...] = (0.4, 0.25, 0.15)) -> None:
-        self._reach = min(reach, shape.layers - 1)
-        self._factors = tuple(trust * shape.picks for trust in trusts)
-        self._layers = shape.layers
+        self._shape = shape
+        self._lags = range(1, min(reach, shape.layers - 1) + 1)
+        self._factors = [trust * shape.picks for trust in trusts]
         self._rates = Rates(shape)
         self._trail = Trail(shape)
-        self._counts = Successors(max(1, self._reach) * shape.layers, shape.experts)
+        self._counts = Successors(max(1, len(self._lags)) * shape.layers, shape.experts)
 
     def begin(self, request: int, /) -> None:
         """Nothing is known of it yet: popularity."""
@@ -41,26 +43,34 @@ class PreviousLayer:
         self._trail.end(request)
 
     def observe(self, routing: Routing, /) -> None:
-        """O(R K^2) for each layer within reach."""
+        """O(R K^2) for each layer within reach. A prompt teaches of its own pass only."""
         self._rates.add(routing)
         rows = self._trail.rows(routing)
-        for lag in range(1, self._reach + 1):
-            before = self._trail.before(rows, routing.layer, lag)
-            if before is not None and len(before[1]):
-                self._counts.add(self._pair(routing.layer, lag), before[0], rows.ids_NK[before[1]])
+        lags = self._lags if rows.decode else self._lags[: routing.layer]
+        known = self._trail.before(rows, routing.layer, lags) if lags else None
+        if known:
+            before_NJK, after_NK = known
+            places_NJK = before_NJK + self._first(routing.layer, lags)
+            self._counts.add(places_NJK.reshape(len(after_NK), -1), after_NK)
         self._trail.step(routing, rows)
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
         prior_E = self._rates.of(layer)
         ahead = self._trail.ahead(layer)
-        odds_RE = np.repeat(log_odds(prior_E)[None], len(self._trail.flight.in_flight), 0)
-        for lag, factor in zip(range(ahead, self._reach + 1), self._factors, strict=False):
-            known_R, ids_RK, weights_RK = self._trail.last((layer - lag) % self._layers)
-            if known_R.any():
-                evidence_RE = self._counts.evidence(self._pair(layer, lag), ids_RK, weights_RK, prior_E)
-                odds_RE[known_R] += factor * evidence_RE
-        return within(any_of(chance_of(odds_RE)), horizon)
+        odds_E = log_odds(prior_E)
+        lags = self._lags[ahead - 1 :][: len(self._factors)]
+        if not lags:
+            return within(any_of(np.repeat(prior_E[None], len(self._trail.flight.in_flight), 0)), horizon)
+        ids_RJK, weights_RJK = self._trail.last([(layer - lag) % self._shape.layers for lag in lags])
+        weights_RJK = weights_RJK * np.array(self._factors[: len(lags)], np.float32)[:, None]
+        places_RJK = ids_RJK + self._first(layer, lags)
+        requests = len(ids_RJK)
+        evidence_RE = self._counts.evidence(
+            places_RJK.reshape(requests, -1), weights_RJK.reshape(requests, -1), prior_E
+        )
+        return within(any_of(chance_of(odds_E + evidence_RE)), horizon)
 
-    def _pair(self, layer: int, lag: int) -> int:
-        return (lag - 1) * self._layers + layer
+    def _first(self, layer: int, lags: Sequence[int]) -> np.ndarray:
+        """[J, 1] the place of expert 0 before, for pairs with `layer`."""
+        return np.array([((lag - 1) * self._shape.layers + layer) * self._shape.experts for lag in lags])[:, None]

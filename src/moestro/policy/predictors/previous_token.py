@@ -21,6 +21,7 @@ class PreviousToken:
     """
 
     def __init__(self, shape: Shape, *, trust: float = 0.5) -> None:
+        self._experts = shape.experts
         self._factor = trust * shape.picks
         self._rates = Rates(shape)
         self._trail = Trail(shape)
@@ -44,20 +45,15 @@ class PreviousToken:
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
         prior_E = self._rates.of(layer)
-        known_R, ids_RK, weights_RK = self._trail.last(layer)
-        chance_RE = np.repeat(prior_E[None], len(known_R), 0)
-        if known_R.any():
-            evidence_RE = self._counts.evidence(layer, ids_RK, weights_RK, prior_E)
-            chance_RE[known_R] = chance_of(log_odds(prior_E) + self._factor * evidence_RE)
-        return within(any_of(chance_RE), horizon)
+        ids_R1K, weights_R1K = self._trail.last((layer,))
+        before_RK = ids_R1K[:, 0] + layer * self._experts
+        evidence_RE = self._counts.evidence(before_RK, self._factor * weights_R1K[:, 0], prior_E)
+        return within(any_of(chance_of(log_odds(prior_E) + evidence_RE)), horizon)
 
     def _learn(self, layer: int, rows: Rows) -> None:
-        before = self._trail.before(rows, layer, 0)
-        if before is not None:
-            ids_NK, index_N = before
-            if len(index_N):
-                self._counts.add(layer, ids_NK, rows.ids_NK[index_N])
-        elif len(rows.ids_NK) > 1:
+        first = layer * self._experts
+        if known := self._trail.before(rows, layer, (0,)):
+            self._counts.add(known[0][:, 0] + first, known[1])
+        elif not rows.decode and len(rows.ids_NK) > 1:
             same_N = rows.places_N[1:] == rows.places_N[:-1]
-            if same_N.any():
-                self._counts.add(layer, rows.ids_NK[:-1][same_N], rows.ids_NK[1:][same_N])
+            self._counts.add(rows.ids_NK[:-1][same_N] + first, rows.ids_NK[1:][same_N])

@@ -12,13 +12,16 @@ from moestro.policy.observation import Shape
 # Ranges of how far ahead a forecast looks, each learnt for itself: the next layer, up to here, the rest of the circle.
 _MIDDLE = 4
 RANGES = 3
+# So many passes learn from every visit.
+_EAGER = 128
 
 
 class Rehearsal:
     """Before each layer routes: which forecasts now come true, and which to make for later.
 
-    The next layer's forecast (what prefetch asks for) is checked every time, at the last moment; one a few layers
-    ahead, and one a whole pass ahead (what eviction asks for), in one visit of `pause` each.
+    The next layer's forecast (what prefetch asks for) is checked at the last moment, in every visit of the first
+    passes and later in one of `pause`; one a few layers ahead, and one a whole pass ahead (what eviction asks for), in
+    one visit of `pause` each.
     """
 
     def __init__(self, shape: Shape, *, pause: int = 4) -> None:
@@ -32,6 +35,10 @@ class Rehearsal:
         """0, 1 or 2: which range the next visit of `layer` is in, seen from the layer observed last."""
         ahead = (layer - self._at - 1) % self._layers + 1
         return 0 if ahead == 1 else 1 if ahead <= _MIDDLE else 2
+
+    def check_next(self) -> bool:
+        """Whether to compare the forecast for the layer that is about to route with what comes."""
+        return self._passes < _EAGER or (self._at + self._passes) % self._pause == 2 % self._pause
 
     def due(self, layer: int) -> dict[int, np.ndarray]:
         """Forecasts for this visit by range, no longer kept."""

@@ -1,9 +1,11 @@
 """What each request routed last, layer by layer.
 
-Shapes: S places of requests, N rows looked at, R requests, L MoE layers, K experts per row.
+Shapes: S places of requests, N rows looked at, R requests, L MoE layers, J layers looked back at, K experts per row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,6 +32,7 @@ class Trail:
         self._weights_SLK = grown(self._weights_SLK, self.flight.size)
         self._known_SL = grown(self._known_SL, self.flight.size)
         self._known_SL[place] = False
+        self._weights_SLK[place] = 0
 
     def end(self, request: int) -> None:
         """Its place becomes free."""
@@ -50,32 +53,41 @@ class Trail:
         self._ids_SLK[rows.places_R, layer] = rows.ids_NK[rows.last_R]
         weights_RK = rows.weights_NK[rows.last_R]
         total_R1 = weights_RK.sum(1, keepdims=True)
-        even = 1 / max(1, weights_RK.shape[1])
-        self._weights_SLK[rows.places_R, layer] = np.where(total_R1 > 0, weights_RK / np.maximum(total_R1, 1e-12), even)
+        if not total_R1.all():
+            weights_RK, total_R1 = (
+                np.where(total_R1 > 0, weights_RK, 1),
+                np.where(total_R1 > 0, total_R1, weights_RK.shape[1]),
+            )
+        self._weights_SLK[rows.places_R, layer] = weights_RK / total_R1
         self._known_SL[rows.places_R, layer] = True
 
-    def before(self, rows: Rows, layer: int, lag: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Rows of `lag` layers before `layer` and the indices N of the rows that they belong to; None: not known.
+    def before(self, rows: Rows, layer: int, lags: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows as they were `lags` layers before: [N', J, K] ids and [N', K] of now; None: nothing is known.
 
-        Called before `step`. Of a layer that comes later in the pass, the rows are those of the pass before.
+        Called before `step`. Layers follow each other in a circle; lag 0 is the same layer in the pass before. Rows
+        for which a lag is not known are left out; so, in a prompt, are lags of another pass than this.
         """
-        source = (layer - lag) % self._layers
-        if 0 < lag <= layer and layer > self.at:
-            earlier = self._pass_L[source]
-            if earlier is None or len(earlier.places_N) != len(rows.places_N):
-                return None
-            return earlier.ids_NK, np.arange(len(rows.places_N))
-        if not rows.decode:
+        if not len(rows.ids_NK):
             return None
-        known_N = self._known_SL[rows.places_N, source]
-        return self._ids_SLK[rows.places_N[known_N], source], np.flatnonzero(known_N)
+        if rows.decode:
+            sources_J = [(layer - lag) % self._layers for lag in lags]
+            places_N1 = rows.places_N[:, None]
+            known_NJ = self._known_SL[places_N1, sources_J]
+            ids_NJK = self._ids_SLK[places_N1, sources_J]
+            if known_NJ.all():
+                return ids_NJK, rows.ids_NK
+            known_N = known_NJ.all(1)
+            return (ids_NJK[known_N], rows.ids_NK[known_N]) if known_N.any() else None
+        if layer <= self.at or min(lags) < 1 or max(lags) > layer:
+            return None
+        earlier_J = [self._pass_L[layer - lag] for lag in lags]
+        same_J = [each.ids_NK for each in earlier_J if each is not None and len(each.ids_NK) == len(rows.ids_NK)]
+        return (np.stack(same_J, 1), rows.ids_NK) if len(same_J) == len(lags) else None
 
-    def last(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the requests in flight: [R] known, and ids [R', K] and normalised weights of those that are known."""
-        places_R = self.flight.in_flight
-        known_R = self._known_SL[places_R, layer]
-        places = places_R[known_R]
-        return known_R, self._ids_SLK[places, layer], self._weights_SLK[places, layer]
+    def last(self, layers_J: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of the R requests in flight: [R, J, K] ids and normalised weights, 0 where nothing is known."""
+        places_R1 = self.flight.in_flight[:, None]
+        return self._ids_SLK[places_R1, layers_J], self._weights_SLK[places_R1, layers_J]
 
     def ahead(self, layer: int) -> int:
         """Visits from the one observed last to the next one of `layer`: 1 to L."""
