@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{arguments.shape}, {arguments.layers} layers; microseconds per layer and decoded token, median (least)")
     with tempfile.TemporaryDirectory() as folder:
-        store = _make_store(Path(folder), arguments.shape, arguments.layers, arguments.quantised)
+        store = make_store(Path(folder), arguments.shape, arguments.layers, arguments.quantised)
         for native in (True, False):
             options = RuntimeOptions(memory="4GiB", context=256)
             with open_model(store, options, native=native) as opened:
@@ -66,7 +66,8 @@ class Step:
         return self.forward - self.kernels - self.experts
 
 
-def _make_store(folder: Path, shape: str, layers: int, quantised: bool) -> Store:
+def make_store(folder: Path, shape: str, layers: int, quantised: bool) -> Store:
+    """A random store of a published shape with few and small experts."""
     config = SHAPES[shape]
     for name, value in SMALL.items():
         if hasattr(config, name):

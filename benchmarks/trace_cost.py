@@ -1,9 +1,11 @@
-"""What recording costs: time in the recorder against forward passes of the same run; and lookups among past requests.
+"""What recording costs a decoded token, timed inside the forward passes that it is part of; and lookups among requests.
 
-    OMP_NUM_THREADS=1 python benchmarks/trace_cost.py [--tokens N] [--repeats N]
+    OMP_NUM_THREADS=1 python benchmarks/trace_cost.py [--shape olmoe-1b-7b] [--tokens N] [--repeats N]
 
-Decoding is one request at a time with all experts in memory, which is when a token is quickest and recording weighs
-most. Both are processor time of one thread, which other work on the machine hardly changes. The last lines time the collection at the shape of Qwen3-30B-A3B (48 layers, 128 experts, 8 a token).
+Without a shape the built-in model decodes, with all experts in memory and with some; a shape has the published layers,
+but few and small experts (see `layer_overhead.py`). A token's recording is what the runner and the recorder do for it,
+in place, so with the cold caches that a step leaves; a request's end is divided among its tokens. The last lines time
+the collection at the shape of Qwen3-30B-A3B (48 layers, 128 experts, 8 a token).
 """
 
 from __future__ import annotations
@@ -12,22 +14,23 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from layer_overhead import make_store
+from random_checkpoint import SHAPES
 
 from moestro.calibration import pack_apart
 from moestro.config import RuntimeOptions
-from moestro.policy.observation import RequestRows
 from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, open_model
 from moestro.store.locate import locate
 from moestro.store.reader import Store
-from moestro.trace import CollectionFile, EamCollection, Matcher, Recorder, StepRouting
+from moestro.trace import CollectionFile, EamCollection, Matcher, Recorder
 
 MODEL = "tiny-qwen3moe-28m"
 PROMPT = [(7 * index) % 4000 for index in range(64)]
@@ -36,80 +39,87 @@ LAYERS, EXPERTS, PICKS = 48, 128, 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=400, help="decoded tokens of a request")
-    parser.add_argument("--repeats", type=int, default=7, help="requests of each kind")
+    parser.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, default=16, help="of the shape")
+    parser.add_argument("--memory", nargs="*", default=["200MiB", "32MiB"], help="for the built-in model")
+    parser.add_argument("--tokens", type=int, default=256, help="decoded tokens of a request")
+    parser.add_argument("--repeats", type=int, default=15, help="requests of each kind")
     parser.add_argument("--entries", type=int, nargs="*", default=[128, 1000, 10000], help="of the collections timed")
     arguments = parser.parse_args()
-    store = Store.open(locate(MODEL, auto_pack=True, pack=pack_apart))
-    with (
-        open_model(store, RuntimeOptions(memory="200MiB", context=1024, threads=1)) as opened,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        _time_decoding(opened, store, Path(folder), arguments.tokens, arguments.repeats)
+    print(f"{arguments.repeats} requests of each kind, of {arguments.tokens} decoded tokens; microseconds per token")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.shape is None:
+            store = Store.open(locate(MODEL, auto_pack=True, pack=pack_apart))
+            for memory in arguments.memory:
+                _time_decoding(store, memory, folder, arguments.tokens, arguments.repeats)
+        else:
+            store = make_store(folder, arguments.shape, arguments.layers, quantised=True)
+            _time_decoding(store, "4GiB", folder, arguments.tokens, arguments.repeats)
     for entries in arguments.entries:
         _time_collection(entries)
 
 
-class TimedRecorder(Recorder):
-    """A recorder that knows how long it took."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.seconds = 0.0
-
-    def step(self, requests: Sequence[RequestRows], tokens_T: np.ndarray, routing: StepRouting) -> None:
-        started = time.thread_time()
-        super().step(requests, tokens_T, routing)
-        self.seconds += time.thread_time() - started
-
-    def end(self, request: int) -> None:
-        started = time.thread_time()
-        super().end(request)
-        self.seconds += time.thread_time() - started
-
-
-def _time_decoding(opened: OpenModel, store: Store, folder: Path, tokens: int, repeats: int) -> None:
-    layers, experts = opened.runner.expert_counts.shape
-    file = CollectionFile(folder / "requests.npz", model="benchmark", layers=layers, experts=experts)
-    while len(file.decode) < file.decode.capacity:  # as full as it gets, so that every end replaces an entry
-        for collection in (file.prefill, file.decode):
-            collection.insert(np.random.default_rng(len(file.decode)).poisson(9.0, (layers, experts)) + 1)
-    kinds: dict[str, Callable[[], TimedRecorder | None]] = {
-        "off": lambda: None,
-        "matrices": lambda: TimedRecorder(experts, collections=file),
-        "matrices and trace": lambda: TimedRecorder(experts, collections=file, keep=True),
-    }
-    forward: dict[str, list[float]] = {name: [] for name in kinds}
-    inside: dict[str, list[float]] = {name: [] for name in kinds}
-    blocks = opened.runner.kv.allocate(blocks_for(len(PROMPT) + tokens))
-    _decode(opened, blocks, tokens)
-    for _ in range(repeats):
+def _time_decoding(store: Store, memory: str, folder: Path, tokens: int, repeats: int) -> None:
+    with open_model(store, RuntimeOptions(memory=memory, context=1024, threads=1)) as opened:
+        layers, experts = opened.runner.expert_counts.shape
+        file = CollectionFile(folder / "requests.npz", model="benchmark", layers=layers, experts=experts)
+        while len(file.decode) < file.decode.capacity:  # as full as it gets: every end replaces an entry
+            for collection in file.phases.values():
+                collection.insert(np.random.default_rng(len(collection)).poisson(9.0, (layers, experts)) + 1)
+        kinds: dict[str, Callable[[], Recorder | None]] = {
+            "off": lambda: None,
+            "matrices": lambda: Recorder(experts, collections=file),
+            "matrices and trace": lambda: Recorder(experts, collections=file, keep=True),
+        }
+        blocks = opened.runner.kv.allocate(blocks_for(len(PROMPT) + tokens))
+        _decode(opened, blocks, tokens)
+        print(f"{store.path.name}, {memory}, {opened.runner.path} path")
         for name, make in kinds.items():
-            recorder = opened.runner.recorder = make()
-            seconds = _decode(opened, blocks, tokens)
-            opened.runner.recorder = None
-            forward[name].append(seconds / tokens * 1e6)
-            inside[name].append(0.0 if recorder is None else recorder.seconds / tokens * 1e6)
-    print(f"{store.path.name}, {opened.runner.path} path, {tokens} decoded tokens a request; microseconds per token")
-    for name in kinds:
-        share = statistics.median(part / whole for part, whole in zip(inside[name], forward[name], strict=True))
-        print(
-            f"{name:20} {_spread(forward[name])} a token, of which recording {_spread(inside[name])}, {share:.2%}",
-            flush=True,
-        )
+            steps, recording = [], []
+            for _ in range(repeats):
+                recorder = opened.runner.recorder = make()
+                clock = _Clock(opened, recorder)
+                steps.append(_decode(opened, blocks, tokens))
+                recording.append(clock.seconds / tokens * 1e6)
+            share = statistics.median(part / whole for part, whole in zip(recording, steps, strict=True))
+            whole, part = _spread(steps), _spread(recording)
+            print(f"  {name:20} {whole} a token, of which recording {part}, {share:.2%}", flush=True)
+
+
+class _Clock:
+    """Adds up what the parts of recording take, of a request's prompt too: one forward pass among many."""
+
+    def __init__(self, opened: OpenModel, recorder: Recorder | None) -> None:
+        self.seconds = 0.0
+        opened.runner.__dict__.pop("_routing", None)
+        if recorder is not None:
+            for owner, name in ((opened.runner, "_routing"), (recorder, "step"), (recorder, "end")):
+                setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments, **settings)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        return call
 
 
 def _decode(opened: OpenModel, blocks: list[int], tokens: int) -> float:
-    """Seconds of decoding a request, its end included."""
+    """Microseconds of a forward pass of a request behind its prompt, in the mean, its end included."""
     runner = opened.runner
     runner.forward(PackedBatch([Segment(0, PROMPT, 0, blocks, True)]))
-    if isinstance(runner.recorder, TimedRecorder):
-        runner.recorder.seconds = 0.0
-    started = time.thread_time()
+    seconds = 0.0
     for token in range(tokens):
-        runner.forward(PackedBatch([Segment(0, [token % 4000], len(PROMPT) + token, blocks, True, True)]))
+        batch = PackedBatch([Segment(0, [token % 4000], len(PROMPT) + token, blocks, True, True)])
+        started = time.perf_counter()
+        runner.forward(batch)
+        seconds += time.perf_counter() - started
+    started = time.perf_counter()
     runner.end_request(0)
-    return time.thread_time() - started
+    return 1e6 * (seconds + time.perf_counter() - started) / tokens
 
 
 def _time_collection(entries: int) -> None:
@@ -147,8 +157,9 @@ def _time_collection(entries: int) -> None:
 
 
 def _spread(values: list[float]) -> str:
-    """Median, and the least in brackets."""
-    return f"{statistics.median(values):.1f} ({min(values):.1f})"
+    """Median, and the middle half in brackets."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,13 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.errors import TraceError
-from moestro.policy.observation import RequestRows
 from moestro.trace import CollectionFile, Recorder, StepRouting, Trace
 from moestro.trace.eam import request_eam
 from moestro.trace.recorder import quantised_weights
 from traces import EXCERPT, assert_same, random_trace, traces
 
-Batch = tuple[list[RequestRows], np.ndarray, StepRouting]
+
+class Tokens(NamedTuple):
+    request: int
+    token_ids: list[int]
+    decode: bool
+
+
+Batch = tuple[list[Tokens], StepRouting]
 
 
 def steps_of(trace: Trace, seed: int, neighbours: int) -> Iterator[Batch]:
@@ -26,12 +33,11 @@ def steps_of(trace: Trace, seed: int, neighbours: int) -> Iterator[Batch]:
     waiting = [list(trace.passes(request)) for request in range(trace.requests)]
     while any(waiting):
         running = [request for request, passes in enumerate(waiting) if passes]
-        rows, requests = [], []
+        rows, chunks = [], []
         for request in rng.permutation(running)[:neighbours].tolist():
             one = waiting[request].pop(0)
-            first = len(rows)
             rows += range(one.first, one.last)
-            requests.append(RequestRows(request, first, len(rows), one.decode))
+            chunks.append(Tokens(request, trace.token_N[one.first : one.last].tolist(), one.decode))
         shuffle_TLK = rng.random((len(rows), trace.layers, trace.picks)).argsort(axis=-1)
         experts_TLK = np.take_along_axis(trace.experts_NLK[rows].astype(np.int64), shuffle_TLK, axis=-1)
         weights_TLK = np.take_along_axis(trace.weights_NLK[rows] / 255 * 0.7, shuffle_TLK, axis=-1)
@@ -41,14 +47,14 @@ def steps_of(trace: Trace, seed: int, neighbours: int) -> Iterator[Batch]:
             weights_TLK.swapaxes(0, 1).astype(np.float32),
             None if ahead is None else ahead[rows].transpose(2, 0, 1, 3),
         )
-        yield requests, trace.token_N[rows], routing
+        yield chunks, routing
 
 
 @given(trace=traces(), seed=st.integers(0, 2**32 - 1), neighbours=st.integers(1, 4))
 def test_a_trace_that_is_run_is_recorded(trace: Trace, seed: int, neighbours: int) -> None:
     recorder = Recorder(trace.num_experts, keep=True)
-    for requests, token_T, routing in steps_of(trace, seed, neighbours):
-        recorder.step(requests, token_T, routing)
+    for chunks, routing in steps_of(trace, seed, neighbours):
+        recorder.step(chunks, routing)
     for request in np.random.default_rng(seed).permutation(trace.requests).tolist():
         recorder.end(request)
         recorder.end(request)
@@ -76,8 +82,8 @@ def test_a_trace_that_is_run_is_recorded(trace: Trace, seed: int, neighbours: in
 def test_steps_are_shared_by_neighbours() -> None:
     trace = random_trace(0, prompts=(2, 2), answers=(2, 2))
     recorder = Recorder(trace.num_experts, keep=True)
-    for requests, token_T, routing in steps_of(trace, 0, neighbours=2):
-        recorder.step(requests, token_T, routing)
+    for chunks, routing in steps_of(trace, 0, neighbours=2):
+        recorder.step(chunks, routing)
     for request in range(2):
         recorder.end(request)
     assert recorder.trace().step_N is not None
@@ -87,8 +93,8 @@ def test_steps_are_shared_by_neighbours() -> None:
 def test_real_routing_survives(tmp_path: Path) -> None:
     trace = Trace.load(EXCERPT)
     recorder = Recorder(trace.num_experts, keep=True)
-    for requests, token_T, routing in steps_of(trace, 0, neighbours=3):
-        recorder.step(requests, token_T, routing)
+    for chunks, routing in steps_of(trace, 0, neighbours=3):
+        recorder.step(chunks, routing)
     for request in range(trace.requests):
         recorder.end(request)
     recorder.trace().save(tmp_path / "again.npz")
@@ -105,8 +111,8 @@ def test_ended_requests_are_in_the_collections(
         tmp_path_factory.mktemp("recorded") / "one.npz", model="m", layers=trace.layers, experts=trace.num_experts
     )
     recorder = Recorder(trace.num_experts, collections=file)
-    for requests, token_T, routing in steps_of(trace, seed, neighbours=2):
-        recorder.step(requests, token_T, routing)
+    for chunks, routing in steps_of(trace, seed, neighbours=2):
+        recorder.step(chunks, routing)
     assert (len(file.prefill), len(file.decode)) == (0, 0)
     for request in range(trace.requests):
         recorder.end(request)
@@ -124,8 +130,8 @@ def test_phases_of_one_request_have_one_id(tmp_path: Path) -> None:
     trace = random_trace(0, prompts=(3, 3), answers=(2, 2))
     file = CollectionFile(tmp_path / "one.npz", model="m", layers=trace.layers, experts=trace.num_experts)
     recorder = Recorder(trace.num_experts, collections=file)
-    for requests, token_T, routing in steps_of(trace, 0, neighbours=2):
-        recorder.step(requests, token_T, routing)
+    for chunks, routing in steps_of(trace, 0, neighbours=2):
+        recorder.step(chunks, routing)
     for request in range(2):
         recorder.end(request)
     assert file.prefill.ids_n.tolist() == file.decode.ids_n.tolist()

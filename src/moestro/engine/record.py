@@ -18,17 +18,15 @@ from moestro.engine.evaluate import window_size
 from moestro.engine.tokenizer import end_token_ids, load_tokenizer
 from moestro.engine.windows import Text, cut_windows
 from moestro.errors import RequestError
-from moestro.policy.observation import RequestRows
 from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, open_model
 from moestro.store.reader import Store
 from moestro.trace import Recorder, StepRouting, Trace
+from moestro.trace.recorder import Chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -141,13 +139,28 @@ def record_texts(
 class _RowByRow(Recorder):
     """Takes the rows that count as decoded one after another, however many of them a forward pass had."""
 
-    def step(self, requests: Sequence[RequestRows], tokens_T: np.ndarray, routing: StepRouting) -> None:
-        for one in requests:
-            if not one.decode:
-                super().step([one], tokens_T, routing)
-                continue
-            for row in range(one.first, one.last):
-                super().step([RequestRows(one.request, row, row + 1, True)], tokens_T, routing)
+    def take(self, chunks: Sequence[Chunk], routing: StepRouting) -> None:
+        (chunk,) = chunks
+        if not chunk.decode:
+            super().take(chunks, routing)
+            return
+        for row, token in enumerate(chunk.token_ids):
+            part, ahead = slice(row, row + 1), routing.lookahead_LTPC
+            one = StepRouting(
+                routing.experts_LTK[:, part],
+                routing.weights_LTK[:, part],
+                None if ahead is None else ahead[:, part],
+            )
+            super().take([_Token(chunk.request, (token,))], one)
+
+
+@dataclass(frozen=True)
+class _Token:
+    """A decoded token, as a recorder is told of it."""
+
+    request: int
+    token_ids: tuple[int]
+    decode: bool = True
 
 
 @contextmanager

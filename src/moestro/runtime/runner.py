@@ -83,7 +83,7 @@ class ModelRunner:
             with torch.inference_mode():
                 logits_SV = self._general_forward(batch) if self.native is None else self.native(batch)
                 if self.recorder is not None:
-                    self.recorder.step(batch.request_rows, batch.token_ids_T.numpy(), self._routing())
+                    self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
                 return logits_SV
         finally:
             self._batch = None
@@ -183,10 +183,11 @@ class ModelRunner:
         if self._experts.foresight is not None:
             self._experts.foresight.end(request)
 
-    def _routing(self) -> StepRouting:
-        """What the step that has just gone through routed."""
+    def _routing(self, *, with_weights: bool) -> StepRouting:
+        """What the step that has just gone through routed. Without weights, they may change."""
         if self.native is not None:
-            return StepRouting(*self.native.routing)
+            ids_LTK, weights_LTK = self.native.routing
+            return StepRouting(ids_LTK.copy(), weights_LTK.copy() if with_weights else weights_LTK)
         experts, weights = (np.stack(one) for one in zip(*self._routed, strict=True))
         return StepRouting(experts, weights, None if self._lookahead is None else self._lookahead.take(experts))
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from moestro.errors import TraceError
-from moestro.policy.observation import RequestRows
 from moestro.trace.checks import WEIGHT_SCALE
 from moestro.trace.collection import new_id
 from moestro.trace.collection_file import CollectionFile
 from moestro.trace.eam import eam_of_rows
 from moestro.trace.trace import Trace
 
+_PUT_BY = 64
+"""Most steps that wait to be looked at."""
 
-@dataclass(frozen=True, slots=True)
-class StepRouting:
+
+class StepRouting(NamedTuple):
     """What one forward pass routed: ids `experts_LTK` (integers, in any order within a row), weights `weights_LTK`
     (normalised or not), and `lookahead_LTPC` as in `Trace` where it was computed."""
 
@@ -31,8 +33,25 @@ class StepRouting:
     lookahead_LTPC: np.ndarray | None = None
 
 
+class Chunk(Protocol):
+    """New tokens of one request in a forward pass; `decode`: they are of the answer. Its rows follow those of the chunk
+    before it."""
+
+    @property
+    def request(self) -> int: ...
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def decode(self) -> bool: ...
+
+
 class Recorder:
     """Takes the steps of a model that serves, several requests at a time.
+
+    Steps are put by as they come and looked at later, many in a row: what is done to each of them costs several times
+    as much while a step's weights have just washed everything else out of the processor's caches.
 
     Args:
         experts: of a layer (the most of any).
@@ -41,26 +60,35 @@ class Recorder:
     """
 
     def __init__(self, experts: int, *, collections: CollectionFile | None = None, keep: bool = False) -> None:
-        self._experts, self._collections, self._keep = experts, collections, keep
+        self._experts, self._collections, self.keep = experts, collections, keep
         self._kind = np.uint8 if experts <= 256 else np.uint16
         self._steps = 0
+        self._put_by: list[tuple[Sequence[Chunk], StepRouting]] = []
         self._running: dict[int, _Rows] = {}
         self._ended: dict[int, _Rows] = {}
         self._meta: dict[int, dict[str, Any]] = {}
 
-    def step(self, requests: Sequence[RequestRows], tokens_T: np.ndarray, routing: StepRouting) -> None:
-        """A forward pass went through. `routing` may be overwritten afterwards, `tokens_T` not."""
-        for one in requests:
-            rows = self._running.get(one.request)
+    def step(self, chunks: Sequence[Chunk], routing: StepRouting) -> None:
+        """A forward pass went through. Arrays do not change any more; without `keep`, weights may."""
+        self._put_by.append((chunks, routing))
+        if len(self._put_by) == _PUT_BY:
+            self._catch_up()
+
+    def take(self, chunks: Sequence[Chunk], routing: StepRouting) -> None:
+        """Look at a forward pass."""
+        last = 0
+        for chunk in chunks:
+            rows = self._running.get(chunk.request)
             if rows is None:
-                rows = self._running[one.request] = _Rows()
-            part = slice(one.first, one.last)
+                rows = self._running[chunk.request] = _Rows()
+            first, last = last, last + len(chunk.token_ids)
+            part = slice(first, last)
             rows.experts.append(routing.experts_LTK[:, part].astype(self._kind))
-            if not one.decode:
-                rows.prompt += one.last - one.first
-            if self._keep:
-                rows.weights.append(routing.weights_LTK[:, part].copy())
-                rows.tokens.append((tokens_T[part], self._steps, one.decode))
+            if not chunk.decode:
+                rows.prompt += last - first
+            if self.keep:
+                rows.weights.append(routing.weights_LTK[:, part])
+                rows.tokens.append((chunk.token_ids, self._steps, chunk.decode))
                 if routing.lookahead_LTPC is not None:
                     rows.lookahead.append(routing.lookahead_LTPC[:, part].astype(self._kind))
         self._steps += 1
@@ -71,17 +99,18 @@ class Recorder:
 
     def end(self, request: int) -> None:
         """Nothing more comes of a request: its matrices go into the collections. Unknown requests are passed over."""
+        self._catch_up()
         rows = self._running.pop(request, None)
         if rows is None:
             return
         if self._collections is not None:
             self._collect(_joined(rows.experts), rows.prompt, self._collections)
-        if self._keep:
+        if self.keep:
             self._ended[request] = rows
 
     def trace(self) -> Trace:
         """All requests that have ended, in the order of their numbers. Raises TraceError when there is none."""
-        assert self._keep
+        assert self.keep
         if not self._ended:
             raise TraceError("Nothing was recorded: no request has ended. Give a prompt or a text.")
         numbers = sorted(self._ended)
@@ -101,6 +130,11 @@ class Recorder:
             lookahead_NPLC=np.concatenate(ahead) if ahead else None,
             source="The recorded trace",
         )
+
+    def _catch_up(self) -> None:
+        for chunks, routing in self._put_by:
+            self.take(chunks, routing)
+        self._put_by.clear()
 
     def _collect(self, experts_NLK: np.ndarray, prompt: int, collections: CollectionFile) -> None:
         number = new_id()
@@ -135,7 +169,7 @@ class _Rows:
         self.experts: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
         self.lookahead: list[np.ndarray] = []
-        self.tokens: list[tuple[np.ndarray, int, bool]] = []
+        self.tokens: list[tuple[Sequence[int], int, bool]] = []
 
     def finished(self) -> _Finished:
         experts_NLK, weights_NLK = _joined(self.experts), _joined(self.weights)
@@ -145,7 +179,7 @@ class _Rows:
         return _Finished(
             experts_NLK=np.take_along_axis(experts_NLK, order_NLK, axis=-1),
             weights_NLK=quantised_weights(np.take_along_axis(weights_NLK, order_NLK, axis=-1)),
-            token_N=np.concatenate(tokens).astype(np.int32),
+            token_N=np.fromiter(chain.from_iterable(tokens), np.int32),
             decode_N=np.repeat(np.array(decode, dtype=bool), lengths),
             step_N=np.repeat(np.array(steps, dtype=np.int32), lengths),
             lookahead_NPLC=_joined(self.lookahead).swapaxes(1, 2) if self.lookahead else None,

@@ -46,7 +46,7 @@ class NativeForward:
         places = blueprint.moe_layers * rows * blueprint.experts_per_token
         self._ids, self._weights = np.empty(places, dtype=np.int64), np.empty(places, dtype=np.float32)
         self._outputs = torch.empty(known_rows(rows) * blueprint.experts_per_token, blueprint.hidden)
-        self._step_rows = 0
+        self._routing = np.empty((0, 0, 0), dtype=np.int64), np.empty((0, 0, 0), dtype=np.float32)
         self._cos, self._sin = _rotation(blueprint.rotary, context)
         self._decoder = self._make_decoder(rows)
 
@@ -63,9 +63,7 @@ class NativeForward:
     @property
     def routing(self) -> tuple[np.ndarray, np.ndarray]:
         """Experts of every row of the last step, ids [L, T, K] and weights (fp32); views, until the next step."""
-        shape = (self._blueprint.moe_layers, self._step_rows, self._blueprint.experts_per_token)
-        places = math.prod(shape)
-        return self._ids[:places].reshape(shape), self._weights[:places].reshape(shape)
+        return self._routing
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
@@ -92,7 +90,10 @@ class NativeForward:
 
     def _begin(self, batch: PackedBatch) -> None:
         sequences, most_blocks = batch.block_table_SM.shape
-        self._step_rows = batch.rows
+        if batch.rows != self._routing[0].shape[1]:
+            shape = (self._blueprint.moe_layers, batch.rows, self._blueprint.experts_per_token)
+            places = math.prod(shape)
+            self._routing = self._ids[:places].reshape(shape), self._weights[:places].reshape(shape)
         self._decoder.begin(
             batch.token_ids_T.data_ptr(),
             batch.rows,
