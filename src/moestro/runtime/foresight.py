@@ -26,6 +26,10 @@ from moestro.store.layout import Layout
 _WITHOUT_PREDICTOR = "lrfu"
 _MEASURE_EVERY = 64
 
+_MOST_OF_EXPERTS = 0.01
+"""A learned predictor takes memory that could hold experts. Measured on real routing, half of the experts in memory: it
+is worth what 3% more experts are."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -36,12 +40,13 @@ class Chosen:
     prefetch: bool
 
     @staticmethod
-    def of(options: RuntimeOptions, store: Path) -> Chosen:
-        """What the options mean for a store: `auto` is the best that can be had."""
+    def of(options: RuntimeOptions, store: Path, *, expert_bytes: int) -> Chosen:
+        """What the options mean for a store whose experts take so many bytes: `auto` is the best that can be had."""
         policy, predictor = options.policy, options.predictor
         if predictor == "auto":
-            learned = LEARNED if (store / NETS_FILE).exists() else ""
-            predictor = learned or (ENSEMBLE if policy == VALUE else "")
+            nets = store / NETS_FILE
+            worth_it = nets.exists() and nets.stat().st_size <= _MOST_OF_EXPERTS * expert_bytes
+            predictor = LEARNED if worth_it else ENSEMBLE if policy == VALUE else ""
         if policy == "auto":
             policy = VALUE if predictor else _WITHOUT_PREDICTOR
         return Chosen(policy, predictor, options.prefetch == "on" and predictor != "")
