@@ -66,7 +66,7 @@ def grown(array: np.ndarray, size: int) -> np.ndarray:
 _FIRST = np.zeros(1, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
     """Rows of a visit to learn from, and where each request stands after it.
 
