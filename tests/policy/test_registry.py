@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 import moestro.policy
-from moestro.errors import MoestroError
-from moestro.policy import LRU, POLICIES, make_policy
+from moestro.errors import RequestError
+from moestro.policy.choice import check_names, policy_names
 
 
-def test_every_name_makes_a_fresh_policy() -> None:
-    for name in POLICIES:
-        assert make_policy(name) is not make_policy(name)
-    assert isinstance(make_policy("lru"), LRU)
+@pytest.mark.parametrize(("policy", "predictor", "named"), [("fifo", "auto", "lru"), ("lru", "auto+x", "learned")])
+def test_an_unknown_name_lists_the_known(policy: str, predictor: str, named: str) -> None:
+    with pytest.raises(RequestError, match=f"choose.* {named}"):
+        check_names(policy, predictor)
 
 
-def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'fifo'.*lru") as refusal:
-        make_policy("fifo")
-    assert isinstance(refusal.value, MoestroError)
+def test_known_names_pass() -> None:
+    for policy in ("auto", *policy_names()):
+        for predictor in ("auto", "learned", "ensemble", "recency+gate"):
+            check_names(policy, predictor)
 
 
 @pytest.mark.parametrize("file", sorted(Path(moestro.policy.__file__).parent.rglob("*.py")), ids=lambda file: file.name)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.policy import make_policy
+from moestro.policy import LRU
 from moestro.simulate.slots import SlotReplay
 from moestro.simulate.timed import Machine, TimedReplay, TimedResult
 from moestro.trace import Trace
@@ -23,7 +23,7 @@ def replay(trace: Trace, *, slots: int, machine: Machine, concurrency: int = 1) 
         plane_bytes=[[PLANE]] * trace.layers,
         memory=slots * PLANE,
         machine=machine,
-        policy=make_policy("lru"),
+        policy=LRU(),
         concurrency=concurrency,
     ).run()
 

@@ -50,8 +50,9 @@ def test_a_trace_that_is_run_is_recorded(trace: Trace, seed: int, neighbours: in
     for requests, token_T, routing in steps_of(trace, seed, neighbours):
         recorder.step(requests, token_T, routing)
     for request in np.random.default_rng(seed).permutation(trace.requests).tolist():
-        recorder.end(request, {"name": request})
         recorder.end(request)
+        recorder.end(request)
+        recorder.describe(request, {"name": request})
     found = recorder.trace()
     for request in range(trace.requests):
         assert found.meta[request] == {

@@ -80,6 +80,4 @@ def check_names(policy: str, predictor: str) -> None:
     for one in predictor.split("+"):
         if predictor != "auto" and one not in (*PREDICTORS, ENSEMBLE):
             known = ", ".join(sorted([*PREDICTORS, ENSEMBLE]))
-            raise RequestError(
-                f"There is no predictor {one!r}; choose auto, one of: {known}; or several, joined by '+'."
-            )
+            raise RequestError(f"There is no predictor {one!r}; choose of: auto, {known}; or several, joined by +.")

@@ -23,6 +23,7 @@ from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.runtime.expert_mlp import activate, expert_mlp
 from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec, is_raw
+from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.narrow import plain
 from moestro.runtime.slots import SlotViews
@@ -63,6 +64,8 @@ class RoutedExperts:
     Attributes:
         counts_LE: rows routed to each expert so far.
         seconds: time spent here so far, waiting for planes included.
+        chains: of each layer, the planes of each expert.
+        foresight: is told of every layer whose planes are asked for, if there is one.
         known: by layer, experts that can be computed where they lie, as of the last `forget_moved`; None where not.
     """
 
@@ -74,9 +77,10 @@ class RoutedExperts:
         self._drops = planes.drops
         self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
         self.seconds = 0.0
+        self.foresight: LayerForesight | None = None
         self.known = tuple(one.known if whole else None for one in layers)
         self._layers = tuple(layers)
-        self._chains = tuple(tuple(one) for one in chains)
+        self.chains = tuple(tuple(one) for one in chains)
 
     def __call__(
         self,
@@ -138,16 +142,23 @@ class RoutedExperts:
         weights_TK: torch.Tensor,
         owners: Callable[[np.ndarray], frozenset[int]],
     ) -> torch.Tensor:
-        chains = self._chains[layer]
+        chains = self.chains[layer]
         rows = Grouping(index_TK.numpy(), len(chains))
         self.counts_LE[layer, : len(chains)] += rows.counts_E
         used = rows.used
         shape = (index_TK.numel(), hidden_TH.shape[1])
         out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
-        compute = self._layers[layer].compute
+        compute, foresight = self._layers[layer].compute, self.foresight
+        if foresight is not None:
+            foresight.routed(layer, index_TK.numpy(), weights_TK.numpy(), rows.counts_E)
         try:
             with self.planes.stream([chains[expert] for expert in used]) as batches:
+                reading = batches.reading
+                if foresight is not None:
+                    foresight.asked(layer, reading=reading)
                 for batch in batches:
+                    if foresight is not None:
+                        foresight.served(reading=reading)
                     compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
         except PlaneReadError as error:
             if error.key is not None:

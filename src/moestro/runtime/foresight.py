@@ -6,7 +6,7 @@ Shapes: T rows of a step, K experts per row, E experts per layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from moestro.config import RuntimeOptions
 from moestro.foresight import NETS_FILE, load_nets
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
-from moestro.memory.transfer import TransferStats
+from moestro.memory.transfer import TransferEngine
 from moestro.policy.choice import ENSEMBLE, LEARNED, VALUE, make_choice, needs_nets
 from moestro.policy.foresight import Foresight
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.prefetch import SlackMeter
+from moestro.store.layout import Layout
 
 _WITHOUT_PREDICTOR = "lrfu"
 _MEASURE_EVERY = 64
@@ -46,10 +47,11 @@ class Chosen:
         return Chosen(policy, predictor, options.prefetch == "on" and predictor != "")
 
 
-def foresight_bytes(chosen: Chosen, store: Path, shape: Shape, *, sequences: int) -> int:
-    """Bytes that the chosen policy takes: its nets, and what it keeps of each request in flight."""
-    nets = (store / NETS_FILE).stat().st_size if needs_nets(chosen.policy, chosen.predictor, chosen.prefetch) else 0
-    return nets + _PER_EXPERT * shape.layers * shape.experts * (1 + sequences)
+def foresight_bytes(chosen: Chosen, store: Path, *, experts: int, sequences: int) -> int:
+    """Bytes that the policy of a model of so many experts takes: nets, and what it keeps of requests in flight."""
+    learned = needs_nets(chosen.policy, chosen.predictor, prefetch=chosen.prefetch)
+    nets = (store / NETS_FILE).stat().st_size if learned else 0
+    return nets + _PER_EXPERT * experts * (1 + sequences)
 
 
 def make_foresight(chosen: Chosen, store: Path, shape: Shape) -> Foresight:
@@ -69,11 +71,11 @@ class LayerForesight:
         foresight: Foresight,
         planes: PlaneCache,
         chains: Sequence[Sequence[Chain]],
-        chain_bytes: Sequence[int],
-        transfers: Callable[[], TransferStats],
+        layouts: Sequence[Layout],
+        transfers: TransferEngine,
     ) -> None:
-        self._foresight, self._planes, self._chains = foresight, planes, chains
-        self._chain_bytes, self._transfers = chain_bytes, transfers
+        self._foresight, self._planes, self._chains, self._transfers = foresight, planes, chains, transfers
+        self._chain_bytes = [sum(plane.nbytes for plane in layout.planes) for layout in layouts]
         self._meter = SlackMeter()
         self._requests: Sequence[RequestRows] = ()
         self._begun: set[int] = set()
@@ -117,7 +119,7 @@ class LayerForesight:
     def _read_seconds(self, layer: int) -> float:
         """Of an expert of the layer, by what reads took so far; 0 before the first."""
         if self._asked % _MEASURE_EVERY == 0:
-            stats = self._transfers()
+            stats = self._transfers.stats
             self._seconds_per_byte = stats.busy_seconds / stats.bytes_read if stats.bytes_read else 0.0
         self._asked += 1
         return self._seconds_per_byte * self._chain_bytes[layer]

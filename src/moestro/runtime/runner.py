@@ -74,6 +74,8 @@ class ModelRunner:
         """
         started = time.perf_counter()
         self._batch = batch
+        if self._experts.foresight is not None:
+            self._experts.foresight.step(batch.request_rows)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
@@ -178,6 +180,8 @@ class ModelRunner:
         """Nothing more comes of a request, whether it ever came this far or not."""
         if self.recorder is not None:
             self.recorder.end(request)
+        if self._experts.foresight is not None:
+            self._experts.foresight.end(request)
 
     def _routing(self) -> StepRouting:
         """What the step that has just gone through routed."""

@@ -10,10 +10,10 @@ import numpy as np
 
 from moestro.config import SimulateOptions
 from moestro.errors import TraceError
-from moestro.foresight import NETS_FILE, load_nets, train
+from moestro.foresight import NETS_FILE, check_trace, load_nets, train
 from moestro.memory.budget import parse_bytes
 from moestro.memory.pages import PAGE, round_up
-from moestro.policy import make_policy
+from moestro.policy import LRU
 from moestro.policy.choice import Choice, make_choice, needs_nets
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.net import Nets
@@ -59,7 +59,7 @@ def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lam
         BudgetError: a size cannot be parsed.
     """
     shape = Shape(trace.layers, trace.num_experts, trace.picks)
-    plane_bytes = _plane_bytes(options, shape)
+    plane_bytes = _plane_bytes(options, trace)
     expert_bytes = [sum(layer) for layer in plane_bytes]
     memory = parse_bytes(options.memory) if options.memory else options.slots * sum(expert_bytes)
     slots = options.slots or memory // sum(expert_bytes)
@@ -94,7 +94,7 @@ def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lam
             foresight=sees,
             concurrency=options.concurrency,
         ).run()
-        for leaves, sees in ((foresight.eviction, foresight), (make_policy("lru"), None))
+        for leaves, sees in ((foresight.eviction, foresight), (LRU(), None))
     ]
     return Simulated(
         slots=slots,
@@ -137,20 +137,15 @@ def _machine(options: SimulateOptions, shape: Shape) -> Machine:
     )
 
 
-def _plane_bytes(options: SimulateOptions, shape: Shape) -> list[list[int]]:
+def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
     """Of each layer, the sizes of an expert's planes."""
     if not options.store:
-        return [[_expert_bytes(options.model_shape)]] * shape.layers
+        return [[_expert_bytes(options.model_shape)]] * trace.layers
     from moestro.runtime.open import layouts_of
     from moestro.store.reader import Store
 
     store = Store.open(Path(options.store))
-    experts = {layer.num_experts for layer in store.layers}
-    if len(store.layers) != shape.layers or max(experts) != shape.experts:
-        raise TraceError(
-            f"The trace is of {shape.layers} MoE layers of {shape.experts} experts, {options.store} has "
-            f"{len(store.layers)} of {max(experts)}: give the store of the model that was recorded."
-        )
+    check_trace(store, trace)
     return [[plane.nbytes for plane in layout.planes] for layout in layouts_of(store, 0)]
 
 

@@ -47,6 +47,7 @@ class Recorder:
         self._steps = 0
         self._running: dict[int, _Rows] = {}
         self._ended: dict[int, _Finished] = {}
+        self._meta: dict[int, dict[str, Any]] = {}
 
     def step(self, requests: Sequence[RequestRows], tokens_T: np.ndarray, routing: StepRouting) -> None:
         """A forward pass went through."""
@@ -59,7 +60,11 @@ class Recorder:
                 rows.add_details(one, tokens_T, routing, self._steps)
         self._steps += 1
 
-    def end(self, request: int, meta: dict[str, Any] | None = None) -> None:
+    def describe(self, request: int, meta: dict[str, Any]) -> None:
+        """What the trace is to say of a request beside its number of prompt tokens; before or after its end."""
+        self._meta[request] = meta
+
+    def end(self, request: int) -> None:
         """Nothing more comes of a request: its matrices go into the collections. Unknown requests are passed over."""
         rows = self._running.pop(request, None)
         if rows is None:
@@ -67,21 +72,25 @@ class Recorder:
         if self._collections is not None:
             self._collect(rows, self._collections)
         if self._keep:
-            self._ended[request] = rows.finished({"prompt_tokens": rows.prompt, **(meta or {})})
+            self._ended[request] = rows.finished()
 
     def trace(self) -> Trace:
         """All requests that have ended, in the order of their numbers. Raises TraceError when there is none."""
         assert self._keep
         if not self._ended:
             raise TraceError("Nothing was recorded: no request has ended. Give a prompt or a text.")
-        ended = [self._ended[request] for request in sorted(self._ended)]
+        numbers = sorted(self._ended)
+        ended = [self._ended[request] for request in numbers]
         ahead = [one.lookahead_NPLC for one in ended if one.lookahead_NPLC is not None]
         return Trace(
             experts_NLK=np.concatenate([one.experts_NLK for one in ended]),
             weights_NLK=np.concatenate([one.weights_NLK for one in ended]),
             token_N=np.concatenate([one.token_N for one in ended]),
             offsets_R1=np.cumsum([0, *(len(one.token_N) for one in ended)], dtype=np.int64),
-            meta=tuple(one.meta for one in ended),
+            meta=tuple(
+                {**self._meta.get(request, {}), "prompt_tokens": int((~self._ended[request].decode_N).sum())}
+                for request in numbers
+            ),
             num_experts=self._experts,
             decode_N=np.concatenate([one.decode_N for one in ended]),
             step_N=np.concatenate([one.step_N for one in ended]),
@@ -107,7 +116,6 @@ class _Finished:
     decode_N: np.ndarray
     step_N: np.ndarray
     lookahead_NPLC: np.ndarray | None
-    meta: dict[str, Any]
 
 
 class _Rows:
@@ -146,7 +154,7 @@ class _Rows:
             assert routing.lookahead_LTPC is not None
             self._lookahead_NLPC[rows] = routing.lookahead_LTPC[:, of_step].swapaxes(0, 1)
 
-    def finished(self, meta: dict[str, Any]) -> _Finished:
+    def finished(self) -> _Finished:
         used = self.used
         weights_NLK = self._weights_NLK[:used]
         order_NLK = (-weights_NLK).argsort(axis=-1, kind="stable")
@@ -158,7 +166,6 @@ class _Rows:
             decode_N=np.arange(used) >= self.prompt,
             step_N=self._step_N[:used].copy(),
             lookahead_NPLC=None if lookahead_NLPC is None else lookahead_NLPC[:used].swapaxes(1, 2).copy(),
-            meta=meta,
         )
 
     def _grow(self, needed: int) -> None:

@@ -153,26 +153,7 @@ class Trace:
             arrays = read_npz(path)
         except OSError as error:
             raise TraceError(f"{path} cannot be read: {error.strerror or error}. Check the name.") from error
-        checks = Checks(str(path))
-        _check_keys(arrays, checks)
-        experts_NLK = arrays["experts"]
-        offsets_R1 = arrays["offsets"]
-        # Files of others have offsets in int32.
-        checks.array("offsets", offsets_R1, (np.int64, np.int32), (-1,))
-        checks.array("experts", experts_NLK, _IDS, (-1, -1, -1))
-        decode_N = arrays.get("decode")
-        return cls(
-            experts_NLK=experts_NLK,
-            weights_NLK=arrays["weights"],
-            token_N=arrays["token"],
-            offsets_R1=offsets_R1.astype(np.int64),
-            meta=_read_meta(arrays["meta"], checks),
-            num_experts=_num_experts(arrays, checks, num_experts),
-            decode_N=np.ones(len(experts_NLK), dtype=bool) if decode_N is None else decode_N,
-            step_N=arrays.get("step"),
-            lookahead_NPLC=arrays.get("lookahead"),
-            source=str(path),
-        )
+        return trace_of_arrays(arrays, source=str(path), num_experts=num_experts)
 
     def save(self, path: Path | str) -> None:
         """Write an npz file, whole or not at all. Raises TraceError when it cannot be written."""
@@ -191,6 +172,30 @@ class Trace:
             write_npz(Path(path), {key: array for key, array in arrays.items() if array is not None})
         except OSError as error:
             raise TraceError(f"{path} cannot be written: {error.strerror or error}. Choose another place.") from error
+
+
+def trace_of_arrays(arrays: dict[str, np.ndarray], *, source: str, num_experts: int | None = None) -> Trace:
+    """A trace of the arrays of an npz file, by key. Arguments and errors as `Trace.load`."""
+    checks = Checks(source)
+    _check_keys(arrays, checks)
+    experts_NLK = arrays["experts"]
+    offsets_R1 = arrays["offsets"]
+    # Files of others have offsets in int32.
+    checks.array("offsets", offsets_R1, (np.int64, np.int32), (-1,))
+    checks.array("experts", experts_NLK, _IDS, (-1, -1, -1))
+    decode_N = arrays.get("decode")
+    return Trace(
+        experts_NLK=experts_NLK,
+        weights_NLK=arrays["weights"],
+        token_N=arrays["token"],
+        offsets_R1=offsets_R1.astype(np.int64),
+        meta=_read_meta(arrays["meta"], checks),
+        num_experts=_num_experts(arrays, checks, num_experts),
+        decode_N=np.ones(len(experts_NLK), dtype=bool) if decode_N is None else decode_N,
+        step_N=arrays.get("step"),
+        lookahead_NPLC=arrays.get("lookahead"),
+        source=source,
+    )
 
 
 def _check_keys(arrays: dict[str, np.ndarray], checks: Checks) -> None:
