@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import torch
 
+from moestro.quant.codes import LEVELS
 from moestro.quant.encoding import padded
 from moestro.quant.grid import Grid, spread, unit_for
 from moestro.quant.groups import group_size, groups, padded_columns, padded_rows
+from moestro.quant.hessian import compensation, importance
+from moestro.quant.rounding import Rule, round_compensated
 from moestro.quant.tiles import BITS4, BITS8, HEADER, code_bytes, pack_scaled, unpack_scaled
 
 FORMS = {4: BITS4, 8: BITS8}
 _SHRINKS = {4: tuple(1.0 - 0.04 * step for step in range(10)), 8: (1.0,)}
+_SWEEPS = 2
+
 _SIGNED = 128
 """8-bit codes are stored as signed bytes, less this."""
 
@@ -24,24 +29,36 @@ def flat_bytes(rows: int, columns: int, bits: int) -> int:
     return HEADER + 4 * tall * groups(columns) + code_bytes(tall, padded_columns(columns), FORMS[bits])
 
 
-def flat_encode(weights_NK: torch.Tensor, bits: int) -> torch.Tensor:
-    """The bytes of a matrix (fp32, finite): the nearest codes, groups clipped where that has less error."""
+def flat_encode(weights_NK: torch.Tensor, bits: int, hessian_KK: torch.Tensor | None = None) -> torch.Tensor:
+    """The bytes of a matrix (fp32, finite): the nearest codes, groups clipped where that has less error.
+
+    With `hessian_KK`, the sum over calibration rows x of x x^T, 4-bit codes are those that keep the outputs. (8 bits
+    lose next to nothing.)
+    """
     group = group_size(weights_NK.shape[1])
     unit = unit_for(weights_NK)
     weights_NK = padded(weights_NK) / unit
     values_NGg = weights_NK.view(len(weights_NK), -1, group)
     low_NG, high_NG = values_NGg.amin(-1), values_NGg.amax(-1)
     middle_NG = ((low_NG + high_NG) / 2).half()
+    importance_K = importance(hessian_KK, weights_NK.shape[1])
     least_NG = torch.full(low_NG.shape, float("inf"))
     scale_NG = torch.zeros(low_NG.shape, dtype=torch.float16)
     for shrink in _SHRINKS[bits]:
         tried_NG = ((high_NG - low_NG) * (shrink / (2**bits - 1))).half()
         codes_NK = _nearest(weights_NK, tried_NG, middle_NG, bits)
         error_NK = weights_NK - _values(codes_NK, tried_NG.float(), middle_NG.float(), bits)
-        cost_NG = error_NK.square().view(values_NGg.shape).sum(-1)
+        cost_NG = (error_NK.square() * importance_K).view(values_NGg.shape).sum(-1)
         scale_NG = torch.where(cost_NG < least_NG, tried_NG, scale_NG)
         least_NG = cost_NG.minimum(least_NG)
-    codes_NK = _nearest(weights_NK, scale_NG, middle_NG, bits) - (_SIGNED if bits == 8 else 0)
+    how = compensation(hessian_KK, weights_NK.shape[1]) if bits == 4 else None
+    if how is None:
+        codes_NK = _nearest(weights_NK, scale_NG, middle_NG, bits) - (_SIGNED if bits == 8 else 0)
+    else:
+        # The third level of a chain that cares for no other has just these codes.
+        rule = Rule([scale_NG.float()], {4: 1.0}, {4: 1.0}, 0, 0)
+        offsets = [weights_NK - spread(middle_NG.float(), group)] * len(LEVELS)
+        codes_NK = round_compensated(offsets, rule, group, how, sweeps=_SWEEPS).code_NK
     packed = pack_scaled((scale_NG, middle_NG), codes_NK.to(torch.int16).to(torch.uint8), group, FORMS[bits])
     return torch.cat((_grid(scale_NG, middle_NG, unit).header(), packed))
 

@@ -110,4 +110,3 @@ def _fitted_steps(
         codes = round_nearest(offset_NK[some], _rule(grid, priorities), group)
         grid = fit_steps(offset_NK[some], importance_K, codes, grid, group)
     return grid.steps
-
