@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moestro.errors import PackError
+from moestro.quant.hessian import gram
 from moestro.runtime.narrow import plain
 from moestro.store.dense_file import FLAT_BITS
 from moestro.store.pack_plan import PackPlan
@@ -61,7 +62,7 @@ class DenseInputs:
     def _watch(self, module: nn.Linear, unit: int) -> None:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
             rows_TK = plain(args[0]).reshape(-1, args[0].shape[-1]).float()
-            product_KK = rows_TK.T @ rows_TK
+            product_KK = gram(rows_TK)
             if unit in self._hessians:
                 self._hessians[unit] += product_KK
             else:

@@ -19,6 +19,9 @@ FORMS = {4: BITS4, 8: BITS8}
 _SHRINKS = {4: tuple(1.0 - 0.04 * step for step in range(10)), 8: (1.0,)}
 _SWEEPS = 2
 
+_ROWS = 4096
+"""Rows that are encoded at once: whole tiles."""
+
 _SIGNED = 128
 """8-bit codes are stored as signed bytes, less this."""
 
@@ -35,13 +38,34 @@ def flat_encode(weights_NK: torch.Tensor, bits: int, hessian_KK: torch.Tensor | 
     With `hessian_KK`, the sum over calibration rows x of x x^T, 4-bit codes are those that keep the outputs. (8 bits
     lose next to nothing.)
     """
-    group = group_size(weights_NK.shape[1])
     unit = unit_for(weights_NK)
-    weights_NK = padded(weights_NK) / unit
+    group, columns = group_size(weights_NK.shape[1]), padded_columns(weights_NK.shape[1])
+    importance_K = importance(hessian_KK, columns)
+    how = compensation(hessian_KK, columns) if bits == 4 else None
+    # Rows have nothing to do with each other; some at a time bound the memory for the widest heads.
+    parts = [_header(unit)]
+    for start in range(0, len(weights_NK), _ROWS):
+        some_NK = padded(weights_NK[start : start + _ROWS]) / unit
+        scale_NG, middle_NG = _fit(some_NK, importance_K, group, bits)
+        if how is None:
+            codes_NK = _nearest(some_NK, scale_NG, middle_NG, bits) - (_SIGNED if bits == 8 else 0)
+            codes_NK = codes_NK.to(torch.int16).to(torch.uint8)
+        else:
+            # The third level of a chain that cares for no other has just these codes.
+            rule = Rule([scale_NG.float()], {4: 1.0}, {4: 1.0}, 0, 0)
+            offsets = [some_NK - spread(middle_NG.float(), group)] * len(LEVELS)
+            codes_NK = round_compensated(offsets, rule, group, how, sweeps=_SWEEPS).code_NK
+        parts.append(pack_scaled((scale_NG, middle_NG), codes_NK, group, FORMS[bits]))
+    return torch.cat(parts)
+
+
+def _fit(
+    weights_NK: torch.Tensor, importance_K: torch.Tensor, group: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and middles [N, G], fp16, with the least error of plain rounding."""
     values_NGg = weights_NK.view(len(weights_NK), -1, group)
     low_NG, high_NG = values_NGg.amin(-1), values_NGg.amax(-1)
     middle_NG = ((low_NG + high_NG) / 2).half()
-    importance_K = importance(hessian_KK, weights_NK.shape[1])
     least_NG = torch.full(low_NG.shape, float("inf"))
     scale_NG = torch.zeros(low_NG.shape, dtype=torch.float16)
     for shrink in _SHRINKS[bits]:
@@ -51,16 +75,7 @@ def flat_encode(weights_NK: torch.Tensor, bits: int, hessian_KK: torch.Tensor | 
         cost_NG = (error_NK.square() * importance_K).view(values_NGg.shape).sum(-1)
         scale_NG = torch.where(cost_NG < least_NG, tried_NG, scale_NG)
         least_NG = cost_NG.minimum(least_NG)
-    how = compensation(hessian_KK, weights_NK.shape[1]) if bits == 4 else None
-    if how is None:
-        codes_NK = _nearest(weights_NK, scale_NG, middle_NG, bits) - (_SIGNED if bits == 8 else 0)
-    else:
-        # The third level of a chain that cares for no other has just these codes.
-        rule = Rule([scale_NG.float()], {4: 1.0}, {4: 1.0}, 0, 0)
-        offsets = [weights_NK - spread(middle_NG.float(), group)] * len(LEVELS)
-        codes_NK = round_compensated(offsets, rule, group, how, sweeps=_SWEEPS).code_NK
-    packed = pack_scaled((scale_NG, middle_NG), codes_NK.to(torch.int16).to(torch.uint8), group, FORMS[bits])
-    return torch.cat((_grid(scale_NG, middle_NG, unit).header(), packed))
+    return scale_NG, middle_NG
 
 
 def flat_decode(region: torch.Tensor, rows: int, columns: int, bits: int) -> torch.Tensor:
@@ -73,9 +88,10 @@ def flat_decode(region: torch.Tensor, rows: int, columns: int, bits: int) -> tor
     return _values(stored_NK, scale_NG.float() * unit, middle_NG.float() * unit, bits)[:rows, :columns]
 
 
-def _grid(scale_NG: torch.Tensor, middle_NG: torch.Tensor, unit: float) -> Grid:
+def _header(unit: float) -> torch.Tensor:
     # The header has one step for flat codes, in the place of the lowest level.
-    return Grid(scale_NG, middle_NG, unit, {2: 1.0}, hi=0, lo=0)
+    nothing = torch.empty(0)
+    return Grid(nothing, nothing, unit, {2: 1.0}, hi=0, lo=0).header()
 
 
 def _nearest(weights_NK: torch.Tensor, scale_NG: torch.Tensor, middle_NG: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The Hessian of a linear map's output error, made fit for rounding.
 
-Shapes: K columns (inputs).
+Shapes: T rows of inputs, K columns (inputs).
 """
 
 from __future__ import annotations
@@ -12,6 +12,20 @@ from moestro.quant.rounding import Compensation
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal."""
+
+
+_STRIPE = 512
+
+
+def gram(rows_TK: torch.Tensor) -> torch.Tensor:
+    """X^T X [K, K] of rows X, of which half is computed and the other half copied."""
+    columns = rows_TK.shape[1]
+    product_KK = rows_TK.new_empty((columns, columns))
+    for start in range(0, columns, _STRIPE):
+        stripe = slice(start, min(start + _STRIPE, columns))
+        product_KK[stripe, start:] = rows_TK[:, stripe].T @ rows_TK[:, start:]
+        product_KK[stripe.stop :, stripe] = product_KK[stripe, stripe.stop :].T
+    return product_KK
 
 
 def importance(hessian_KK: torch.Tensor | None, columns: int) -> torch.Tensor:
