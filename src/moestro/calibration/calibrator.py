@@ -2,7 +2,8 @@
 
 All sequences go through the original model together (`stream.py`). When they have come to a layer of experts, each
 expert gets the rows that are routed to it: they make the Hessians that its matrices are rounded by, and tell how far
-its outputs are off at each level. The sequences go on with the original outputs, so that no layer learns to make up for
+its outputs are off at each level. Inside one expert, down_proj is fitted to what gate and up make of the rows at the
+same low level. The sequences go on with the original outputs, so that no layer learns to make up for
 another's errors. Copies of one short sequence, each with one layer at the lowest level, show what a layer's errors do
 to the final logits.
 
