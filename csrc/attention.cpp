@@ -146,23 +146,7 @@ float scale_scores(const AttentionArgs &args, float *scores, int64_t count) {
   return result;
 }
 
-// Turns scores into weights (not yet divided by their sum, which it returns).
-float exp_scores(float *scores, int64_t count, float greatest) {
-  const Vec shift = broadcast(greatest);
-  Vec sum = zero();
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    const Vec e = exp(sub(load(scores + j), shift));
-    store(scores + j, e);
-    sum = add(sum, e);
-  }
-  if (j < count) {
-    store_some(scores + j, exp(sub(load_some(scores + j, count - j), shift)), count - j);
-    sum = add(sum, load_some(scores + j, count - j));
-  }
-  return sum_lanes(sum);
-}
-
+// Turns scores into weights, not yet divided by their sum.
 void weigh(Work &work) {
   const AttentionArgs &args = *work.args;
   for (int64_t q = 0; q < work.queries; ++q) {
@@ -171,14 +155,14 @@ void weigh(Work &work) {
     const int64_t count = query.last - query.first + 1;
     float greatest = scale_scores(args, scores, count);
     if (args.sinks == nullptr) {
-      query.total = exp_scores(scores, count, greatest);
+      query.total = exp_and_sum(scores, count, greatest);
       continue;
     }
     // A sink is one more logit that takes weight and has no value.
     float sink = args.sinks[query.head];
     greatest = sink > greatest ? sink : greatest;
-    query.total = exp_scores(scores, count, greatest);
-    query.total += exp_scores(&sink, 1, greatest);
+    query.total = exp_and_sum(scores, count, greatest);
+    query.total += exp_and_sum(&sink, 1, greatest);
   }
 }
 

@@ -136,8 +136,16 @@ void Decoder::add(const Layer &layer) {
     check_weight(layer.router, layer.router.outputs, width_, "router");
     require(workspace_.picks > 0 && workspace_.picks <= layer.router.outputs, "more experts are picked than exist");
     require(layer.router.outputs <= workspace_.scratch_width, "the workspace is too small for routing");
+    require(static_cast<int64_t>(known_.size()) < workspace_.moe_layers, "the workspace is for fewer MoE layers");
+    known_.push_back(nullptr);
   }
   layers_.push_back(layer);
+}
+
+void Decoder::know(int64_t moe, const KnownExperts &experts) {
+  require(moe >= 0 && moe < static_cast<int64_t>(known_.size()), "there is no such MoE layer");
+  require(experts.shape.up.columns == width_ && experts.shape.down.rows == width_, "experts have another width");
+  known_[static_cast<size_t>(moe)] = &experts;
 }
 
 AttentionArgs Decoder::attention_args(const Layer &layer, float *query) const {
@@ -177,6 +185,9 @@ void Decoder::begin(const Step &step) {
     require(position < rotation_.positions, "position " + std::to_string(position) + " is beyond the context");
   }
   step_ = step;
+  next_layer_ = 0;
+  next_moe_ = 0;
+  delta_ = nullptr;
   windows_.clear();
   for (const Layer &layer : layers_) {
     bool known = false;
@@ -240,16 +251,39 @@ void Decoder::run_mlp(const Mlp &mlp) {
   kernels().rows->add_scaled({workspace_.residual, out, scale, rows, width_});
 }
 
-void Decoder::route(const Layer &layer) {
+void Decoder::route(const Layer &layer, int64_t moe) {
   const Weight &router = layer.router;
+  const int64_t place = moe * step_.rows * workspace_.picks;
   project(workspace_.hidden, step_.rows, {{router, workspace_.scratch}});
   kernels().rows->route({workspace_.scratch, step_.rows, router.outputs, workspace_.picks, layer.routing,
-                         workspace_.ids, workspace_.weights});
+                         workspace_.ids + place, workspace_.weights + place});
 }
 
-void Decoder::run_layer(int64_t index, const float *delta) {
-  require(index >= 0 && index < static_cast<int64_t>(layers_.size()), "there is no such layer");
-  const Layer &layer = layers_[static_cast<size_t>(index)];
+bool Decoder::run_experts(int64_t moe) {
+  const KnownExperts *known = known_[static_cast<size_t>(moe)];
+  if (known == nullptr || step_.rows > workspace_.known_rows) return false;
+  const Timer timer(experts_seconds_);
+  const int64_t place = moe * step_.rows * workspace_.picks;
+  return run_known(*known, {workspace_.hidden, workspace_.ids + place, workspace_.weights + place, step_.rows,
+                            workspace_.picks}, workspace_.outputs, workspace_.hidden);
+}
+
+int64_t Decoder::run(const float *delta) {
+  delta_ = delta;
+  while (next_layer_ < layers_.size()) {
+    const Layer &layer = layers_[next_layer_++];
+    run_layer(layer, delta_);
+    delta_ = nullptr;
+    if (!there(layer.router)) continue;
+    const int64_t moe = next_moe_++;
+    route(layer, moe);
+    if (!run_experts(moe)) return moe;
+    delta_ = workspace_.hidden;
+  }
+  return next_moe_;
+}
+
+void Decoder::run_layer(const Layer &layer, const float *delta) {
   const int64_t rows = step_.rows, wide = layer.heads * layer.head_dim, wide_kv = layer.heads_kv * layer.head_dim;
   float *q = workspace_.scratch, *k = q + rows * wide, *v = k + rows * wide_kv;
   add_norm(delta, nullptr, layer.input_norm, rows);
@@ -261,12 +295,12 @@ void Decoder::run_layer(int64_t index, const float *delta) {
   project(q, rows, {{layer.o, workspace_.hidden}});
   add_norm(workspace_.hidden, nullptr, layer.post_norm, rows);
   if (there(layer.mlp.gate)) run_mlp(layer.mlp);
-  if (there(layer.router)) route(layer);
 }
 
-void Decoder::logits(const float *delta, const int64_t *rows, int64_t count, float *out) {
+void Decoder::logits(const int64_t *rows, int64_t count, float *out) {
+  require(next_layer_ == layers_.size(), "logits before the last layer");
   for (int64_t i = 0; i < count; ++i) require(rows[i] >= 0 && rows[i] < step_.rows, "logits of a row that is not there");
-  add_norm(delta, rows, norm_, count);
+  add_norm(delta_, rows, norm_, count);
   project(workspace_.hidden, count, {{head_, out}});
 }
 

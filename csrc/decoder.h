@@ -1,5 +1,5 @@
-// A transformer decoder on packed rows, a call per layer: everything but the routed experts, which the caller computes
-// between two calls (their weights may have to be read first).
+// A transformer decoder on packed rows. A call runs layer after layer up to routed experts whose planes are not known to
+// be in memory: those the caller computes, and calls again.
 //
 // Nothing is allocated per step: all buffers are the caller's, who also keeps whatever a descriptor points at.
 #pragma once
@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "known_experts.h"
 #include "packed.h"
 #include "rows.h"
 
@@ -48,9 +49,11 @@ struct Workspace {
   float *residual, *hidden; // [rows, width]
   float *scratch;           // [rows, scratch_width]
   void *quantised;          // quantised_size bytes, 64-byte aligned: rows that flat matrices are multiplied with
-  int64_t *ids;             // [rows, picks]
-  float *weights;           // [rows, picks]
-  int64_t rows, scratch_width, picks;
+  int64_t *ids;             // [MoE layers, rows of the step, picks], and room for as many with `rows` rows
+  float *weights;           // likewise
+  float *outputs;           // [known_rows * picks, width]
+  int64_t rows, scratch_width, picks, moe_layers;
+  int64_t known_rows; // of a step at most, for experts to be computed here
   size_t quantised_size;
 };
 
@@ -75,19 +78,26 @@ public:
   // Throws std::invalid_argument when the layer does not fit the model or the workspace.
   void add(const Layer &layer);
 
+  // Where experts of MoE layer `moe` lie, as the caller finds out; it outlives the decoder.
+  void know(int64_t moe, const KnownExperts &experts);
+
   // Begins a step: the residual becomes the embeddings of its tokens.
   // Throws std::invalid_argument when a token, sequence, position or block does not exist; nothing is touched then.
   void begin(const Step &step);
 
-  // One layer up to its experts. `delta` [rows, width], what the layer before left to be added, may be null. Leaves the
-  // experts' input in workspace.hidden and, unless the layer has none, their ids and weights.
-  void run_layer(int64_t index, const float *delta);
+  // Goes on with the step up to the next experts that are not known, and returns the number of their MoE layer; their
+  // input is in workspace.hidden, their ids and weights at their place. Returns the number of MoE layers at the end.
+  // `delta` [rows, width]: their weighted sums, to go on with (null at the start of a step); it lives until the next
+  // call of run() or logits() has returned.
+  int64_t run(const float *delta);
 
-  // out [count, vocabulary]: logits of some of the step's rows. Ends the step: the residual has been used up.
-  void logits(const float *delta, const int64_t *rows, int64_t count, float *out);
+  // out [count, vocabulary]: logits of some of the step's rows, after all layers. Ends the step: the residual has been
+  // used up.
+  void logits(const int64_t *rows, int64_t count, float *out);
 
-  // Seconds in matrix products and attention so far.
+  // Seconds so far in matrix products and attention, and in experts.
   double kernel_seconds() const { return kernel_seconds_; }
+  double experts_seconds() const { return experts_seconds_; }
 
 private:
   struct Window {
@@ -108,7 +118,9 @@ private:
   void embed(const Step &step);
   void attend(const Layer &layer, float *query);
   void run_mlp(const Mlp &mlp);
-  void route(const Layer &layer);
+  void run_layer(const Layer &layer, const float *delta);
+  void route(const Layer &layer, int64_t moe);
+  bool run_experts(int64_t moe);
   void add_norm(const float *delta, const int64_t *pick, const Norm &norm, int64_t rows);
   AttentionArgs attention_args(const Layer &layer, float *query) const;
   const std::vector<RowGroup> &groups_of(const Layer &layer) const;
@@ -119,9 +131,13 @@ private:
   Workspace workspace_;
   int64_t width_, blocks_, block_size_;
   std::vector<Layer> layers_;
+  std::vector<const KnownExperts *> known_; // by MoE layer; null: none
   std::vector<Window> windows_; // of the step: one entry for each window that layers have
   Step step_{};
-  double kernel_seconds_ = 0;
+  size_t next_layer_ = 0; // of the step
+  int64_t next_moe_ = 0;
+  const float *delta_ = nullptr; // what the last layer has left to be added
+  double kernel_seconds_ = 0, experts_seconds_ = 0;
 };
 
 } // namespace moestro

@@ -108,8 +108,8 @@ void add_decoder(nb::module_ &m) {
       .def("__init__",
            [](Decoder *self, const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
               uintptr_t residual, uintptr_t hidden, uintptr_t scratch, int64_t scratch_width, uintptr_t quantised,
-              size_t quantised_size, uintptr_t ids, uintptr_t weights, int64_t picks, int64_t rows, int64_t blocks,
-              int64_t block_size) {
+              size_t quantised_size, uintptr_t ids, uintptr_t weights, uintptr_t outputs, int64_t picks, int64_t rows,
+              int64_t moe_layers, int64_t known_rows, int64_t blocks, int64_t block_size) {
              Workspace workspace{};
              workspace.residual = pointer<float>(residual);
              workspace.hidden = pointer<float>(hidden);
@@ -117,30 +117,31 @@ void add_decoder(nb::module_ &m) {
              workspace.quantised = pointer<void>(quantised);
              workspace.ids = pointer<int64_t>(ids);
              workspace.weights = pointer<float>(weights);
+             workspace.outputs = pointer<float>(outputs);
              workspace.rows = rows;
+             workspace.moe_layers = moe_layers;
+             workspace.known_rows = known_rows;
              workspace.scratch_width = scratch_width;
              workspace.picks = picks;
              workspace.quantised_size = quantised_size;
              new (self) Decoder(embedding, norm, head, rotation, workspace, blocks, block_size);
            },
            nb::kw_only(), arg("embedding"), arg("norm"), arg("head"), arg("rotation"), arg("residual"), arg("hidden"), arg("scratch"),
-           arg("scratch_width"), arg("quantised"), arg("quantised_size"), arg("ids"), arg("weights"), arg("picks"), arg("rows"), arg("blocks"),
-           arg("block_size"))
+           arg("scratch_width"), arg("quantised"), arg("quantised_size"), arg("ids"), arg("weights"), arg("outputs"), arg("picks"), arg("rows"), arg("moe_layers"),
+           arg("known_rows"), arg("blocks"), arg("block_size"))
       .def("add", &Decoder::add, arg("layer"))
+      .def("know", &Decoder::know, arg("moe_layer"), arg("experts"), nb::keep_alive<1, 3>())
       .def("begin", &begin, release())
       .def(
-          "run_layer",
-          [](Decoder &decoder, int64_t index, uintptr_t delta) {
-            decoder.run_layer(index, pointer<const float>(delta));
-          },
-          release())
+          "run", [](Decoder &decoder, uintptr_t delta) { return decoder.run(pointer<const float>(delta)); }, release())
       .def(
           "logits",
-          [](Decoder &decoder, uintptr_t delta, uintptr_t rows, int64_t count, uintptr_t out) {
-            decoder.logits(pointer<const float>(delta), pointer<const int64_t>(rows), count, pointer<float>(out));
+          [](Decoder &decoder, uintptr_t rows, int64_t count, uintptr_t out) {
+            decoder.logits(pointer<const int64_t>(rows), count, pointer<float>(out));
           },
           release())
-      .def_prop_ro("kernel_seconds", &Decoder::kernel_seconds);
+      .def_prop_ro("kernel_seconds", &Decoder::kernel_seconds)
+      .def_prop_ro("experts_seconds", &Decoder::experts_seconds);
 }
 
 } // namespace moestro

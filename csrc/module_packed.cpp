@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "dispatch.h"
-#include "experts.h"
+#include "known_experts.h"
 #include "thread_pool.h"
 #include "unpack.h"
 
@@ -46,6 +46,13 @@ void experts(const ExpertShape &shape, const Planes &planes, const List<int32_t>
   nb::gil_scoped_release release;
   run_experts(shape, jobs, {pointer<const float>(hidden), hidden_stride, hidden_rows},
               {pointer<float>(out), out_stride, out_rows});
+}
+
+bool known_experts(const KnownExperts &known, uintptr_t hidden, uintptr_t ids, uintptr_t weights, int64_t rows,
+                   int64_t picks, uintptr_t outputs, uintptr_t sums) {
+  const RoutedRows routed{pointer<const float>(hidden), pointer<const int64_t>(ids), pointer<const float>(weights),
+                          rows, picks};
+  return run_known(known, routed, pointer<float>(outputs), pointer<float>(sums));
 }
 
 PackedMatrix at(const MatrixShape &shape, Addresses planes, int32_t level) {
@@ -88,6 +95,13 @@ void add_packed(nb::module_ &m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<MatrixShape>(m, "Matrix");
   nb::class_<ExpertShape>(m, "Experts");
+  nb::class_<KnownExperts>(m, "KnownExperts")
+      .def("__init__",
+           [](KnownExperts *self, const ExpertShape &shape, uintptr_t planes, int64_t count, int32_t level) {
+             new (self) KnownExperts{shape, pointer<const int64_t>(planes), count, level};
+           },
+           nb::arg("experts"), nb::arg("planes"), nb::arg("count"), nb::arg("level"))
+      .def("run", &known_experts, release());
   m.def("make_matrix", &make_matrix);
   m.def("make_experts", &make_expert);
   m.def("experts", &experts);

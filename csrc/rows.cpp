@@ -135,20 +135,8 @@ void place_row(const QkvArgs &args, int64_t row) {
 void softmax_row(float *x, int64_t count) {
   float greatest = x[0];
   for (int64_t i = 1; i < count; ++i) greatest = x[i] > greatest ? x[i] : greatest;
-  const Vec shift = broadcast(greatest);
-  Vec sum = zero();
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec e = exp(sub(load(x + i), shift));
-    store(x + i, e);
-    sum = add(sum, e);
-  }
-  if (i < count) {
-    store_some(x + i, exp(sub(load_some(x + i, count - i), shift)), count - i);
-    sum = add(sum, load_some(x + i, count - i));
-  }
-  const float total = sum_lanes(sum);
-  for (i = 0; i < count; ++i) x[i] /= total;
+  const float total = exp_and_sum(x, count, greatest);
+  for (int64_t i = 0; i < count; ++i) x[i] /= total;
 }
 
 // Insertion into the short list of the best so far. Whatever the values are (NaN is greater than nothing), the ids that

@@ -47,5 +47,22 @@ MOESTRO_INLINE Vec tanh(Vec x) {
   return if_below(x, 0.625f, small, large);
 }
 
+// x = exp(x - greatest) in place. Returns the sum, by lane and then over the lanes.
+inline float exp_and_sum(float *x, int64_t count, float greatest) {
+  const Vec shift = broadcast(greatest);
+  Vec sum = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec e = exp(sub(load(x + i), shift));
+    store(x + i, e);
+    sum = add(sum, e);
+  }
+  if (i < count) {
+    store_some(x + i, exp(sub(load_some(x + i, count - i), shift)), count - i);
+    sum = add(sum, load_some(x + i, count - i));
+  }
+  return sum_lanes(sum);
+}
+
 } // namespace MOESTRO_ISA
 } // namespace moestro

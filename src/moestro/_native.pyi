@@ -155,6 +155,13 @@ def experts(
 ) -> None:
     """Raises ValueError when a job's level, planes or rows are wrong, before anything is computed."""
 
+class KnownExperts:
+    """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known."""
+
+    def __init__(self, experts: Experts, planes: int, count: int, level: int) -> None: ...
+    def run(self, hidden: int, ids: int, weights: int, rows: int, picks: int, outputs: int, sums: int, /) -> bool:
+        """Weighted sums of the rows' experts; `outputs` is room for [rows * picks, width]. False: not all are known."""
+
 def packed_linear(
     matrix: Matrix, planes: Sequence[int], level: int, x: int, x_stride: int, rows: int, bias: int, out: int, /
 ) -> None:
@@ -263,8 +270,11 @@ class Decoder:
         quantised_size: int,
         ids: int,
         weights: int,
+        outputs: int,
         picks: int,
         rows: int,
+        moe_layers: int,
+        known_rows: int,
         blocks: int,
         block_size: int,
     ) -> None:
@@ -286,10 +296,22 @@ class Decoder:
     ) -> None:
         """Begin a step; ValueError when a token, sequence, position or block does not exist."""
 
-    def run_layer(self, index: int, delta: int, /) -> None:
-        """One layer up to its experts, after adding `delta` (0: nothing) to the residual."""
+    def know(self, moe_layer: int, experts: KnownExperts) -> None:
+        """Compute these experts where their planes are known; ValueError when they do not fit the model."""
 
-    def logits(self, delta: int, rows: int, count: int, out: int, /) -> None: ...
+    def run(self, delta: int, /) -> int:
+        """Go on up to experts that are not known: the number of their MoE layer, at the end the number of those layers.
+
+        `delta`: their weighted sums for the next call (0 at the start of a step).
+        """
+
+    def logits(self, rows: int, count: int, out: int, /) -> None:
+        """ValueError before the last layer, or of a row that is not there."""
+
     @property
     def kernel_seconds(self) -> float:
         """Seconds in matrix products and attention so far."""
+
+    @property
+    def experts_seconds(self) -> float:
+        """Seconds in known experts so far."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from moestro.errors import BudgetError, MoestroError, PackError, RequestError
+from moestro.errors import BudgetError, MoestroError, PackError, RequestError, TraceError
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
@@ -31,11 +31,15 @@ class RuntimeOptions:
     max_sequences: int = option(1, "Sequences that may be in flight at once; each has a KV cache of `context` tokens.")
     threads: int = option(0, "Compute threads (0: one per available core).")
     level: int = option(0, "Bits of each expert that are read and applied, of the store's levels (0: its exact level).")
-    policy: str = option("lru", "Which planes leave the cache first.")
+    policy: str = option("auto", "Which experts are kept: auto is value where routing has been learned, else lrfu.")
+    predictor: str = option("auto", "What foresees experts: auto is learned where it has been, else none.")
+    prefetch: str = option("on", "Read experts ahead of the router when that pays, if there is a predictor (on, off).")
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:
         check_types(self, BudgetError)
+        if self.prefetch not in ("on", "off"):
+            raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,41 @@ class SamplingParams:
             raise RequestError(f"top_k is {self.top_k}, expected 0 (all tokens) or a positive whole number.")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateOptions:
+    """How recorded routing is replayed. Environment twins: `MOESTRO_SLOTS`, `MOESTRO_DISK_BW`, ...
+
+    Raises:
+        TraceError: a value is not valid, or has no effect beside the others.
+    """
+
+    slots: int = option(0, "Experts of each layer that memory holds.")
+    memory: str = option("", "Bytes that memory holds of experts, instead of --slots: 512MiB, 2GB.")
+    store: str = option("", "Store whose planes' sizes, level and learned predictor are used.")
+    model_shape: str = option("2880x2880x4", "Without a store: hidden width x expert width x bits of an expert.")
+    policy: str = option("value", "Which experts are kept.")
+    predictor: str = option("learned", "What foresees the next layer's experts, and what value and others go by.")
+    prefetch: str = option("on", "Read experts ahead of the router (on, off).")
+    disk_bw: str = option("2.6GB", "Bytes per second that are read from disk.")
+    link_bw: str = option("", "Bytes per second from memory to a device, after the disk (empty: no device).")
+    compute: float = option(0.001, "Seconds that a layer takes for one token with everything in memory.")
+    concurrency: int = option(1, "Requests in flight at once.")
+    fit: str = option("half", "Requests to learn from: half (every other one, judged on the rest) or none.")
+
+    def __post_init__(self) -> None:
+        check_types(self, TraceError)
+        if bool(self.slots) == bool(self.memory):
+            raise TraceError("Give either --slots (experts of each layer) or --memory (bytes of experts).")
+        for name, value, least in (("slots", self.slots, 0), ("concurrency", self.concurrency, 1)):
+            if value < least:
+                raise TraceError(f"{name} is {value}, expected a whole number of at least {least}.")
+        if not 0 <= self.compute < 1e6:
+            raise TraceError(f"compute is {self.compute}, expected seconds of at least 0.")
+        for name, chosen, known in (("prefetch", self.prefetch, ("on", "off")), ("fit", self.fit, ("half", "none"))):
+            if chosen not in known:
+                raise TraceError(f"{name} is {chosen!r}, expected {' or '.join(known)}.")
 
 
 LEVELS = (2, 3, 4, 8)

@@ -33,6 +33,10 @@ class BudgetError(MoestroError):
     """The memory given cannot be parsed or is below the least number that would do."""
 
 
+class TraceError(MoestroError):
+    """A trace of routing, or a collection of them, is missing, damaged, of another model or not valid."""
+
+
 class RequestError(MoestroError):
     """A request cannot be served as asked: prompt too long, bad sampling parameter, ..."""
 

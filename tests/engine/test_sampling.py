@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.config import SamplingParams
-from moestro.engine.sampling import Sampler
+from moestro.engine.sampling import Sampler, _candidates
 from moestro.errors import RequestError
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
@@ -60,6 +60,43 @@ def test_every_draw_is_among_the_allowed(logits: list[float], temperature: float
     token = _draws(1, row, temperature=temperature, top_k=top_k, top_p=top_p)[0]
     rank = int((row > row[token]).sum())
     assert rank < (top_k or len(logits))
+
+
+@given(
+    st.integers(1, 3000),
+    st.floats(min_value=0.0, max_value=8.0),
+    st.sampled_from([0, 1, 50, 300, 3000]),
+    st.floats(min_value=0.001, max_value=1.0),
+    st.integers(0, 2**16),
+)
+def test_candidates_are_those_of_the_whole_order(
+    vocabulary: int, spread: float, top_k: int, top_p: float, seed: int
+) -> None:
+    """Flat and steep distributions, with ties."""
+    logits = np.round(np.random.default_rng(seed).normal(size=vocabulary) * spread, 1)
+    weights = np.exp(logits)
+    order = np.argsort(-logits, kind="stable")[: top_k or vocabulary]
+    expected = weights[order].cumsum()
+    actual, cumulative = _candidates(logits, weights, top_k=top_k, top_p=top_p)
+    assert (actual == order[: len(actual)]).all()
+    assert (cumulative == expected[: len(cumulative)]).all()
+    assert top_p == 1.0 or cumulative[-1] >= top_p * expected[-1] * (1 - 1e-12)
+    assert top_p == 1.0 or len(actual) == 1 or cumulative[-2] <= top_p * expected[-1] * (1 + 1e-12)
+
+
+def test_a_large_vocabulary_is_drawn_from_as_a_small_one() -> None:
+    """Blocks without any weight at all among those that have some, and a last one that is not full."""
+    logits = torch.full((5000,), float("-inf"))
+    tokens = torch.tensor([0, 255, 256, 3001, 4999])
+    logits[tokens] = LOGITS
+    draws = np.bincount(_draws(20_000, logits, temperature=1.5), minlength=5000) / 20_000
+    assert draws[tokens.numpy()].sum() == pytest.approx(1.0)
+    assert np.abs(draws[tokens.numpy()] - torch.softmax(LOGITS / 1.5, -1).numpy()).max() < 0.015
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_logits_that_are_no_numbers_give_a_token(params: dict[str, float]) -> None:
+    assert 0 <= _draws(1, torch.full((700,), float("nan")), temperature=1.0, **params)[0] < 700
 
 
 @pytest.mark.parametrize(

@@ -6,27 +6,30 @@ from pathlib import Path
 import pytest
 
 import moestro.policy
-from moestro.errors import MoestroError
-from moestro.policy import LRU, POLICIES, make_policy
+from moestro.errors import RequestError
+from moestro.policy.choice import check_names, policy_names
 
 
-def test_every_name_makes_a_fresh_policy() -> None:
-    for name in POLICIES:
-        assert make_policy(name) is not make_policy(name)
-    assert isinstance(make_policy("lru"), LRU)
+@pytest.mark.parametrize(("policy", "predictor", "named"), [("fifo", "auto", "lru"), ("lru", "auto+x", "learned")])
+def test_an_unknown_name_lists_the_known(policy: str, predictor: str, named: str) -> None:
+    with pytest.raises(RequestError, match=f"choose.* {named}"):
+        check_names(policy, predictor)
 
 
-def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"'fifo'.*lru") as refusal:
-        make_policy("fifo")
-    assert isinstance(refusal.value, MoestroError)
+def test_known_names_pass() -> None:
+    for policy in ("auto", *policy_names()):
+        for predictor in ("auto", "learned", "ensemble", "recency+gate"):
+            check_names(policy, predictor)
 
 
-@pytest.mark.parametrize("file", sorted(Path(moestro.policy.__file__).parent.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(Path(moestro.policy.__file__).parent.rglob("*.py")), ids=lambda file: file.name)
 def test_policies_are_pure(file: Path) -> None:
     nodes = list(ast.walk(ast.parse(file.read_text())))
     imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     own = {name for name in imported if name.startswith("moestro")}
-    assert own <= {"moestro.keys", "moestro.errors"} | {name for name in own if name.startswith("moestro.policy")}
-    assert imported - own <= {"__future__", "collections", "collections.abc", "dataclasses", "typing"}
+    assert own <= {"moestro.keys", "moestro.errors", "moestro.trace.collection"} | {
+        name for name in own if name.startswith("moestro.policy")
+    }
+    pure = {"__future__", "collections", "collections.abc", "dataclasses", "inspect", "math", "numpy", "typing"}
+    assert imported - own <= pure

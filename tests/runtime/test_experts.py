@@ -24,7 +24,7 @@ from moestro.memory.arena import Arena
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
-from moestro.policy import make_policy
+from moestro.policy import LRU
 from moestro.quant import make_encoding
 from moestro.runtime import experts as room
 from moestro.runtime.experts import PackedExperts, PackedExpertsWithModule, RoutedExperts, combine, packed_layer
@@ -116,7 +116,7 @@ class Shelf:
             arena=Arena(4 * extent, extent, sizes),
             buffer=self.buffer,
             engine=self.engine,
-            policy=make_policy("lru"),
+            policy=LRU(),
             locate=self._extents.__getitem__,
         )
         self.layer = packed_layer(

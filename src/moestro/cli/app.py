@@ -14,9 +14,11 @@ from moestro.cli.demo import demo
 from moestro.cli.eval import evaluate
 from moestro.cli.generate import generate
 from moestro.cli.inspect import inspect
-from moestro.cli.options import spread_options
+from moestro.cli.options import Command, spread_options
 from moestro.cli.pack import pack
 from moestro.cli.plan import plan
+from moestro.cli.simulate import simulate
+from moestro.cli.trace import export_, fit, import_, record, show
 
 app = typer.Typer(
     help="Run mixture-of-experts language models that are larger than memory.",
@@ -26,9 +28,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (generate, pack, inspect, plan, demo):
+for _command in (generate, pack, inspect, plan, demo, simulate):
     app.command()(guarded(spread_options(_command)))
 app.command("eval")(guarded(spread_options(evaluate)))
+
+_trace = typer.Typer(
+    help="Record, show and convert traces of which experts models use.", no_args_is_help=True, add_completion=False
+)
+_trace_commands: dict[str, Command] = {"record": record, "show": show, "export": export_, "import": import_, "fit": fit}
+for _name, _subcommand in _trace_commands.items():
+    _trace.command(_name)(guarded(spread_options(_subcommand)))
+app.add_typer(_trace, name="trace")
 
 
 class _Notes(logging.Handler):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from moestro.cli.options import flags_of
-from moestro.config import PackOptions, RuntimeOptions, SamplingParams
+from moestro.config import PackOptions, RuntimeOptions, SamplingParams, SimulateOptions
 
 _HEAD = """\
 # Options
@@ -25,6 +25,7 @@ _SECTIONS = (
     ),
     ("How tokens are picked", SamplingParams, "`generate`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),
+    ("What is simulated", SimulateOptions, "`simulate`"),
 )
 
 

@@ -40,7 +40,7 @@ def _draw(model: str, planned: Plan) -> None:
         ("expert arena", planned.arena_bytes, f"{planned.arena_experts} of {planned.total_experts} experts"),
         ("KV cache", planned.kv_bytes, f"{planned.max_sequences} x {planned.context} tokens"),
         ("activations", planned.activation_bytes, f"steps of up to {planned.step_rows} tokens"),
-        ("staging", planned.staging_bytes, "kernels' scratch, sampling, library pages"),
+        ("staging", planned.staging_bytes, "kernels' scratch, sampling, policy, library pages"),
     ]
     parts.append(("left over", planned.memory_bytes - sum(size for _, size, _ in parts), ""))
     print_table(

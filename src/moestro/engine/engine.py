@@ -61,22 +61,27 @@ class Engine:
             logits_SV = self._runner.forward(batch)
         except PlaneReadError as error:
             failed = self._scheduler.fail(batch, error)
-            self._scheduler.retire()
+            self._retire()
             return failed
         self._scheduler.commit(batch)
         for sequence, logits_V in zip(sampled, logits_SV, strict=True):
             sequence.append(sequence.sampler.pick(logits_V), self._end_ids)
-        self._scheduler.retire()
+        self._retire()
         return sampled
 
     def cancel(self, sequence: Sequence) -> None:
         """Take a request out at any moment and free what it holds."""
         self._scheduler.drop(sequence)
+        self._runner.end_request(sequence.number)
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
         return self._scheduler.busy
+
+    def _retire(self) -> None:
+        for sequence in self._scheduler.retire():
+            self._runner.end_request(sequence.number)
 
     def _check(self, prompt_ids: List[int]) -> None:
         if not prompt_ids:

@@ -74,7 +74,7 @@ def evaluate(
     store = Store.open(store_path)
     level_of(store, (options or RuntimeOptions()).level)
     reference = None if reference_path is None or reference_path == store_path else Store.open(reference_path)
-    size = _window_size(store, window)
+    size = window_size(store, window)
     windows = cut_windows(load_tokenizer(store), texts, window=size, max_tokens=max_tokens)
     if reference is not None:
         _check_reference(store, reference, texts, windows)
@@ -168,7 +168,8 @@ def _score_chunk(feeds: Sequence[_Feed], window: Window, start: int, sums: _Sums
         sums.add([rows[first - start :] for rows in logits], window.token_ids[first + 1 : end + 1])
 
 
-def _window_size(store: Store, asked: int) -> int:
+def window_size(store: Store, asked: int) -> int:
+    """Tokens of a window: what was asked for, or 512 or the model's context. Raises RequestError."""
     longest = longest_context(config_from_dict(store.config_dict))
     if asked and not 2 <= asked <= longest:
         raise RequestError(

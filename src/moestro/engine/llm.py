@@ -21,7 +21,7 @@ from moestro.engine.sequence import Sequence
 from moestro.engine.tokenizer import end_token_ids, load_tokenizer
 from moestro.errors import RequestError
 from moestro.memory.budget import peak_resident_bytes
-from moestro.policy import make_policy
+from moestro.policy.choice import check_names
 from moestro.runtime.open import OpenModel, open_model
 from moestro.runtime.subject import Subject
 from moestro.store.locate import locate, locate_shapes
@@ -153,6 +153,10 @@ class LLM:
             hits=planes.hits,
             misses=planes.misses,
             evictions=planes.evictions,
+            prefetches=planes.prefetches,
+            late_prefetches=planes.late_prefetches,
+            wasted_prefetches=planes.wasted_prefetches,
+            wasted_bytes=planes.wasted_bytes,
             bytes_read=planes.bytes_read,
             stall_s=planes.stall_seconds,
             compute_s=runner.forward_s - planes.stall_seconds,
@@ -168,7 +172,8 @@ class LLM:
             activation_bytes=plan.activation_bytes,
             staging_bytes=plan.staging_bytes,
             level=plan.level,
-            policy=self.options.policy,
+            policy=self._open.chosen.policy,
+            predictor=self._open.chosen.predictor,
             path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
             huge_pages=self._open.arena_buffer.huge_pages,
@@ -249,7 +254,7 @@ class LLM:
 
 def _check_before_packing(model: str, options: RuntimeOptions) -> None:
     """Packing can take long: what can be told from the config and the options is told before it."""
-    make_policy(options.policy)
+    check_names(options.policy, options.predictor)
     if not has_manifest(locate_shapes(model)):
         Subject.open(model).plan(options).require_fit()
 

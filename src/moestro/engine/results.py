@@ -48,6 +48,10 @@ class Stats:
     hits: int
     misses: int
     evictions: int
+    prefetches: int
+    late_prefetches: int
+    wasted_prefetches: int
+    wasted_bytes: int
     bytes_read: int
     stall_s: float
     compute_s: float
@@ -64,6 +68,7 @@ class Stats:
     staging_bytes: int
     level: int
     policy: str
+    predictor: str
     path: str
     direct_io: bool
     huge_pages: bool

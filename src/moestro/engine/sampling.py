@@ -1,4 +1,4 @@
-"""Picking a token from logits. Shapes: V vocabulary."""
+"""Picking a token from logits. Shapes: V vocabulary, C candidates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import numpy as np
 import torch
 
 from moestro.config import SamplingParams
+
+_BLOCK = 256
+_CANDIDATES = 256
+"""How many tokens top-p looks at first: mostly enough."""
 
 
 class Sampler:
@@ -19,25 +23,56 @@ class Sampler:
         """The next token: the likeliest at temperature 0, else drawn after top-k and then top-p."""
         params = self._params
         if params.temperature == 0.0:
-            return int(torch.argmax(logits_V))
+            return int(logits_V.numpy().argmax())
         logits = logits_V.numpy().astype(np.float64)
         logits -= logits.max()
         with np.errstate(over="ignore"):  # the coldest temperatures leave the likeliest token alone
             logits /= params.temperature
+        weights = np.exp(logits)
         if not params.top_k and params.top_p == 1.0:
-            return self._draw(np.exp(logits).cumsum())
-        # A stable order makes ties break the same way every time.
-        order = np.argsort(-logits, kind="stable")
-        if params.top_k:
-            order = order[: params.top_k]
-        weights = np.exp(logits[order])
-        cumulative = np.cumsum(weights)
-        if params.top_p < 1.0:
-            keep = int(np.searchsorted(cumulative, params.top_p * cumulative[-1], side="left")) + 1
-            cumulative = cumulative[:keep]
-        return int(order[self._draw(cumulative)])
+            return self._draw_any(weights)
+        order, cumulative = _candidates(logits, weights, top_k=params.top_k, top_p=params.top_p)
+        return int(order[_place_of(self._random.random() * cumulative[-1], cumulative)])
 
-    def _draw(self, cumulative: np.ndarray) -> int:
-        """An index with the probability that it adds to the cumulative weights."""
-        drawn = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        return min(drawn, len(cumulative) - 1)
+    def _draw_any(self, weights: np.ndarray) -> int:
+        """A token with the probability of its weight: a block first, because adding all one by one takes 0.2 ms."""
+        blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)).cumsum()
+        drawn = self._random.random() * blocks[-1]
+        block = _place_of(drawn, blocks)
+        first = block * _BLOCK
+        before = blocks[block - 1] if block else 0.0
+        return first + _place_of(drawn, before + weights[first : first + _BLOCK].cumsum())
+
+
+def _candidates(logits: np.ndarray, weights: np.ndarray, *, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that top-k and then top-p leave, likeliest first [C], and their cumulative weights.
+
+    Sorting a whole vocabulary takes 4 ms: as many are sorted as are needed, which for top-p is found by trying.
+    """
+    count = top_k or _CANDIDATES
+    whole = 0.0 if top_k else float(weights.sum())
+    while True:
+        order = _greatest(logits, count)
+        cumulative = weights[order].cumsum()
+        wanted = top_p * (cumulative[-1] if top_k else whole)
+        if top_k or cumulative[-1] >= wanted or len(order) == len(logits):
+            break
+        count *= 8
+    if top_p < 1.0:
+        keep = int(np.searchsorted(cumulative, wanted, side="left")) + 1
+        order, cumulative = order[:keep], cumulative[:keep]
+    return order, cumulative
+
+
+def _greatest(logits: np.ndarray, count: int) -> np.ndarray:
+    """The tokens of the `count` greatest logits, greatest first, of equals the first in the vocabulary."""
+    if count >= len(logits):
+        return np.argsort(-logits, kind="stable")
+    least = np.partition(logits, -count)[-count]
+    ids = np.flatnonzero(~(logits < least))  # NaN is kept: it has to come out as it went in
+    return ids[np.argsort(-logits[ids], kind="stable")][:count]
+
+
+def _place_of(drawn: float, cumulative: np.ndarray) -> int:
+    """The index whose part of the cumulative weights `drawn` falls into."""
+    return min(int(np.searchsorted(cumulative, drawn, side="right")), len(cumulative) - 1)

@@ -39,7 +39,8 @@ class Scheduler:
             if not tokens:
                 continue
             complete = sequence.is_complete_after(len(tokens))
-            segments.append(Segment(sequence.number, tokens, sequence.cached, sequence.blocks, complete))
+            decode = bool(sequence.token_ids)
+            segments.append(Segment(sequence.number, tokens, sequence.cached, sequence.blocks, complete, decode))
             if complete:
                 sampled.append(sequence)
             room -= len(tokens)
@@ -60,10 +61,12 @@ class Scheduler:
             sequence.fail(error)
         return failed
 
-    def retire(self) -> None:
-        """Free what ended requests held."""
-        for sequence in [sequence for sequence in self._running if sequence.finish_reason is not None]:
+    def retire(self) -> list[Sequence]:
+        """Free what ended requests held. Returns them."""
+        ended = [sequence for sequence in self._running if sequence.finish_reason is not None]
+        for sequence in ended:
             self.drop(sequence)
+        return ended
 
     def drop(self, sequence: Sequence) -> None:
         """Take a request out, whether it has ended or not."""

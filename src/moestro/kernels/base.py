@@ -1,17 +1,22 @@
 """What a kernel does, whoever does it.
 
 Shapes: T rows (tokens), K inputs, N outputs, H query heads (with experts: the hidden width), D key width, Dv that of
-values, S sequences, J jobs (experts with rows), R rows of all jobs, P rows of an output.
+values, S sequences, E experts, J jobs (experts with rows), R rows of all jobs, P rows of an output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moestro.kernels.specs import ActivationSpec, ExpertJobs, ExpertSpec, MatrixSpec
+
+if TYPE_CHECKING:
+    from moestro import _native
 
 __all__ = ["WEIGHT_DTYPES", "ActivationSpec", "ExpertJobs", "ExpertSpec", "Kernels", "MatrixSpec"]
 
@@ -86,6 +91,14 @@ class Kernels(Protocol):
         Raises:
             ValueError: a job has an unknown level, lacks a plane that its level needs, or names a row that does not
                 exist.
+        """
+        ...
+
+    def known_experts(self, spec: ExpertSpec, planes_EP: NDArray[np.int64], level: int) -> _native.KnownExperts | None:
+        """A layer's experts for compiled code to compute by itself; None where these kernels are not compiled.
+
+        `planes_EP` are addresses as in jobs, 0 where they are not known; the array is looked at whenever the experts
+        are used, and has to outlive them.
         """
         ...
 

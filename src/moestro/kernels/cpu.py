@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
@@ -135,6 +137,10 @@ class CpuKernels:
             out_PH.stride(0),
             len(out_PH),
         )
+
+    def known_experts(self, spec: ExpertSpec, planes_EP: NDArray[np.int64], level: int) -> _native.KnownExperts:
+        assert planes_EP.flags.c_contiguous
+        return _native.KnownExperts(native_experts(spec), planes_EP.ctypes.data, len(planes_EP), level)
 
     def packed_linear(
         self,

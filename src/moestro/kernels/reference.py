@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from moestro.kernels.activations import activate
@@ -68,6 +70,9 @@ class ReferenceKernels:
             width_RI = activate(spec.activation, spec.gate, up_RG)
             down_bias = bias_at(spec.down_bias, spec.down.rows)
             out_PH[places] = self.packed_linear(width_RI, spec.down, planes, level, down_bias)
+
+    def known_experts(self, _spec: ExpertSpec, _planes_EP: NDArray[np.int64], _level: int) -> None:
+        return None
 
     def packed_linear(
         self,

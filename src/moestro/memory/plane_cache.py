@@ -19,8 +19,22 @@ from moestro.keys import PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.plane_stream import PlaneStream
 from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes
-from moestro.memory.transfer import Read, Ticket, TransferEngine
+from moestro.memory.transfer import Read, Ticket
 from moestro.policy.base import EvictionPolicy, Need
+
+
+class Transfers(Protocol):
+    """What carries out reads: `TransferEngine`, or a link of a simulator with its own clock."""
+
+    def submit(self, read: Read, /, *, urgent: bool, on_done: Callable[[Ticket], None] | None) -> Ticket: ...
+
+    def promote(self, ticket: Ticket, /) -> None: ...
+
+    def cancel(self, ticket: Ticket, /) -> bool: ...
+
+    def clock(self) -> float: ...
+
+    def wait(self, changed: threading.Condition, /) -> None: ...
 
 
 class Buffer(Protocol):
@@ -37,7 +51,7 @@ class PlaneCache:
         *,
         arena: Arena,
         buffer: Buffer,
-        engine: TransferEngine,
+        engine: Transfers,
         policy: EvictionPolicy,
         locate: Callable[[PlaneKey], PlaneExtent],
     ) -> None:

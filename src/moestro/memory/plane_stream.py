@@ -5,7 +5,6 @@ Part of the plane cache (`PlaneCache.stream` makes it) and under its lock, in a 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
@@ -52,6 +51,11 @@ class PlaneStream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         with self._cache._lock:
             self._end()
+
+    @property
+    def reading(self) -> bool:
+        """Whether some planes asked for are not in memory yet."""
+        return bool(self._under_way or self.pending)
 
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
         return self
@@ -162,15 +166,15 @@ class PlaneStream:
     def _wait(self) -> None:
         """Until a chain is ready or a read failed; waiting counts as stall."""
         cache = self._cache
-        start = time.perf_counter()
+        start = cache._engine.clock()
         while not self._ready and self._error is None:
             if not cache._loading:  # nothing will arrive, so nothing would ever wake us
                 self._start_over()
             else:
-                cache._changed.wait()
+                cache._engine.wait(cache._changed)
             if self.pending:
                 self._issue_pending()
-        cache._stats.stall_seconds += time.perf_counter() - start
+        cache._stats.stall_seconds += cache._engine.clock() - start
 
     def _start_over(self) -> None:
         """Give the head chain an arena without anything else in it, its own planes included.

@@ -149,6 +149,16 @@ class TransferEngine:
             self._leave(ticket)
             return True
 
+    @staticmethod
+    def clock() -> float:
+        """Seconds by which waiting is measured."""
+        return time.perf_counter()
+
+    @staticmethod
+    def wait(changed: threading.Condition) -> None:
+        """Until `changed`, whose lock is held, is notified: a callback of some read does so."""
+        changed.wait()
+
     def close(self) -> None:
         """Finish the reads that have begun, fail those that wait, and end the threads."""
         with self._work_or_end:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
 
+from moestro.policy.observation import RequestRows
 from moestro.runtime.kv import BLOCK_ROWS, RowAddress
 
 
@@ -19,7 +21,7 @@ from moestro.runtime.kv import BLOCK_ROWS, RowAddress
 class Segment:
     """One sequence's share of a step: its new tokens, where they start, its KV blocks, whether logits are wanted.
 
-    `request` is the request's number, by which traces know it.
+    `request` is the request's number, by which traces know it; `decode` says that its new token is of the answer.
     """
 
     request: int
@@ -27,6 +29,7 @@ class Segment:
     start: int
     blocks: Sequence[int]
     wants_logits: bool
+    decode: bool = False
 
     @property
     def end(self) -> int:
@@ -68,6 +71,15 @@ class PackedBatch:
     def requests_of(self, rows: np.ndarray) -> frozenset[int]:
         """The requests that own these rows."""
         return frozenset(self.segments[index].request for index in set(self.sequence_T.numpy()[rows].tolist()))
+
+    @cached_property
+    def request_rows(self) -> tuple[RequestRows, ...]:
+        """Which rows are whose."""
+        ends = accumulate(len(segment.token_ids) for segment in self.segments)
+        return tuple(
+            RequestRows(segment.request, end - len(segment.token_ids), end, segment.decode)
+            for segment, end in zip(self.segments, ends, strict=True)
+        )
 
     @cached_property
     def history(self) -> RowAddress:

@@ -1,11 +1,13 @@
 """The routed experts of a step: rows grouped by expert, chains of planes streamed, outputs combined in fixed order.
 
-Shapes: T rows of the batch, K experts per row, P = T * K places of the output, H hidden.
+Shapes: T rows of the batch, L layers, E experts of a layer, K experts per row, P = T * K places of the output,
+H hidden.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -16,11 +18,12 @@ from torch import nn
 from moestro import _native
 from moestro.errors import PlaneReadError
 from moestro.hf.skeleton import Skeleton, is_experts_module
-from moestro.kernels.base import ExpertJobs, ExpertSpec, Kernels
+from moestro.kernels.base import ExpertSpec, Kernels
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.runtime.expert_mlp import activate, expert_mlp
 from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec, is_raw
+from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.narrow import plain
 from moestro.runtime.slots import SlotViews
@@ -30,15 +33,20 @@ Arrived = Sequence[tuple[int, tuple[int, ...]]]
 """(expert, byte offsets of its planes in the arena) of the chains that a stream hands out together."""
 
 
+KNOWN_ROWS = 16
+"""Most rows of a step whose experts are computed without asking the plane cache: with more, what it costs is little."""
+
+
 class LayerExperts(Protocol):
     """How the experts of one layer are computed once their planes are there."""
 
-    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        """Write the unweighted output of each arrived expert into its places of `out_PH`."""
+    @property
+    def known(self) -> _native.KnownExperts | None:
+        """Those that can be computed from where their planes last arrived; None where that is never so."""
         ...
 
-    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray, /) -> torch.Tensor | None:
-        """Outputs [K, H] of one row, from where the planes last arrived; None when that is not known of all."""
+    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+        """Write the unweighted output of each arrived expert into its places of `out_PH`."""
         ...
 
     def forget(self) -> None:
@@ -47,11 +55,18 @@ class LayerExperts(Protocol):
 
 
 class RoutedExperts:
-    """The experts of all layers over one plane cache. `counts_LE`: rows routed to each expert so far.
+    """The experts of all layers over one plane cache.
 
-    Where `whole` says that the arena has room for every plane, planes stay where they once arrived: a single row whose
-    planes are all known goes past the cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have
-    just washed it out of the processor's caches.
+    Where `whole` says that the arena has room for every plane, planes stay where they once arrived: a few rows whose
+    planes are all known go past the cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have
+    just washed it out of the processor's caches. So may whoever is given `known`, if it says so (`count_known`).
+
+    Attributes:
+        counts_LE: rows routed to each expert so far.
+        seconds: time spent here so far, waiting for planes included.
+        chains: of each layer, the planes of each expert.
+        foresight: is told of every layer whose planes are asked for, if there is one.
+        known: by layer, experts that can be computed where they lie, as of the last `forget_moved`; None where not.
     """
 
     def __init__(
@@ -59,11 +74,13 @@ class RoutedExperts:
     ) -> None:
         assert len(layers) == len(chains)
         self.planes = planes
-        self._whole = whole
         self._drops = planes.drops
         self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
+        self.seconds = 0.0
+        self.foresight: LayerForesight | None = None
+        self.known = tuple(one.known if whole else None for one in layers)
         self._layers = tuple(layers)
-        self._chains = tuple(tuple(one) for one in chains)
+        self.chains = tuple(tuple(one) for one in chains)
 
     def __call__(
         self,
@@ -78,21 +95,70 @@ class RoutedExperts:
         Raises:
             PlaneReadError: a plane could not be read; the error names the requests that needed it.
         """
-        chains = self._chains[layer]
-        hidden_TH = hidden_TH.contiguous()
-        if self._whole and len(index_TK) == 1:
-            out_PH = self._known_row(layer, hidden_TH, index_TK.numpy()[0])
-            if out_PH is not None:
-                return combine(out_PH, weights_TK)
+        started = time.perf_counter()
+        try:
+            hidden_TH, index_TK = hidden_TH.contiguous(), index_TK.to(torch.int64).contiguous()
+            weights_TK = plain(weights_TK).to(torch.float32).contiguous()
+            self.forget_moved()
+            sum_TH = self._from_known(layer, hidden_TH, index_TK, weights_TK)
+            return self._streamed(layer, hidden_TH, index_TK, weights_TK, owners) if sum_TH is None else sum_TH
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def forget_moved(self) -> None:
+        """To be called before `known` is used: planes that the cache has dropped are not known any more."""
+        if self.planes.drops != self._drops:
+            self._drops = self.planes.drops
+            for one in self._layers:
+                one.forget()
+
+    def count_known(self, first: int, index_LTK: np.ndarray) -> None:
+        """Count the rows of layers from number `first` on that have been computed from `known`."""
+        layers, experts = len(index_LTK), self.counts_LE.shape[1]
+        numbers = index_LTK.reshape(layers, -1) + experts * np.arange(layers)[:, None]
+        counts_LE = np.bincount(numbers.ravel(), minlength=layers * experts).reshape(layers, experts)
+        self.counts_LE[first : first + layers] += counts_LE
+        self.planes.count_hits(int(np.count_nonzero(counts_LE)))
+
+    def _from_known(
+        self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The weighted sum from planes that are known to be where they were; None when some are not."""
+        known, (rows, picks) = self.known[layer], index_TK.shape
+        if known is None or rows > KNOWN_ROWS:
+            return None
+        sum_TH, out_PH = torch.empty_like(hidden_TH), torch.empty(rows * picks, hidden_TH.shape[1])
+        inputs = (hidden_TH.data_ptr(), index_TK.data_ptr(), weights_TK.data_ptr())
+        if not known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr()):
+            return None
+        self.count_known(layer, index_TK.numpy()[None])
+        return sum_TH
+
+    def _streamed(
+        self,
+        layer: int,
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        owners: Callable[[np.ndarray], frozenset[int]],
+    ) -> torch.Tensor:
+        chains = self.chains[layer]
         rows = Grouping(index_TK.numpy(), len(chains))
         self.counts_LE[layer, : len(chains)] += rows.counts_E
         used = rows.used
         shape = (index_TK.numel(), hidden_TH.shape[1])
         out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
-        compute = self._layers[layer].compute
+        compute, foresight = self._layers[layer].compute, self.foresight
+        if foresight is not None:
+            foresight.routed(layer, index_TK.numpy(), weights_TK.numpy(), rows.counts_E)
         try:
             with self.planes.stream([chains[expert] for expert in used]) as batches:
+                reading = batches.reading
+                if foresight is not None:
+                    foresight.asked(layer, reading=reading)
                 for batch in batches:
+                    if foresight is not None:
+                        foresight.served(reading=reading)
                     compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
         except PlaneReadError as error:
             if error.key is not None:
@@ -100,32 +166,18 @@ class RoutedExperts:
             raise
         return combine(out_PH, weights_TK)
 
-    def _known_row(self, layer: int, hidden_1H: torch.Tensor, experts_K: np.ndarray) -> torch.Tensor | None:
-        """Unweighted outputs [K, H] of one row, from planes that are known to be where they were; else None."""
-        if self.planes.drops != self._drops:
-            self._drops = self.planes.drops
-            for one in self._layers:
-                one.forget()
-        out_KH = self._layers[layer].compute_known(hidden_1H, experts_K)
-        if out_KH is not None:
-            self.counts_LE[layer, experts_K] += 1
-            self.planes.count_hits(len(experts_K))
-        return out_KH
-
 
 class StreamedExperts:
     """Those that are asked for anew at every step."""
 
-    def compute_known(self, _hidden_1H: torch.Tensor, _experts_K: np.ndarray, /) -> torch.Tensor | None:
-        return None
+    known: None = None
 
     def forget(self) -> None:
         pass
 
 
 def combine(out_PH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """Weighted sum [T, H] over k in ascending order: the same additions whatever is in the batch."""
-    weights_TK = plain(weights_TK).to(torch.float32).contiguous()
+    """Weighted sum [T, H] over k in ascending order: the same additions whatever is in the batch. fp32, contiguous."""
     tokens, picks = weights_TK.shape
     sum_TH = torch.empty((tokens, out_PH.shape[1]))
     _native.combine(out_PH.data_ptr(), weights_TK.data_ptr(), sum_TH.data_ptr(), tokens, picks, sum_TH.shape[1])
@@ -152,7 +204,7 @@ class PackedExperts:
         self._kernels, self._spec, self._level = kernels, spec, level
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
-        self._one_row: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self.known = kernels.known_experts(spec, self._known_EP, level)
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
         absent = (0,) * (_CHAIN_PLANES - len(arrived[0][1]))
@@ -163,26 +215,8 @@ class PackedExperts:
         self._known_EP[experts] = planes_JP
         self._kernels.experts(self._spec, rows.jobs(experts, planes_JP, self._level), hidden_TH, out_PH)
 
-    def compute_known(self, hidden_1H: torch.Tensor, experts_K: np.ndarray, /) -> torch.Tensor | None:
-        if experts_K.max() >= len(self._known_EP):
-            return None
-        planes_KP = self._known_EP[experts_K]
-        if not planes_KP[:, 0].all():
-            return None
-        if self._one_row is None or len(self._one_row[0]) != len(experts_K):
-            self._one_row = _one_row(len(experts_K), self._level)
-        out_KH = torch.empty((len(experts_K), hidden_1H.shape[1]))
-        self._kernels.experts(self._spec, ExpertJobs(planes_KP, *self._one_row), hidden_1H, out_KH)
-        return out_KH
-
     def forget(self) -> None:
         self._known_EP[:] = 0
-
-
-def _one_row(picks: int, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Levels, starts, rows and places of the jobs of one row: one for each of its experts."""
-    places_K = np.arange(picks, dtype=np.int32)
-    return np.full(picks, level, np.int32), np.arange(picks + 1, dtype=np.int32), np.zeros_like(places_K), places_K
 
 
 class PackedExpertsWithModule(StreamedExperts):

@@ -19,10 +19,12 @@ from moestro.memory.heap import return_large_blocks
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
-from moestro.policy import make_policy
+from moestro.policy import LRU
+from moestro.policy.observation import Shape
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.experts import open_experts
+from moestro.runtime.foresight import Chosen, LayerForesight, foresight_bytes, make_foresight
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.native import Blueprint, NativeForward, describe
@@ -44,6 +46,7 @@ class OpenModel:
     transfers: TransferEngine
     arena_buffer: HostBuffer
     buffers: tuple[HostBuffer, ...]
+    chosen: Chosen
 
     def close(self) -> None:
         """Stop the transfer threads and give the memory back."""
@@ -76,14 +79,17 @@ def level_of(store: Store, asked: int) -> int:
     return resolve_level(asked, exact=manifest.exact_level, promised=manifest.levels, name=str(store.path))
 
 
-def shape_of_store(store: Store, skeleton: Skeleton, level: int = 0) -> ModelShape:
+def shape_of_store(store: Store, skeleton: Skeleton, options: RuntimeOptions) -> ModelShape:
     """The sizes that a plan needs, from a store. Raises RequestError as `layouts_of`."""
+    level, experts = options.level, sum(layer.num_experts for layer in store.layers)
+    chosen = Chosen.of(options, store.path)
     return ModelShape.of(
         skeleton,
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
         layouts=layouts_of(store, level),
         level=level_of(store, level),
+        foresight_bytes=foresight_bytes(chosen, store.path, experts=experts, sequences=options.max_sequences),
     )
 
 
@@ -105,7 +111,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
     kernels = make_kernels("auto", threads=compute_threads(options))
     return_large_blocks()
     floor = measure_floor(kernels)
-    shape = shape_of_store(store, skeleton, options.level)
+    shape = shape_of_store(store, skeleton, options)
     plan = make_plan(shape, probed, options, config=skeleton.config, floor_bytes=floor)
     plan.require_fit()
     if floor + plan.memory_bytes > machine_bytes():
@@ -126,12 +132,18 @@ def _assemble(
     options: RuntimeOptions,
     kernels: Kernels,
 ) -> OpenModel:
-    policy = make_policy(options.policy)
+    chosen, whole = Chosen.of(options, store.path), plan.arena_bytes >= plan.whole_arena_bytes
+    layouts = layouts_of(store, plan.level)
+    # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
+    foresight = None
+    if not whole:
+        most = max(layer.num_experts for layer in store.layers)
+        shape = Shape(len(store.layers), most, max(probed.experts_per_token))
+        foresight = make_foresight(chosen, store.path, shape)
     transfers = TransferEngine()
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
     arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
-    layouts = layouts_of(store, plan.level)
     planes = PlaneCache(
         arena=Arena(
             plan.arena_bytes,
@@ -140,24 +152,30 @@ def _assemble(
         ),
         buffer=arena_buffer,
         engine=transfers,
-        policy=policy,
+        policy=LRU() if foresight is None else foresight.eviction,
         locate=store.plane,
     )
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
+    experts = open_experts(
+        skeleton=skeleton,
+        kernels=kernels,
+        planes=planes,
+        layouts=layouts,
+        level=plan.level,
+        arena=arena_buffer.tensor,
+        whole=whole,
+    )
+    if foresight is not None:
+        experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers)
+    native = None
+    if blueprint is not None:
+        native = NativeForward(blueprint, kv=kv, experts=experts, rows=plan.step_rows, context=plan.context)
     runner = ModelRunner(
         skeleton=skeleton,
         kernels=kernels,
         kv=kv,
-        native=NativeForward(blueprint, kv=kv, rows=plan.step_rows, context=plan.context) if blueprint else None,
-        experts=open_experts(
-            skeleton=skeleton,
-            kernels=kernels,
-            planes=planes,
-            layouts=layouts,
-            level=plan.level,
-            arena=arena_buffer.tensor,
-            whole=plan.arena_bytes >= plan.whole_arena_bytes,
-        ),
+        native=native,
+        experts=experts,
     )
     return OpenModel(
         store=store,
@@ -167,6 +185,7 @@ def _assemble(
         transfers=transfers,
         arena_buffer=arena_buffer,
         buffers=(dense_buffer, arena_buffer, kv_buffer),
+        chosen=chosen,
     )
 
 

@@ -58,6 +58,7 @@ class ModelShape:
 
     `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level. `packed` are the inputs of
     the widest up projection, down projection and dense matrix where weights are quantised (None where they are not).
+    `foresight_bytes` are those of the predictor and policy.
     """
 
     name: str
@@ -66,10 +67,18 @@ class ModelShape:
     experts: tuple[int, ...]
     level: int
     packed: tuple[int, int, int] | None = None
+    foresight_bytes: int = 0
 
     @classmethod
     def of(
-        cls, skeleton: Skeleton, *, name: str, dense_bytes: int, layouts: Sequence[Layout], level: int
+        cls,
+        skeleton: Skeleton,
+        *,
+        name: str,
+        dense_bytes: int,
+        layouts: Sequence[Layout],
+        level: int,
+        foresight_bytes: int = 0,
     ) -> ModelShape:
         """The shape of a model whose MoE layers have these layouts, which end at the plane of `level`."""
         return cls(
@@ -79,6 +88,7 @@ class ModelShape:
             experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
             level=level,
             packed=None if all(is_raw(layout) for layout in layouts) else _widths(skeleton),
+            foresight_bytes=foresight_bytes,
         )
 
     @property
@@ -212,7 +222,7 @@ def make_plan(
     kv_blocks = blocks_for(context) * options.max_sequences
     kv_bytes = kv_blocks * block_bytes(probed.kv_layers)
     activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
-    staging_bytes = _staging_bytes(shape, probed, options, config, context)
+    staging_bytes = _staging_bytes(shape, probed, options, config, context) + shape.foresight_bytes
     fixed = shape.dense_bytes + kv_bytes + activation_bytes + staging_bytes
     extent = extent_bytes_for(shape.plane_sizes)
     whole = _whole_arena(shape, extent)

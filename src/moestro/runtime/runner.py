@@ -21,8 +21,10 @@ from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import KVPool
+from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
 from moestro.runtime.native import NativeForward
+from moestro.trace import Recorder, StepRouting
 
 
 @dataclass
@@ -34,7 +36,10 @@ class RunnerStats:
 
 
 class ModelRunner:
-    """The model with its hooks. Not thread-safe: one forward pass at a time."""
+    """The model with its hooks. Not thread-safe: one forward pass at a time.
+
+    `recorder` is told of every step that goes through, if there is one.
+    """
 
     def __init__(
         self,
@@ -46,6 +51,8 @@ class ModelRunner:
         native: NativeForward | None = None,
     ) -> None:
         self.stats = RunnerStats()
+        self.recorder: Recorder | None = None
+        self._lookahead: Lookahead | None = None
         self.native = native
         self.kv = kv
         self.planes = experts.planes
@@ -54,6 +61,7 @@ class ModelRunner:
         self._batch: PackedBatch | None = None
         self._cache = HookedCache(skeleton.config.model_type, self.cache_rows)
         self._experts = experts
+        self._routed: list[tuple[np.ndarray, np.ndarray]] = []
         modules = (module for module in self._model.modules() if is_experts_module(module))
         self._layer_of = {id(module): layer for layer, module in enumerate(modules)}
         hooks.install(self._model)
@@ -66,20 +74,27 @@ class ModelRunner:
         """
         started = time.perf_counter()
         self._batch = batch
+        if self._experts.foresight is not None:
+            self._experts.foresight.step(batch.request_rows)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                return self._general_forward(batch) if self.native is None else self.native(batch, self.routed_experts)
+                logits_SV = self._general_forward(batch) if self.native is None else self.native(batch)
+                if self.recorder is not None:
+                    self.recorder.step(batch.request_rows, batch.token_ids_T.numpy(), self._routing())
+                return logits_SV
         finally:
             self._batch = None
+            self._forget_routing()
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
+            self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
 
     @property
     def path(self) -> str:
-        """How a forward pass runs: "native" (a compiled call per layer) or "general" (transformers' own layers)."""
+        """How a forward pass runs: "native" (compiled layers) or "general" (transformers' own layers)."""
         return "general" if self.native is None else "native"
 
     def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -138,21 +153,42 @@ class ModelRunner:
     def experts(
         self, module: nn.Module, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Routed experts of the layer that `module` belongs to."""
-        return self.routed_experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK)
-
-    def routed_experts(
-        self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """Output [T, H] of MoE layer number `layer`, combined in ascending k; needs no module of transformers.
+        """Routed experts of the layer that `module` belongs to, [T, H].
 
         Raises:
             PlaneReadError: a plane could not be read; the error names the requests that needed it.
         """
-        started = time.perf_counter()
-        combined_TH = self._experts(layer, hidden_TH, index_TK, weights_TK, self.batch.requests_of)
-        self.stats.experts_s += time.perf_counter() - started
-        return combined_TH
+        if self.recorder is not None:
+            self._routed.append((index_TK.numpy(), plain(weights_TK).float().numpy()))
+        return self._experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK, self.batch.requests_of)
+
+    def look_ahead(self, layers: int) -> None:
+        """Have the recorder told, from now on, what the gates of the next `layers` layers would pick.
+
+        Raises:
+            UnsupportedModelError: the family's routers are not known.
+        """
+        assert self.native is None, "lookahead needs the general path"
+        self._lookahead = Lookahead(self._model, ahead=layers)
+
+    def _forget_routing(self) -> None:
+        self._routed.clear()
+        if self._lookahead is not None:
+            self._lookahead.forget()
+
+    def end_request(self, request: int) -> None:
+        """Nothing more comes of a request, whether it ever came this far or not."""
+        if self.recorder is not None:
+            self.recorder.end(request)
+        if self._experts.foresight is not None:
+            self._experts.foresight.end(request)
+
+    def _routing(self) -> StepRouting:
+        """What the step that has just gone through routed."""
+        if self.native is not None:
+            return StepRouting(*self.native.routing)
+        experts, weights = (np.stack(one) for one in zip(*self._routed, strict=True))
+        return StepRouting(experts, weights, None if self._lookahead is None else self._lookahead.take(experts))
 
     @property
     def expert_counts(self) -> np.ndarray:

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from moestro._native import Decoder, KvTarget, Layer, Norm, Rotation, Routing, Weight
+from moestro._native import (
+    Decoder,
+    KnownExperts,
+    KvTarget,
+    Layer,
+    Norm,
+    Rotation,
+    Routing,
+    Weight,
+    make_experts,
+    make_matrix,
+)
 
 WIDTH, HEADS, HEADS_KV, DIM, EXPERTS, PICKS, VOCABULARY, BLOCKS, BLOCK, ROWS = 16, 4, 2, 4, 6, 2, 20, 3, 16, 8
 CONTEXT = 40
@@ -34,8 +45,11 @@ class Parts:
             quantised_size=0,
             ids=self.ids.data_ptr(),
             weights=self.address(torch.zeros(ROWS, PICKS)),
+            outputs=0,
             picks=changes.get("picks", PICKS),
             rows=ROWS,
+            moe_layers=1,
+            known_rows=0,
             blocks=BLOCKS,
             block_size=BLOCK,
         )
@@ -130,18 +144,34 @@ def test_a_step_that_leaves_its_memory_is_refused(
 def test_a_layer_or_a_row_that_is_not_there_is_refused() -> None:
     parts = Parts()
     parts.decoder.add(parts.layer())
+    with pytest.raises(ValueError, match="for fewer MoE layers"):
+        parts.decoder.add(parts.layer())
+    row, logits = parts.address(torch.tensor([2])), parts.address(torch.zeros(VOCABULARY))
     parts.begin([1, 2], [0, 1], [[0]])
-    with pytest.raises(ValueError, match="no such layer"):
-        parts.decoder.run_layer(1, 0)
+    with pytest.raises(ValueError, match="before the last layer"):
+        parts.decoder.logits(row, 1, logits)
+    assert parts.decoder.run(0) == 0, "the experts of the only layer are not known"
+    assert parts.decoder.run(parts.hidden.data_ptr()) == 1
     with pytest.raises(ValueError, match="row that is not there"):
-        parts.decoder.logits(0, parts.address(torch.tensor([2])), 1, parts.address(torch.zeros(VOCABULARY)))
+        parts.decoder.logits(row, 1, logits)
+
+
+def test_experts_that_do_not_fit_are_refused() -> None:
+    up, down = make_matrix(0, 64, WIDTH, 32, [0]), make_matrix(0, WIDTH + 1, 32, 32, [0])
+    known = KnownExperts(make_experts(up, down, -1, -1, 1, 0, 0.0, 0.0), 0, 0, 2)
+    parts = Parts()
+    with pytest.raises(ValueError, match="no such MoE layer"):
+        parts.decoder.know(0, known)
+    parts.decoder.add(parts.layer())
+    with pytest.raises(ValueError, match="another width"):
+        parts.decoder.know(0, known)
 
 
 def test_rows_go_to_their_blocks_and_nowhere_else() -> None:
     parts = Parts()
     parts.decoder.add(parts.layer())
     parts.begin([3, 4], [15, 16], [[2, 0]])
-    parts.decoder.run_layer(0, 0)
+    assert parts.decoder.run(0) == 0
     written = torch.zeros(BLOCKS, BLOCK, dtype=torch.bool)
     written[2, 15] = written[0, 0] = True
     for pool in (parts.keys, parts.values):

@@ -102,9 +102,11 @@ def test_dense_layers_have_an_mlp_and_no_experts() -> None:
 def test_the_plan_counts_the_buffers() -> None:
     blueprint = _described(FAMILIES["olmoe"]())
     assert blueprint is not None
-    # The residual, the hidden state, and queries, keys and values of 64 + 2 * 32; three picks of 12 bytes; 64 codes and
-    # a group's 12 bytes for each row, in multiples of 64.
-    assert blueprint.workspace_bytes(rows=10) == 10 * (4 * (64 + 64 + 128) + 3 * 12) + 10 * 64 + 128
+    # The residual, the hidden state, and queries, keys and values of 64 + 2 * 32; three picks of 12 bytes in each of
+    # three layers; 64 codes and a group's 12 bytes for each row, in multiples of 64; what three experts of a row leave.
+    for rows, few, codes in ((10, 10, 10 * 64 + 128), (17, 16, 17 * 64 + 256)):
+        floats = 4 * (64 + 64 + 128)
+        assert blueprint.workspace_bytes(rows=rows) == rows * (floats + 3 * 3 * 12) + codes + few * 3 * 4 * 64
     # The angles of 99 positions, what the experts leave, and the experts themselves or the logits.
     kept = blueprint.workspace_bytes(rows=10) + 99 * 4 * 16 + 10 * 4 * 64
     for logit_rows, more in ((1, 1000), (10, 10 * 4 * 160)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,31 @@ def test_quantised_weights_take_the_same_kernels(variant: str, dense_bits: int, 
         difference_T = (actual - logits_of(general, TOKENS)).abs().amax(-1)
     assert difference_T.min() <= 1e-5
     assert difference_T.max() <= 0.2 * actual.std()
+
+
+@pytest.mark.parametrize("variant", ["gpt_oss", "olmoe", "qwen3_moe_dense_layers"])
+def test_experts_in_memory_are_computed_on_the_way_with_the_same_bits(variant: str, make_store: MakeStore) -> None:
+    """Steps of one row, of few and of many, after a prompt that has brought every expert in; then all are dropped."""
+    store = make_store(VARIANTS[variant], torch.float32, dense_bits=8)
+    few: list[dict[int, Sequence[int]]] = [{0: TOKENS[:1]}, {1: TOKENS[:2], 2: TOKENS[5:6]}, {1: TOKENS[3:18]}]
+    with open_store(store, max_sequences=5) as whole, open_store(store, share=0.0, max_sequences=5) as streamed:
+        one, other, planes, native = Feed(whole), Feed(streamed), whole.runner.planes, whole.runner.native
+        assert native is not None
+        for repeat in range(2):
+            for number, step in enumerate([{3 + repeat: TOKENS}, *few]):
+                asked, counted = planes.stats, whole.runner.expert_counts.copy()
+                seconds = native.experts_seconds
+                actual, expected = one.step(step), other.step(step)
+                assert all(torch.equal(actual[request], expected[request]) for request in step)
+                assert (native.experts_seconds > seconds) == (number > 0), number
+                ids_LTK, weights_LTK = native.routing
+                assert ids_LTK.shape[1] == len(weights_LTK[0]) == sum(len(tokens) for tokens in step.values())
+                used_LE = np.stack([np.bincount(ids.ravel(), minlength=counted.shape[1]) for ids in ids_LTK])
+                assert (counted + used_LE == whole.runner.expert_counts).all()
+                chains = planes.stats.hits + planes.stats.misses - asked.hits - asked.misses
+                assert chains == np.count_nonzero(used_LE)
+            planes.clear()
+            whole.arena_buffer.tensor.zero_()  # what lay there is gone
 
 
 @pytest.fixture

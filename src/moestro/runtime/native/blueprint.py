@@ -11,6 +11,7 @@ from torch import nn
 
 from moestro import _native
 from moestro.quant.groups import group_size
+from moestro.runtime.experts import KNOWN_ROWS
 
 _FLOAT = 4
 
@@ -71,6 +72,11 @@ class Blueprint:
     experts_per_token: int
 
     @property
+    def moe_layers(self) -> int:
+        """How many layers have routed experts."""
+        return sum(layer.experts is not None for layer in self.layers)
+
+    @property
     def scratch_width(self) -> int:
         """Floats per row that a layer needs beside the residual and the normed hidden state."""
         return max(_scratch_width(layer, self.hidden) for layer in self.layers)
@@ -84,9 +90,10 @@ class Blueprint:
 
     def workspace_bytes(self, rows: int) -> int:
         """Bytes of the buffers that a step of `rows` tokens uses."""
-        routing = self.experts_per_token * (8 + _FLOAT)
+        routing = self.moe_layers * self.experts_per_token * (8 + _FLOAT)
         floats = _FLOAT * (2 * self.hidden + self.scratch_width)
-        return rows * (floats + routing) + self.quantised_size(rows)
+        outputs = _FLOAT * known_rows(rows) * self.experts_per_token * self.hidden
+        return rows * (floats + routing) + outputs + self.quantised_size(rows)
 
     def activation_bytes(self, *, rows: int, context: int, logit_rows: int, experts_bytes: int) -> int:
         """Most bytes at once in a step, of which one layer's routed experts take `experts_bytes`.
@@ -97,6 +104,11 @@ class Blueprint:
         delta = _FLOAT * rows * self.hidden
         logits = _FLOAT * logit_rows * self.head.out_features
         return self.workspace_bytes(rows) + rotation + delta + max(experts_bytes, logits)
+
+
+def known_rows(rows: int) -> int:
+    """Most rows of a step whose experts the decoder computes itself, where no step has more than `rows`."""
+    return min(rows, KNOWN_ROWS)
 
 
 def _scratch_width(layer: LayerParts, hidden: int) -> int:

@@ -1,26 +1,24 @@
-"""A forward pass on the native path: a call of the compiled decoder per layer, the experts in between.
+"""A forward pass on the native path: a call of the compiled decoder up to experts whose planes may have to be read.
 
-Shapes: T rows of the batch, S rows whose logits are wanted, H hidden width, K experts per token, V vocabulary.
+Shapes: T rows of the batch, S rows whose logits are wanted, H hidden width, L MoE layers, K experts per token,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.dense import PackedWeight, stored
+from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
-from moestro.runtime.native.blueprint import Blueprint, LayerParts
-
-Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(number of the MoE layer, hidden [T, H], ids [T, K], weights [T, K]) -> their weighted sum [T, H]."""
-
+from moestro.runtime.native.blueprint import Blueprint, LayerParts, known_rows
 
 _TABLE_ROWS = 64
 _ALIGNMENT = 64
@@ -31,22 +29,24 @@ class NativeForward:
     """The decoder of a blueprint whose weights are in place, with buffers for steps of up to `rows` tokens, in
     sequences of up to `context`.
 
-    A row's logits have the same bits whatever else is in the step. Not thread-safe.
+    Experts that are where they were in memory are computed by the decoder on its way, a small step in a single call;
+    others by `experts`. A row's logits have the same bits whatever else is in the step. Not thread-safe.
     """
 
-    def __init__(self, blueprint: Blueprint, *, kv: KVPool, rows: int, context: int) -> None:
+    def __init__(self, blueprint: Blueprint, *, kv: KVPool, experts: RoutedExperts, rows: int, context: int) -> None:
         self._blueprint = blueprint
         self._kv = kv  # like the weights, kept because the decoder knows addresses only
-        numbers = itertools.count()
-        self._moe_layer = [None if layer.experts is None else next(numbers) for layer in blueprint.layers]
+        self._experts = experts
         self._vocabulary = blueprint.head.out_features
         # Memory is taken when it is first written to: short steps never touch most of it.
         self._residual = torch.empty(rows, blueprint.hidden)
         self._hidden_RH = torch.empty(rows, blueprint.hidden)
         self._scratch = torch.empty(rows, blueprint.scratch_width)
         self._quantised = torch.empty(blueprint.quantised_size(rows) + _ALIGNMENT, dtype=torch.uint8)
-        self._ids = torch.empty(rows * blueprint.experts_per_token, dtype=torch.int64)
-        self._weights = torch.empty(rows * blueprint.experts_per_token)
+        places = blueprint.moe_layers * rows * blueprint.experts_per_token
+        self._ids, self._weights = np.empty(places, dtype=np.int64), np.empty(places, dtype=np.float32)
+        self._outputs = torch.empty(known_rows(rows) * blueprint.experts_per_token, blueprint.hidden)
+        self._step_rows = 0
         self._cos, self._sin = _rotation(blueprint.rotary, context)
         self._decoder = self._make_decoder(rows)
 
@@ -55,37 +55,53 @@ class NativeForward:
         """Seconds in matrix products and attention since the model was opened."""
         return self._decoder.kernel_seconds
 
-    def __call__(self, batch: PackedBatch, experts: Experts) -> torch.Tensor:
+    @property
+    def experts_seconds(self) -> float:
+        """Seconds in experts that the decoder computed since the model was opened."""
+        return self._decoder.experts_seconds
+
+    @property
+    def routing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Experts of every row of the last step, ids [L, T, K] and weights (fp32); views, until the next step."""
+        shape = (self._blueprint.moe_layers, self._step_rows, self._blueprint.experts_per_token)
+        places = math.prod(shape)
+        return self._ids[:places].reshape(shape), self._weights[:places].reshape(shape)
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
-        rows, decoder = batch.rows, self._decoder
+        decoder, experts = self._decoder, self._experts
+        self._begin(batch)
+        ids_LTK, weights_LTK = self.routing
+        done, address = 0, 0
+        while True:
+            experts.forget_moved()
+            reached = decoder.run(address)
+            if reached > done:
+                experts.count_known(done, ids_LTK[done:reached])
+            if reached == len(ids_LTK):
+                break
+            ids_TK, weights_TK = torch.from_numpy(ids_LTK[reached]), torch.from_numpy(weights_LTK[reached])
+            delta_TH = experts(reached, self._hidden_RH[: batch.rows], ids_TK, weights_TK, batch.requests_of)
+            assert delta_TH.dtype is torch.float32
+            assert delta_TH.is_contiguous()
+            done, address = reached + 1, delta_TH.data_ptr()
+        wanted = batch.logit_rows
+        logits_SV = torch.empty(len(wanted), self._vocabulary)
+        decoder.logits(wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
+        return logits_SV
+
+    def _begin(self, batch: PackedBatch) -> None:
         sequences, most_blocks = batch.block_table_SM.shape
-        decoder.begin(
+        self._step_rows = batch.rows
+        self._decoder.begin(
             batch.token_ids_T.data_ptr(),
-            rows,
+            batch.rows,
             batch.block_table_SM.data_ptr(),
             sequences,
             most_blocks,
             batch.sequence_T.data_ptr(),
             batch.position32_T.data_ptr(),
         )
-        picks = self._blueprint.experts_per_token
-        hidden_TH = self._hidden_RH[:rows]
-        ids_TK = self._ids[: rows * picks].view(rows, picks)
-        weights_TK = self._weights[: rows * picks].view(rows, picks)
-        address = 0
-        for index, moe_layer in enumerate(self._moe_layer):
-            decoder.run_layer(index, address)
-            if moe_layer is None:
-                address = 0
-                continue
-            delta_TH = experts(moe_layer, hidden_TH, ids_TK, weights_TK)
-            assert delta_TH.dtype is torch.float32
-            assert delta_TH.is_contiguous()
-            address = delta_TH.data_ptr()
-        wanted = batch.logit_rows
-        logits_SV = torch.empty(len(wanted), self._vocabulary)
-        decoder.logits(address, wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
-        return logits_SV
 
     def _make_decoder(self, rows: int) -> _native.Decoder:
         blueprint = self._blueprint
@@ -100,15 +116,21 @@ class NativeForward:
             scratch_width=blueprint.scratch_width,
             quantised=-(-self._quantised.data_ptr() // _ALIGNMENT) * _ALIGNMENT,
             quantised_size=blueprint.quantised_size(rows),
-            ids=self._ids.data_ptr(),
-            weights=self._weights.data_ptr(),
+            ids=self._ids.ctypes.data,
+            weights=self._weights.ctypes.data,
+            outputs=self._outputs.data_ptr(),
             picks=blueprint.experts_per_token,
             rows=rows,
+            moe_layers=blueprint.moe_layers,
+            known_rows=known_rows(rows),
             blocks=self._kv.blocks,
             block_size=BLOCK_ROWS,
         )
         for index, layer in enumerate(blueprint.layers):
             decoder.add(_layer(layer, *self._kv.pools(index)))
+        for moe_layer, known in enumerate(self._experts.known):
+            if known is not None:
+                decoder.know(moe_layer, known)
         return decoder
 
 

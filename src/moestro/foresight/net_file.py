@@ -1,0 +1,47 @@
+"""Trained nets on disk: one safetensors file, whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+import safetensors.numpy
+
+from moestro.errors import TraceError
+from moestro.policy.observation import Shape
+from moestro.policy.predictors.net import HORIZONS, Nets
+from moestro.store.disk import write_durably
+
+NETS_FILE = "foresight.safetensors"
+"""Its name in a store."""
+
+_FORMAT = {"format": "moestro-foresight", "version": "1"}
+_HORIZONS = {"after": len(HORIZONS), "ahead": 1}
+
+
+def save_nets(path: Path, after: Nets, ahead: Nets) -> None:
+    """Write both roles' nets, or leave the file as it was. Raises OSError."""
+    roles = {"after": after, "ahead": ahead}
+    arrays = {f"{role}.{name}": array for role, nets in roles.items() for name, array in nets.arrays().items()}
+    write_durably(path, safetensors.numpy.save(arrays, metadata=_FORMAT))
+
+
+def load_nets(path: Path, shape: Shape) -> tuple[Nets, Nets]:
+    """(after, ahead) for a model of this shape.
+
+    Raises:
+        TraceError: the file is missing or damaged, or belongs to a model of another shape.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TraceError(f"{path} cannot be read as a learned predictor ({error}). Train it again.") from error
+    if metadata != _FORMAT:
+        raise TraceError(f"{path} says {metadata}, expected {_FORMAT} of a learned predictor. Train it again.")
+    roles = {}
+    for role, horizons in _HORIZONS.items():
+        own = {name.removeprefix(f"{role}."): array for name, array in arrays.items() if name.startswith(f"{role}.")}
+        roles[role] = Nets.of(own, shape, horizons=horizons)
+    return roles["after"], roles["ahead"]

@@ -1,0 +1,83 @@
+"""A policy and a predictor by name, as they work together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moestro.errors import RequestError, TraceError
+from moestro.policy.foresight import Foresight
+from moestro.policy.keeping import KEEP_POLICIES, KeepPolicy, make_keep_policy
+from moestro.policy.keeping.eviction import WorthEviction
+from moestro.policy.keeping.value import Value
+from moestro.policy.observation import Shape
+from moestro.policy.predictors import PREDICTORS, Predictor, make_predictor
+from moestro.policy.predictors.net import Nets
+from moestro.policy.prefetch import Prefetcher
+
+VALUE = "value"
+LEARNED = "learned"
+ENSEMBLE = "ensemble"
+
+
+def policy_names() -> list[str]:
+    """Of all policies that can be judged."""
+    return sorted([*KEEP_POLICIES, VALUE])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`predictor` is None where nothing needs one; `shared` when the policy drives it."""
+
+    shape: Shape
+    policy: KeepPolicy
+    predictor: Predictor | None
+    shared: bool
+
+    def foresight(self, *, prefetch: bool) -> Foresight:
+        """What a runtime would be driven by."""
+        prefetcher = None
+        if prefetch:
+            assert self.predictor is not None
+            prefetcher = Prefetcher(self.shape, self.predictor)
+        own = None if self.shared else self.predictor
+        return Foresight(WorthEviction(self.policy, self.shape), prefetcher=prefetcher, own_predictor=own)
+
+
+def needs_nets(policy: str, predictor: str, *, prefetch: bool) -> bool:
+    """Whether the nets of the learned predictor have a part in it."""
+    return LEARNED in predictor.split("+") and (policy == VALUE or prefetch)
+
+
+def make_choice(policy: str, predictor: str, shape: Shape, *, prefetch: bool, nets: tuple[Nets, Nets] | None) -> Choice:
+    """By names; `nets` (after, ahead) are those of the learned predictor.
+
+    Raises:
+        RequestError: there is no such name.
+        TraceError: the learned predictor is asked for and there are no nets.
+    """
+    foreseen = None
+    if policy == VALUE or prefetch:
+        foreseen = _predictor(predictor, shape, nets)
+    if policy == VALUE:
+        assert foreseen is not None
+        return Choice(shape, Value(shape, predictor=foreseen), foreseen, shared=True)
+    return Choice(shape, make_keep_policy(policy, shape), foreseen, shared=False)
+
+
+def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None) -> Predictor:
+    if LEARNED not in name.split("+"):
+        return make_predictor(name, shape)
+    if nets is None:
+        raise TraceError("The learned predictor needs requests to learn from: fit it to recorded routing first.")
+    after, ahead = nets
+    return make_predictor(name, shape, after=after, ahead=ahead)
+
+
+def check_names(policy: str, predictor: str) -> None:
+    """Raises RequestError, which lists the names there are, for one that does not exist; "auto" always does."""
+    if policy not in ("auto", *policy_names()):
+        raise RequestError(f"There is no policy {policy!r}; choose one of: auto, {', '.join(policy_names())}.")
+    for one in predictor.split("+"):
+        if predictor != "auto" and one not in (*PREDICTORS, ENSEMBLE):
+            known = ", ".join(sorted([*PREDICTORS, ENSEMBLE]))
+            raise RequestError(f"There is no predictor {one!r}; choose of: auto, {known}; or several, joined by +.")

@@ -1,0 +1,115 @@
+"""What a request's routing so far looks like to a learned predictor.
+
+Shapes: N visits, L MoE layers, E experts per layer, F features of an expert's own history, D inputs of a layer's net.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moestro.policy.observation import Shape
+
+DECAYS = (0.0, 0.5, 0.8, 0.92, 0.97, 0.99)
+"""Of the averages of past use, per visit: the last visit alone, up to the last hundred."""
+
+NEIGHBOURS = (-3, -2, -1, 1, 2)
+"""Layers whose latest routing helps to foresee a layer's; those behind it speak of the token before."""
+
+OWN = len(DECAYS) + 2
+_RECENCY, _WEIGHT = len(DECAYS), len(DECAYS) + 1
+_FADE = 0.25
+_DECAYS_A = np.array(DECAYS, dtype=np.float32)
+_GAINS_A = (1 - _DECAYS_A) * np.where(_DECAYS_A >= 0.9, np.float32(4), np.float32(1))
+_BLOCK = 64
+
+
+class History:
+    """One request's. `own_LFE`: decayed averages of use (the slow ones times 4, so that all have a like spread),
+    1 / (1 + visits since the last use / 4), and the router weights of the latest visit, normalised."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.own_LFE = np.zeros((shape.layers, OWN, shape.experts), dtype=np.float32)
+        layers = np.arange(shape.layers)[:, None]
+        self._neighbours_LN = (layers + np.array(NEIGHBOURS)) % shape.layers
+
+    def copy_from(self, other: History) -> None:
+        """Go on from what another request did."""
+        self.own_LFE[:] = other.own_LFE
+
+    def visit(self, layer: int, experts_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+        """Rows of the request went through the layer, one after another."""
+        own_FE = self.own_LFE[layer]
+        if len(experts_TK) == 1:
+            _step(own_FE, experts_TK[0], _normalised(weights_TK[0]))
+            return
+        uses_NE, weights_NE = dense_rows(experts_TK, weights_TK, own_FE.shape[1])
+        own_FE[:] = histories(uses_NE, weights_NE, own_FE)[-1]
+
+    def inputs(self, layer: int) -> np.ndarray:
+        """[D], see `input_size`."""
+        own_FE = self.own_LFE
+        return np.concatenate((own_FE[layer].ravel(), own_FE[self._neighbours_LN[layer], _WEIGHT].ravel()))
+
+
+def input_size(experts: int) -> int:
+    """D: an expert's own features, and the latest weights of the neighbouring layers."""
+    return (OWN + len(NEIGHBOURS)) * experts
+
+
+def dense_rows(experts_NK: np.ndarray, weights_NK: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Use (0 or 1) and normalised router weight of every expert, [N, E] each."""
+    uses_NE = np.zeros((len(experts_NK), experts), dtype=np.float32)
+    np.put_along_axis(uses_NE, experts_NK.astype(np.int64), np.float32(1), 1)
+    weights_NE = np.zeros_like(uses_NE)
+    np.put_along_axis(weights_NE, experts_NK.astype(np.int64), _normalised(weights_NK), 1)
+    return uses_NE, weights_NE
+
+
+def histories(uses_NE: np.ndarray, weights_NE: np.ndarray, start_FE: np.ndarray) -> np.ndarray:
+    """[N, F, E]: the own history after each of N visits of a layer, from `start_FE` on."""
+    visits, experts = uses_NE.shape
+    out_NFE = np.empty((visits, OWN, experts), dtype=np.float32)
+    for index, (decay, gain) in enumerate(zip(_DECAYS_A, _GAINS_A, strict=True)):
+        out_NFE[:, index] = _averages(uses_NE * gain, float(decay), start_FE[index])
+    out_NFE[:, _RECENCY] = _recencies(uses_NE, start_FE[_RECENCY])
+    out_NFE[:, _WEIGHT] = weights_NE
+    return out_NFE
+
+
+def _step(own_FE: np.ndarray, experts_K: np.ndarray, weights_K: np.ndarray) -> None:
+    averages_AE = own_FE[:_RECENCY]
+    averages_AE *= _DECAYS_A[:, None]
+    averages_AE[:, experts_K] += _GAINS_A[:, None]
+    recency_E = own_FE[_RECENCY]
+    recency_E /= 1 + _FADE * recency_E
+    recency_E[experts_K] = 1
+    own_FE[_WEIGHT] = 0
+    own_FE[_WEIGHT, experts_K] = weights_K
+
+
+def _normalised(weights: np.ndarray) -> np.ndarray:
+    weights = weights.astype(np.float32)
+    return np.asarray(weights / np.maximum(weights.sum(-1, keepdims=True), np.float32(1e-20)))
+
+
+def _averages(uses_NE: np.ndarray, decay: float, start_E: np.ndarray) -> np.ndarray:
+    """Sums of uses, decayed per visit: blocks of visits as one product with a triangle of powers."""
+    lags = np.arange(_BLOCK)[:, None] - np.arange(_BLOCK)
+    triangle_BB = np.where(lags >= 0, np.float32(decay) ** np.maximum(lags, 0), 0).astype(np.float32)
+    carry_B = np.float32(decay) ** np.arange(1, _BLOCK + 1, dtype=np.float32)
+    out_NE = np.empty_like(uses_NE)
+    for first in range(0, len(uses_NE), _BLOCK):
+        block_BE = uses_NE[first : first + _BLOCK]
+        rows = len(block_BE)
+        out_NE[first : first + rows] = triangle_BB[:rows, :rows] @ block_BE + carry_B[:rows, None] * start_E
+        start_E = out_NE[first + rows - 1]
+    return out_NE
+
+
+def _recencies(uses_NE: np.ndarray, start_E: np.ndarray) -> np.ndarray:
+    """1 / (1 + age / 4), the age counted in visits since the last use, or on from what `start_E` says."""
+    visits_N1 = np.arange(len(uses_NE), dtype=np.float32)[:, None]
+    last_NE = np.maximum.accumulate(np.where(uses_NE > 0, visits_N1, np.float32(-1)), axis=0)
+    with np.errstate(divide="ignore"):
+        before_NE = 1 / (1 / start_E + _FADE * (visits_N1 + 1))
+    return np.where(last_NE >= 0, 1 / (1 + _FADE * (visits_N1 - last_NE)), before_NE)

@@ -1,0 +1,76 @@
+"""What a row used at the layers before says what it will use next: counts per pair of layers.
+
+The layer before is the best single witness of routing (fetching as many experts as are used, it finds .62 of them on
+gpt-oss-20b, the previous token .48, popularity .29).
+Shapes: R requests in flight, L MoE layers, E experts per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moestro.policy.observation import Routing, Shape
+from moestro.policy.predictors.flight import any_of, within
+from moestro.policy.predictors.popularity import Rates
+from moestro.policy.predictors.successors import Successors, chance_of, log_odds
+from moestro.policy.predictors.trail import Trail
+
+
+class PreviousLayer:
+    """Naive Bayes over the experts of the nearest layers that have routed.
+
+    A pair of layers at most `reach` apart has a table. Of a layer that is `a` visits ahead the layers `a`, `a + 1`, ...
+    before it bear witness, up to `trusts` of them, each believed in part; beyond the reach popularity is all there is.
+    Layers follow each other in a circle: the first layer's predecessor is the last one, of the token before.
+    """
+
+    def __init__(self, shape: Shape, *, reach: int = 4, trusts: tuple[float, ...] = (0.4, 0.25, 0.15)) -> None:
+        self._shape = shape
+        self._lags = range(1, min(reach, shape.layers - 1) + 1)
+        self._factors = [trust * shape.picks for trust in trusts]
+        self._rates = Rates(shape)
+        self._trail = Trail(shape)
+        self._counts = Successors(max(1, len(self._lags)) * shape.layers, shape.experts)
+
+    def begin(self, request: int, /) -> None:
+        """Nothing is known of it yet: popularity."""
+        self._trail.begin(request)
+
+    def end(self, request: int, /) -> None:
+        """Forgets the request."""
+        self._trail.end(request)
+
+    def observe(self, routing: Routing, /) -> None:
+        """O(R K^2) for each layer within reach. A prompt teaches of its own pass only."""
+        self._rates.add(routing)
+        rows = self._trail.rows(routing)
+        lags = self._lags if rows.decode else self._lags[: routing.layer]
+        known = self._trail.before(rows, routing.layer, lags) if lags else None
+        if known:
+            before_NJK, after_NK = known
+            places_NJK = before_NJK + self._first(routing.layer, lags)
+            self._counts.add(places_NJK.reshape(len(after_NK), -1), after_NK)
+        self._trail.step(routing, rows)
+
+    def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
+        """[E] float32."""
+        prior_E = self._rates.of(layer)
+        ahead = self._trail.ahead(layer)
+        odds_E = log_odds(prior_E)
+        lags = self._lags[ahead - 1 :][: len(self._factors)]
+        if not lags:
+            return within(any_of(np.repeat(prior_E[None], len(self._trail.flight.in_flight), 0)), horizon)
+        ids_RJK, weights_RJK = self._trail.last([(layer - lag) % self._shape.layers for lag in lags])
+        weights_RJK = weights_RJK * np.array(self._factors[: len(lags)], np.float32)[:, None]
+        places_RJK = ids_RJK + self._first(layer, lags)
+        requests = len(ids_RJK)
+        evidence_RE = self._counts.evidence(
+            places_RJK.reshape(requests, -1), weights_RJK.reshape(requests, -1), prior_E
+        )
+        return within(any_of(chance_of(odds_E + evidence_RE)), horizon)
+
+    def _first(self, layer: int, lags: Sequence[int]) -> np.ndarray:
+        """[J, 1] the place of expert 0 before, for pairs with `layer`."""
+        return np.array([((lag - 1) * self._shape.layers + layer) * self._shape.experts for lag in lags])[:, None]

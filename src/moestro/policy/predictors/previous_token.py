@@ -1,0 +1,59 @@
+"""The next token uses what this one does, or what follows it: counts per layer of token after token.
+
+Shapes: R requests in flight, E experts per layer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moestro.policy.observation import Routing, Shape
+from moestro.policy.predictors.flight import Rows, any_of, within
+from moestro.policy.predictors.popularity import Rates
+from moestro.policy.predictors.successors import Successors, chance_of, log_odds
+from moestro.policy.predictors.trail import Trail
+
+
+class PreviousToken:
+    """Naive Bayes over the experts of the request's last row at the same layer.
+
+    `trust` is how much of their evidence counts: independent witnesses would be believed wholly (K), one voice 1.
+    """
+
+    def __init__(self, shape: Shape, *, trust: float = 0.5) -> None:
+        self._experts = shape.experts
+        self._factor = trust * shape.picks
+        self._rates = Rates(shape)
+        self._trail = Trail(shape)
+        self._counts = Successors(shape.layers, shape.experts)
+
+    def begin(self, request: int, /) -> None:
+        """Nothing is known of it yet: popularity."""
+        self._trail.begin(request)
+
+    def end(self, request: int, /) -> None:
+        """Forgets the request."""
+        self._trail.end(request)
+
+    def observe(self, routing: Routing, /) -> None:
+        """O(R K^2)."""
+        self._rates.add(routing)
+        rows = self._trail.rows(routing)
+        self._learn(routing.layer, rows)
+        self._trail.step(routing, rows)
+
+    def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
+        """[E] float32."""
+        prior_E = self._rates.of(layer)
+        ids_R1K, weights_R1K = self._trail.last((layer,))
+        before_RK = ids_R1K[:, 0] + layer * self._experts
+        evidence_RE = self._counts.evidence(before_RK, self._factor * weights_R1K[:, 0], prior_E)
+        return within(any_of(chance_of(log_odds(prior_E) + evidence_RE)), horizon)
+
+    def _learn(self, layer: int, rows: Rows) -> None:
+        first = layer * self._experts
+        if known := self._trail.before(rows, layer, (0,)):
+            self._counts.add(known[0][:, 0] + first, known[1])
+        elif not rows.decode and len(rows.ids_NK) > 1:
+            same_N = rows.places_N[1:] == rows.places_N[:-1]
+            self._counts.add(rows.ids_NK[:-1][same_N] + first, rows.ids_NK[1:][same_N])

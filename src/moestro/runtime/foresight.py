@@ -1,0 +1,129 @@
+"""What the runtime tells its policy of every layer, and what it reads ahead because of it.
+
+Shapes: T rows of a step, K experts per row, E experts per layer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moestro.config import RuntimeOptions
+from moestro.foresight import NETS_FILE, load_nets
+from moestro.memory.plane_cache import PlaneCache
+from moestro.memory.planes import Chain
+from moestro.memory.transfer import TransferEngine
+from moestro.policy.choice import ENSEMBLE, LEARNED, VALUE, make_choice, needs_nets
+from moestro.policy.foresight import Foresight
+from moestro.policy.observation import RequestRows, Routing, Shape
+from moestro.policy.prefetch import SlackMeter
+from moestro.store.layout import Layout
+
+_WITHOUT_PREDICTOR = "lrfu"
+_MEASURE_EVERY = 64
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a model runs with; `predictor` is empty where there is none."""
+
+    policy: str
+    predictor: str
+    prefetch: bool
+
+    @staticmethod
+    def of(options: RuntimeOptions, store: Path) -> Chosen:
+        """What the options mean for a store: `auto` is the best that can be had."""
+        policy, predictor = options.policy, options.predictor
+        if predictor == "auto":
+            learned = LEARNED if (store / NETS_FILE).exists() else ""
+            predictor = learned or (ENSEMBLE if policy == VALUE else "")
+        if policy == "auto":
+            policy = VALUE if predictor else _WITHOUT_PREDICTOR
+        return Chosen(policy, predictor, options.prefetch == "on" and predictor != "")
+
+
+def foresight_bytes(chosen: Chosen, store: Path, *, experts: int, sequences: int) -> int:
+    """Bytes that the policy of a model of so many experts takes: nets, and what it keeps of requests in flight."""
+    learned = needs_nets(chosen.policy, chosen.predictor, prefetch=chosen.prefetch)
+    nets = (store / NETS_FILE).stat().st_size if learned else 0
+    return nets + _PER_EXPERT * experts * (1 + sequences)
+
+
+def make_foresight(chosen: Chosen, store: Path, shape: Shape) -> Foresight:
+    """Raises TraceError when the store's learned predictor is missing or damaged."""
+    nets = None
+    if needs_nets(chosen.policy, chosen.predictor, prefetch=chosen.prefetch):
+        nets = load_nets(store / NETS_FILE, shape)
+    choice = make_choice(chosen.policy, chosen.predictor, shape, prefetch=chosen.prefetch, nets=nets)
+    return choice.foresight(prefetch=chosen.prefetch)
+
+
+class LayerForesight:
+    """Drives a `Foresight` by the real clock: `step`, then for each layer `routed`, `asked` and `served`."""
+
+    def __init__(
+        self,
+        foresight: Foresight,
+        planes: PlaneCache,
+        chains: Sequence[Sequence[Chain]],
+        layouts: Sequence[Layout],
+        transfers: TransferEngine,
+    ) -> None:
+        self._foresight, self._planes, self._chains, self._transfers = foresight, planes, chains, transfers
+        self._chain_bytes = [sum(plane.nbytes for plane in layout.planes) for layout in layouts]
+        self._meter = SlackMeter()
+        self._requests: Sequence[RequestRows] = ()
+        self._begun: set[int] = set()
+        self._seconds_per_byte = 0.0
+        self._asked = 0
+
+    def step(self, requests: Sequence[RequestRows]) -> None:
+        """A forward pass over rows of these requests begins."""
+        self._requests = requests
+        for rows in requests:
+            if rows.request not in self._begun:
+                self._begun.add(rows.request)
+                self._foresight.begin(rows.request)
+
+    def end(self, request: int) -> None:
+        """Nothing more comes of a request, whether it ever came this far or not."""
+        if request in self._begun:
+            self._begun.remove(request)
+            self._foresight.end(request)
+
+    def routed(self, layer: int, index_TK: np.ndarray, weights_TK: np.ndarray, counts_E: np.ndarray) -> None:
+        """A layer has routed; its planes are asked for next."""
+        self._meter.routed(time.perf_counter())
+        self._foresight.observe(Routing(layer, index_TK, weights_TK, self._requests, counts_E))
+
+    def asked(self, layer: int, *, reading: bool) -> None:
+        """All planes of the layer have been asked for: read ahead what is worth it."""
+        if self._foresight.prefetcher is None:
+            return
+        target = (layer + 1) % len(self._chains)
+        slack = self._meter.slack(self._read_seconds(target), reading=reading)
+        chains = self._chains[target]
+        proposed = [chains[expert] for _, expert in self._foresight.propose(layer, slack) if expert < len(chains)]
+        if proposed:
+            self._planes.prefetch([key for chain in proposed for key in chain])
+
+    def served(self, *, reading: bool) -> None:
+        """Planes of the layer are in memory; the last call is what counts."""
+        self._meter.served(time.perf_counter(), read=reading)
+
+    def _read_seconds(self, layer: int) -> float:
+        """Of an expert of the layer, by what reads took so far; 0 before the first."""
+        if self._asked % _MEASURE_EVERY == 0:
+            stats = self._transfers.stats
+            self._seconds_per_byte = stats.busy_seconds / stats.bytes_read if stats.bytes_read else 0.0
+        self._asked += 1
+        return self._seconds_per_byte * self._chain_bytes[layer]
+
+
+_PER_EXPERT = 64
+"""Bytes that a policy keeps of each expert, and of each expert for each request: a dozen small numbers at most."""

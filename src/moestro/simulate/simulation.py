@@ -1,0 +1,167 @@
+"""All that a simulation says of a policy: hit rates by the yardstick; time, bytes and stalls of a timed replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moestro.config import SimulateOptions
+from moestro.errors import TraceError
+from moestro.foresight import NETS_FILE, check_trace, load_nets, train
+from moestro.memory.budget import parse_bytes
+from moestro.memory.pages import PAGE, round_up
+from moestro.policy import LRU
+from moestro.policy.choice import Choice, make_choice, needs_nets
+from moestro.policy.observation import Shape
+from moestro.policy.predictors.net import Nets
+from moestro.simulate.fit import fit
+from moestro.simulate.slots import SlotReplay
+from moestro.simulate.timed import Machine, TimedReplay, TimedResult
+from moestro.trace.trace import Trace
+
+_EXPERTS_SHARE = 0.6
+"""Of the time that a layer takes for a token, what goes into its experts (13 of 21 ms at OLMoE's shape)."""
+
+_LATENCY_S = 1e-4
+"""Of a direct read, measured."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """`hit_rate` and its neighbours: prefetch off, `slots` in every layer. `timed` and `lru` (the same without
+    foresight): one cache for all layers, over a link."""
+
+    slots: int
+    accesses: int
+    hit_rate: float
+    lru_hit_rate: float
+    belady_hit_rate: float
+    timed: TimedResult
+    lru: TimedResult
+
+    @property
+    def gap_closed(self) -> float:
+        """Share of the way from LRU to Belady."""
+        return (self.hit_rate - self.lru_hit_rate) / max(self.belady_hit_rate - self.lru_hit_rate, 1e-12)
+
+
+def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lambda _what: None) -> Simulated:
+    """Replay a trace as the options say.
+
+    Raises:
+        TraceError: the trace does not fit the store, or is too short; the memory does not hold what a pass needs.
+        RequestError: there is no such policy or predictor.
+        BudgetError: a size cannot be parsed.
+    """
+    shape = Shape(trace.layers, trace.num_experts, trace.picks)
+    plane_bytes = _plane_bytes(options, trace)
+    expert_bytes = [sum(layer) for layer in plane_bytes]
+    memory = parse_bytes(options.memory) if options.memory else options.slots * sum(expert_bytes)
+    slots = options.slots or memory // sum(expert_bytes)
+    _check_room(slots, memory, shape)
+    prefetch = options.prefetch == "on"
+    fitted_to, judged = _halves(trace, options)
+    nets = None
+    if needs_nets(options.policy, options.predictor, prefetch=prefetch):
+        nets = _nets(options, shape, fitted_to, progress)
+
+    def contender() -> Choice:
+        made = make_choice(options.policy, options.predictor, shape, prefetch=prefetch, nets=nets)
+        if fitted_to is not None:
+            fit(made, fitted_to)
+        return made
+
+    policy = contender().policy
+    progress("hit rates")
+    replay = SlotReplay(judged, concurrency=options.concurrency)
+    (lru,), (belady,) = replay.lru([slots]), replay.belady([slots])
+    (judged_by,) = replay.run(policy, [slots])
+    progress("time per token")
+    machine = _machine(options, shape)
+    foresight = contender().foresight(prefetch=prefetch)
+    replays = [
+        TimedReplay(
+            judged,
+            plane_bytes=plane_bytes,
+            memory=memory,
+            machine=machine,
+            policy=leaves,
+            foresight=sees,
+            concurrency=options.concurrency,
+        ).run()
+        for leaves, sees in ((foresight.eviction, foresight), (LRU(), None))
+    ]
+    return Simulated(
+        slots=slots,
+        accesses=lru.accesses,
+        hit_rate=judged_by.hit_rate,
+        lru_hit_rate=lru.hit_rate,
+        belady_hit_rate=belady.hit_rate,
+        timed=replays[0],
+        lru=replays[1],
+    )
+
+
+def _halves(trace: Trace, options: SimulateOptions) -> tuple[Trace | None, Trace]:
+    """(what to learn from, what to judge on)"""
+    if options.fit == "none":
+        return None, trace
+    if trace.requests < 2:
+        raise TraceError(f"The trace has {trace.requests} request, so no half to learn from: give --fit none.")
+    requests = np.arange(trace.requests)
+    return trace.select(requests[::2]), trace.select(requests[1::2])
+
+
+def _nets(
+    options: SimulateOptions, shape: Shape, fitted_to: Trace | None, progress: Progress
+) -> tuple[Nets, Nets] | None:
+    if options.store and (Path(options.store) / NETS_FILE).exists():
+        return load_nets(Path(options.store) / NETS_FILE, shape)
+    if fitted_to is None:
+        return None
+    return train(fitted_to, progress=lambda layers: progress(f"training, layer {layers} of {shape.layers}"))
+
+
+def _machine(options: SimulateOptions, shape: Shape) -> Machine:
+    return Machine(
+        bytes_per_s=parse_bytes(options.disk_bw),
+        latency_s=_LATENCY_S,
+        device_bytes_per_s=parse_bytes(options.link_bw) if options.link_bw else 0.0,
+        layer_s=(1 - _EXPERTS_SHARE) * options.compute,
+        expert_s=_EXPERTS_SHARE * options.compute / shape.picks,
+    )
+
+
+def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
+    """Of each layer, the sizes of an expert's planes."""
+    if not options.store:
+        return [[_expert_bytes(options.model_shape)]] * trace.layers
+    from moestro.runtime.open import layouts_of
+    from moestro.store.reader import Store
+
+    store = Store.open(Path(options.store))
+    check_trace(store, trace)
+    return [[plane.nbytes for plane in layout.planes] for layout in layouts_of(store, 0)]
+
+
+def _expert_bytes(model_shape: str) -> int:
+    """Of three matrices, hidden width x expert width x bits, with 16-bit scale and offset for groups of 128."""
+    parts = model_shape.lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise TraceError(
+            f"model_shape is {model_shape!r}, expected hidden width x expert width x bits, such as 2880x2880x4."
+        )
+    hidden, width, bits = map(int, parts)
+    return round_up(3 * hidden * width * (4 * bits + 1) // 32, PAGE)
+
+
+def _check_room(slots: int, memory: int, shape: Shape) -> None:
+    if slots < shape.picks:
+        raise TraceError(
+            f"{memory} bytes hold {slots} experts of each layer, a token needs {shape.picks}: give more of either."
+        )

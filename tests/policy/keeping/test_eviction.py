@@ -1,0 +1,102 @@
+"""From worth to victims: the least worth that may leave does, a chain's top plane first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moestro.keys import PlaneKey
+from moestro.policy import Need
+from moestro.policy.keeping.eviction import WorthEviction
+from moestro.policy.observation import RequestRows, Routing, Shape
+
+SHAPE = Shape(5, 20, 2)
+NEED = Need((9, 9, 9), 4096, urgent=True)
+
+
+class Free:
+    def __init__(self, keys: set[PlaneKey]) -> None:
+        self.keys = keys
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys
+
+    def __iter__(self) -> Iterator[PlaneKey]:
+        return iter(self.keys)
+
+    def nbytes(self, _key: PlaneKey) -> int:
+        return 4096
+
+
+class Fixed:
+    """A policy whose worths a test sets."""
+
+    def __init__(self) -> None:
+        self.worth_LE = np.zeros((SHAPE.layers, SHAPE.experts))
+        self.held: set[tuple[int, int]] = set()
+        self.observed = 0
+
+    def begin(self, request: int) -> None: ...
+
+    def end(self, request: int) -> None: ...
+
+    def observe(self, _routing: Routing) -> None:
+        self.observed += 1
+
+    def loaded(self, layer: int, expert: int) -> None:
+        assert (layer, expert) not in self.held
+        self.held.add((layer, expert))
+
+    def evicted(self, layer: int, expert: int) -> None:
+        self.held.remove((layer, expert))
+
+    def worth(self, _layer: int) -> np.ndarray:
+        return self.worth_LE
+
+
+def routing() -> Routing:
+    rows = (RequestRows(0, 0, 1, decode=True),)
+    return Routing.of(0, np.array([[0, 1]]), np.array([[0.5, 0.5]]), rows, experts=SHAPE.experts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_the_least_worth_that_may_leave_does(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    policy = Fixed()
+    eviction = WorthEviction(policy, SHAPE)
+    held: set[PlaneKey] = set()
+    for layer in range(5):
+        for expert in random.permutation(20)[: random.integers(0, 21)].tolist():
+            for plane in range(int(random.integers(1, 4))):
+                held.add((layer, expert, plane))
+                eviction.on_load((layer, expert, plane), 4096)
+    while held:
+        policy.worth_LE = random.integers(0, 4, size=(5, 20)).astype(float)
+        eviction.observe(routing())
+        for _ in range(int(random.integers(1, 12))):
+            free = {key for key in held if random.random() < 0.7}
+            key = eviction.victim(NEED, Free(free))
+            if not free:
+                assert key is None
+                break
+            assert key in free
+            assert policy.worth_LE[key[:2]] == min(policy.worth_LE[one[:2]] for one in free)
+            assert key[2] == max(plane for layer, expert, plane in free if (layer, expert) == key[:2])
+            held.remove(key)
+            eviction.on_evict(key)
+            assert policy.held == {one[:2] for one in held}
+    for layer in range(5):
+        assert eviction.absent(layer).all()
+
+
+def test_absent_are_experts_without_a_plane() -> None:
+    eviction = WorthEviction(Fixed(), SHAPE)
+    eviction.on_load((1, 3, 0), 4096)
+    eviction.on_load((1, 3, 1), 4096)
+    eviction.on_evict((1, 3, 1))
+    assert np.flatnonzero(~eviction.absent(1)).tolist() == [3]
+    assert eviction.absent(0).all()

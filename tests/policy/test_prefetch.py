@@ -1,0 +1,86 @@
+"""When a prefetch pays, and what happens when it did not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moestro.policy.observation import Routing, Shape
+from moestro.policy.prefetch import Prefetcher, Slack, SlackMeter
+
+
+class Says:
+    """A predictor that says what a test wants."""
+
+    def __init__(self, *likely: float) -> None:
+        self.likely_E = np.array(likely, dtype=np.float32)
+        self.asked: list[tuple[int, int]] = []
+
+    def begin(self, request: int) -> None: ...
+
+    def end(self, request: int) -> None: ...
+
+    def observe(self, routing: Routing) -> None: ...
+
+    def forecast(self, layer: int, horizon: int = 1) -> np.ndarray:
+        self.asked.append((layer, horizon))
+        return self.likely_E
+
+
+SHAPE = Shape(3, 4, 2)
+
+
+def none_held(_layer: int) -> np.ndarray:
+    return np.ones(4, dtype=bool)
+
+
+def test_the_likeliest_absent_experts_of_the_next_layer() -> None:
+    predictor = Says(0.9, 0.2, 0.95, 0.8)
+    prefetcher = Prefetcher(SHAPE, predictor)
+    held = np.array([True, True, False, True])
+    assert prefetcher.propose(0, lambda _: held, Slack(1.0, 5.0)) == [(1, 0), (1, 3), (1, 1)]
+    assert prefetcher.propose(2, none_held, Slack(1.0, 5.0))[0] == (0, 2)
+    assert predictor.asked == [(1, 1), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "least"),
+    [(2.0, 0.1 / 1.1), (1.0, 0.1 / 1.1), (0.5, 0.6 / 1.1), (0.1, 1.0 / 1.1)],
+)
+def test_the_probability_that_pays_follows_from_the_slack(idle_s: float, least: float) -> None:
+    for likely, proposed in ((least - 0.01, []), (least + 0.01, [(1, 0)])):
+        assert Prefetcher(SHAPE, Says(likely, 0, 0, 0)).propose(0, none_held, Slack(1.0, idle_s)) == proposed
+
+
+def test_no_more_than_the_link_has_time_for() -> None:
+    prefetcher = Prefetcher(SHAPE, Says(0.9, 0.9, 0.9, 0.9))
+    assert prefetcher.propose(0, none_held, Slack(1.0, 2.0)) == [(1, 0), (1, 1)]
+    assert prefetcher.propose(0, none_held, Slack(1.0, 0.0)) == []
+
+
+def test_prefetches_that_do_not_pay_stop_and_are_tried_again() -> None:
+    prefetcher = Prefetcher(SHAPE, Says(0.99, 0, 0, 0))
+    unused_E = np.array([0, 1, 1, 0])
+    made = []
+    for _ in range(200):
+        made.append(bool(prefetcher.propose(0, none_held, Slack(1.0, 0.6))))
+        prefetcher.judge(1, unused_E)
+    assert made[0]
+    assert 1 < sum(made) < 10
+    used_E = np.array([1, 1, 0, 0])
+    for _ in range(64 * 20):
+        prefetcher.propose(0, none_held, Slack(1.0, 0.6))
+        prefetcher.judge(1, used_E)
+    assert all(prefetcher.propose(0, none_held, Slack(1.0, 0.6)) for _ in range(10))
+
+
+def test_the_meter_learns_idle_time_apart_for_layers_that_read() -> None:
+    meter, now = SlackMeter(), 0.0
+    for turn in range(600):
+        reading = turn % 2 == 0
+        meter.routed(now)
+        now += 5.0 if reading else 0.0
+        meter.served(now, read=reading)
+        now += 2.0 if reading else 3.0
+    assert meter.slack(1.0, reading=True) == Slack(1.0, pytest.approx(2.0, rel=0.01))
+    assert meter.slack(1.0, reading=False) == Slack(1.0, pytest.approx(3.0, rel=0.01))
