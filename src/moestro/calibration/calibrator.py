@@ -29,6 +29,7 @@ from torch import nn
 from moestro.calibration.dense import DenseInputs, calibrated_units
 from moestro.calibration.expert import ExpertMath, ExpertResult, ExpertRows
 from moestro.calibration.layer import LayerBatch
+from moestro.calibration.routing import RoutingLog
 from moestro.calibration.scratch import LayerScratch
 from moestro.calibration.sensitivity import LogitDistance
 from moestro.calibration.stream import LayerRows, SequenceStream
@@ -101,6 +102,7 @@ class _Calibration:
         identity = f"{plan.identity()} {self.windows}"
         self._scratch = LayerScratch(self.work.scratch, identity)
         distance = LogitDistance(len(self.windows.sequences))
+        self._routing = RoutingLog(self.windows)
         with torch.inference_mode():
             self._kernels = kernels
             stream = self._stream(skeleton, kernels)
@@ -117,6 +119,7 @@ class _Calibration:
             ),
             unrouted=tuple(self.unrouted),
             warnings=self.warnings,
+            files=self._routing.files(plan, lambda: self.work.say("learning what experts follow each other")),
         )
 
     def _stream(self, skeleton: Skeleton, kernels: Kernels) -> SequenceStream:
@@ -134,6 +137,7 @@ class _Calibration:
         plan = self.work.plan
         experts = plan.layers[layer].experts
         self._note_unrouted(layer, rows)
+        self._routing.add(rows)
         self._write_dense()
         shapes = [one.hidden_TH.shape for one in rows]
         if all(self.work.errors(layer, expert) is not None for expert in range(experts)):

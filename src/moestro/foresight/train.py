@@ -18,11 +18,13 @@ import torch
 from torch.nn import functional
 
 from moestro.errors import TraceError
+from moestro.policy.observation import Shape
 from moestro.policy.predictors.history import NEIGHBOURS, OWN, dense_rows, histories, input_size
 from moestro.policy.predictors.net import HORIZONS, Nets
 from moestro.trace.trace import Trace
 
-_LEAST_ROWS = 256
+LEAST_ROWS = 256
+_MOST_BYTES = 1 << 30
 
 _Weights = dict[str, torch.Tensor]
 
@@ -48,11 +50,11 @@ def train(
     """
     options = options or TrainingOptions()
     rows, layers, _ = trace.experts_NLK.shape
-    if rows < _LEAST_ROWS:
-        raise TraceError(f"The trace has {rows} rows, expected at least {_LEAST_ROWS} to learn from: record more.")
+    if rows < LEAST_ROWS:
+        raise TraceError(f"The trace has {rows} rows, expected at least {LEAST_ROWS} to learn from: record more.")
     routing = _Routing(trace)
     after, ahead = [], []
-    with _one_thread_each(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with _one_thread_each(), ThreadPoolExecutor(_workers(trace)) as pool:
         for pair in pool.map(lambda layer: _layer(routing, layer, options), range(layers)):
             after.append(pair[0])
             ahead.append(pair[1])
@@ -67,6 +69,12 @@ def _layer(routing: _Routing, layer: int, options: TrainingOptions) -> tuple[_We
     return after, _fit(before_ND, torch.from_numpy(uses_NE).unsqueeze(1), options, seed=seed)
 
 
+def _workers(trace: Trace) -> int:
+    """One for each processor, as far as what a layer takes allows."""
+    layer_bytes = 16 * trace.rows * input_size(trace.num_experts)
+    return max(1, min(os.cpu_count() or 1, _MOST_BYTES // layer_bytes))
+
+
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
     """Products this small are slower on several threads, on a busy machine ten times: layers are shared out instead."""
@@ -76,6 +84,13 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def nets_bytes(shape: Shape, options: TrainingOptions | None = None) -> int:
+    """Bytes of all weights that `train` would make for a model of this shape."""
+    width, experts = (options or TrainingOptions()).width, shape.experts
+    outputs = (len(HORIZONS) + 1) * experts
+    return 4 * shape.layers * (2 * (input_size(experts) + 1) * width + (width + OWN + 1) * outputs)
 
 
 class _Routing:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moestro.config import RuntimeOptions
-from moestro.foresight import NETS_FILE, load_nets
+from moestro.foresight import NETS_FILE, load_nets, worth_their_bytes
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.memory.transfer import TransferEngine
@@ -25,10 +25,6 @@ from moestro.store.layout import Layout
 
 _WITHOUT_PREDICTOR = "lrfu"
 _MEASURE_EVERY = 64
-
-_MOST_OF_EXPERTS = 0.01
-"""A learned predictor takes memory that could hold experts. Measured on real routing, half of the experts in memory: it
-is worth what 3% more experts are."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,8 @@ class Chosen:
         policy, predictor = options.policy, options.predictor
         if predictor == "auto":
             nets = store / NETS_FILE
-            worth_it = nets.exists() and nets.stat().st_size <= _MOST_OF_EXPERTS * expert_bytes
-            predictor = LEARNED if worth_it else ENSEMBLE if policy == VALUE else ""
+            learned = nets.exists() and worth_their_bytes(nets.stat().st_size, expert_bytes)
+            predictor = LEARNED if learned else ENSEMBLE if policy == VALUE else ""
         if policy == "auto":
             policy = VALUE if predictor else _WITHOUT_PREDICTOR
         return Chosen(policy, predictor, options.prefetch == "on" and predictor != "")

@@ -16,12 +16,14 @@ from moestro.store.writer import EncodedExpert, UnitWriter
 
 @dataclass(frozen=True)
 class Findings:
-    """What an encoder learnt beside each expert's errors; fields as in `CalibrationFacts`."""
+    """What an encoder learnt beside each expert's errors; fields as in `CalibrationFacts`, and `files` that go into the
+    store as they are, by name."""
 
     tokens: int = 0
     sensitivity: tuple[float, ...] | None = None
     unrouted: tuple[tuple[int, int], ...] = ()
     warnings: tuple[str, ...] = ()
+    files: tuple[tuple[str, bytes], ...] = ()
 
 
 class ExpertEncoder(Protocol):

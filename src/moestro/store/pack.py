@@ -204,6 +204,8 @@ class _Packer:
 
     def _write_manifest(self, done: dict[int, UnitRecord], findings: Findings) -> None:
         assets = copy_assets(self._source, self._partial)
+        for name, data in findings.files:
+            write_durably(self._partial / name, data)
         manifest = _manifest(self._plan, done, assets, findings)
         for entry in assets:
             sync_file(self._partial / entry.name)
