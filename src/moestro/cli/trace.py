@@ -13,7 +13,6 @@ from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import say
 from moestro.cli.console import print_json, print_table
 from moestro.cli.opening import locate_store
-from moestro.cli.options import Only
 from moestro.cli.picture import check_picture_path
 from moestro.cli.trace_picture import draw_trace
 from moestro.config import RuntimeOptions, SamplingParams
@@ -35,7 +34,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 def record(
     model: Model,
-    options: Annotated[RuntimeOptions, Only(*RuntimeOptions.__dataclass_fields__)],
+    options: RuntimeOptions,
     sampling: SamplingParams,
     out: Annotated[Path, typer.Option(help="The trace to write, a .npz file.")],
     prompt: Annotated[

@@ -40,8 +40,9 @@ def import_trace(path: Path, *, num_experts: int | None = None) -> Trace:
     experts_NLK, weights_NLK = arrays.get("experts"), arrays.get("weights")
     if experts_NLK is not None and weights_NLK is not None:
         arrays["weights"], arrays["experts"] = _tidy(weights_NLK, experts_NLK, checks)
-    if "lookahead" in arrays:
-        arrays["lookahead"] = arrays["lookahead"].astype(arrays["experts"].dtype)
+    ids = [key for key in ("experts", "lookahead") if key in arrays]
+    kind = np.uint8 if all(arrays[key].max(initial=0) < 256 for key in ids) else np.uint16
+    arrays.update({key: arrays[key].astype(kind) for key in ids})
     if "decode" in arrays and arrays["decode"].dtype.kind in "iu" and arrays["decode"].max(initial=0) <= 1:
         arrays["decode"] = arrays["decode"].astype(bool)
     return trace_of_arrays(arrays, source=str(path), num_experts=num_experts)
@@ -107,7 +108,7 @@ def _whole(key: str, array: np.ndarray, kind: type[np.integer[Any]], dimensions:
 
 
 def _tidy(weights_NLK: np.ndarray, experts_NLK: np.ndarray, checks: Checks) -> tuple[np.ndarray, np.ndarray]:
-    """Weights as a trace has them, and experts in their order, in the narrowest type."""
+    """Weights as a trace has them, and experts in their order."""
     if weights_NLK.dtype.kind not in "iuf" or weights_NLK.shape != experts_NLK.shape:
         raise checks.fail(
             "weights",
@@ -115,9 +116,8 @@ def _tidy(weights_NLK: np.ndarray, experts_NLK: np.ndarray, checks: Checks) -> t
         )
     if not np.isfinite(weights_NLK).all() or weights_NLK.min(initial=0) < 0:
         raise checks.fail("weights", "have numbers that are negative or not finite, expected shares.")
-    kind = np.uint8 if experts_NLK.max(initial=0) < 256 else np.uint16
     order_NLK = (-weights_NLK.astype(np.float64)).argsort(axis=-1, kind="stable")
     ordered_NLK = np.take_along_axis(weights_NLK, order_NLK, axis=-1)
     if weights_NLK.dtype != np.uint8:
         ordered_NLK = quantised_weights(ordered_NLK)
-    return ordered_NLK, np.take_along_axis(experts_NLK, order_NLK, axis=-1).astype(kind)
+    return ordered_NLK, np.take_along_axis(experts_NLK, order_NLK, axis=-1)

@@ -20,8 +20,6 @@ from moestro.trace.collection_file import CollectionFile
 from moestro.trace.eam import eam_of_rows
 from moestro.trace.trace import Trace
 
-_FIRST_ROWS = 64
-
 
 @dataclass(frozen=True, slots=True)
 class StepRouting:
@@ -44,20 +42,27 @@ class Recorder:
 
     def __init__(self, experts: int, *, collections: CollectionFile | None = None, keep: bool = False) -> None:
         self._experts, self._collections, self._keep = experts, collections, keep
+        self._kind = np.uint8 if experts <= 256 else np.uint16
         self._steps = 0
         self._running: dict[int, _Rows] = {}
-        self._ended: dict[int, _Finished] = {}
+        self._ended: dict[int, _Rows] = {}
         self._meta: dict[int, dict[str, Any]] = {}
 
     def step(self, requests: Sequence[RequestRows], tokens_T: np.ndarray, routing: StepRouting) -> None:
-        """A forward pass went through."""
+        """A forward pass went through. `routing` may be overwritten afterwards, `tokens_T` not."""
         for one in requests:
             rows = self._running.get(one.request)
             if rows is None:
-                rows = self._running[one.request] = _Rows(self._experts, routing, keep=self._keep)
-            rows.add(one, routing)
+                rows = self._running[one.request] = _Rows()
+            part = slice(one.first, one.last)
+            rows.experts.append(routing.experts_LTK[:, part].astype(self._kind))
+            if not one.decode:
+                rows.prompt += one.last - one.first
             if self._keep:
-                rows.add_details(one, tokens_T, routing, self._steps)
+                rows.weights.append(routing.weights_LTK[:, part].copy())
+                rows.tokens.append((tokens_T[part], self._steps, one.decode))
+                if routing.lookahead_LTPC is not None:
+                    rows.lookahead.append(routing.lookahead_LTPC[:, part].astype(self._kind))
         self._steps += 1
 
     def describe(self, request: int, meta: dict[str, Any]) -> None:
@@ -70,9 +75,9 @@ class Recorder:
         if rows is None:
             return
         if self._collections is not None:
-            self._collect(rows, self._collections)
+            self._collect(_joined(rows.experts), rows.prompt, self._collections)
         if self._keep:
-            self._ended[request] = rows.finished()
+            self._ended[request] = rows
 
     def trace(self) -> Trace:
         """All requests that have ended, in the order of their numbers. Raises TraceError when there is none."""
@@ -80,7 +85,7 @@ class Recorder:
         if not self._ended:
             raise TraceError("Nothing was recorded: no request has ended. Give a prompt or a text.")
         numbers = sorted(self._ended)
-        ended = [self._ended[request] for request in numbers]
+        ended = [self._ended[request].finished() for request in numbers]
         ahead = [one.lookahead_NPLC for one in ended if one.lookahead_NPLC is not None]
         return Trace(
             experts_NLK=np.concatenate([one.experts_NLK for one in ended]),
@@ -88,8 +93,7 @@ class Recorder:
             token_N=np.concatenate([one.token_N for one in ended]),
             offsets_R1=np.cumsum([0, *(len(one.token_N) for one in ended)], dtype=np.int64),
             meta=tuple(
-                {**self._meta.get(request, {}), "prompt_tokens": int((~self._ended[request].decode_N).sum())}
-                for request in numbers
+                {**self._meta.get(request, {}), "prompt_tokens": self._ended[request].prompt} for request in numbers
             ),
             num_experts=self._experts,
             decode_N=np.concatenate([one.decode_N for one in ended]),
@@ -98,12 +102,12 @@ class Recorder:
             source="The recorded trace",
         )
 
-    def _collect(self, rows: _Rows, collections: CollectionFile) -> None:
+    def _collect(self, experts_NLK: np.ndarray, prompt: int, collections: CollectionFile) -> None:
         number = new_id()
-        phases = (rows.experts_NLK[: rows.prompt], rows.experts_NLK[rows.prompt : rows.used])
-        for collection, experts_NLK in zip((collections.prefill, collections.decode), phases, strict=True):
-            if len(experts_NLK):
-                collection.insert(eam_of_rows(experts_NLK, self._experts), id=number)
+        phases = (experts_NLK[:prompt], experts_NLK[prompt:])
+        for collection, rows_NLK in zip((collections.prefill, collections.decode), phases, strict=True):
+            if len(rows_NLK):
+                collection.insert(eam_of_rows(rows_NLK, self._experts), id=number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,63 +123,33 @@ class _Finished:
 
 
 class _Rows:
-    """The rows of one request so far, in arrays that grow. `used` of them, of which `prompt` are the prompt's."""
+    """What came of one request so far, of each step: arrays [L, rows, ...], and (tokens, step, decode).
 
-    def __init__(self, experts: int, routing: StepRouting, *, keep: bool) -> None:
-        layers, _, picks = routing.experts_LTK.shape
-        kind = np.uint8 if experts <= 256 else np.uint16
-        self.used = self.prompt = 0
-        self.experts_NLK = np.empty((_FIRST_ROWS, layers, picks), dtype=kind)
-        self._weights_NLK = np.empty((_FIRST_ROWS * keep, layers, picks), dtype=np.float32)
-        self._token_N = np.empty(_FIRST_ROWS * keep, dtype=np.int32)
-        self._step_N = np.empty(_FIRST_ROWS * keep, dtype=np.int32)
-        self._lookahead_NLPC: np.ndarray | None = None
-        if keep and routing.lookahead_LTPC is not None:
-            self._lookahead_NLPC = np.empty((_FIRST_ROWS, layers, *routing.lookahead_LTPC.shape[2:]), dtype=kind)
+    `prompt`: how many rows are the prompt's.
+    """
 
-    def add(self, one: RequestRows, routing: StepRouting) -> None:
-        count = one.last - one.first
-        if self.used + count > len(self.experts_NLK):
-            self._grow(self.used + count)
-        rows_LCK = routing.experts_LTK[:, one.first : one.last]
-        self.experts_NLK[self.used : self.used + count] = rows_LCK.swapaxes(0, 1)
-        self.used += count
-        if not one.decode:
-            assert self.prompt + count == self.used, "a prompt's row behind a decoded one"
-            self.prompt = self.used
+    __slots__ = ("experts", "lookahead", "prompt", "tokens", "weights")
 
-    def add_details(self, one: RequestRows, tokens_T: np.ndarray, routing: StepRouting, step: int) -> None:
-        """What a trace holds beside the experts of the rows that were added last."""
-        rows, of_step = slice(self.used - (one.last - one.first), self.used), slice(one.first, one.last)
-        self._weights_NLK[rows] = routing.weights_LTK[:, of_step].swapaxes(0, 1)
-        self._token_N[rows] = tokens_T[of_step]
-        self._step_N[rows] = step
-        if self._lookahead_NLPC is not None:
-            assert routing.lookahead_LTPC is not None
-            self._lookahead_NLPC[rows] = routing.lookahead_LTPC[:, of_step].swapaxes(0, 1)
+    def __init__(self) -> None:
+        self.prompt = 0
+        self.experts: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        self.lookahead: list[np.ndarray] = []
+        self.tokens: list[tuple[np.ndarray, int, bool]] = []
 
     def finished(self) -> _Finished:
-        used = self.used
-        weights_NLK = self._weights_NLK[:used]
+        experts_NLK, weights_NLK = _joined(self.experts), _joined(self.weights)
         order_NLK = (-weights_NLK).argsort(axis=-1, kind="stable")
-        lookahead_NLPC = self._lookahead_NLPC
+        tokens, steps, decode = zip(*self.tokens, strict=True)
+        lengths = [len(one) for one in tokens]
         return _Finished(
-            experts_NLK=np.take_along_axis(self.experts_NLK[:used], order_NLK, axis=-1),
+            experts_NLK=np.take_along_axis(experts_NLK, order_NLK, axis=-1),
             weights_NLK=quantised_weights(np.take_along_axis(weights_NLK, order_NLK, axis=-1)),
-            token_N=self._token_N[:used].copy(),
-            decode_N=np.arange(used) >= self.prompt,
-            step_N=self._step_N[:used].copy(),
-            lookahead_NPLC=None if lookahead_NLPC is None else lookahead_NLPC[:used].swapaxes(1, 2).copy(),
+            token_N=np.concatenate(tokens).astype(np.int32),
+            decode_N=np.repeat(np.array(decode, dtype=bool), lengths),
+            step_N=np.repeat(np.array(steps, dtype=np.int32), lengths),
+            lookahead_NPLC=_joined(self.lookahead).swapaxes(1, 2) if self.lookahead else None,
         )
-
-    def _grow(self, needed: int) -> None:
-        size = max(needed, 2 * len(self.experts_NLK))
-        self.experts_NLK = _longer(self.experts_NLK, size)
-        if len(self._token_N):
-            self._weights_NLK = _longer(self._weights_NLK, size)
-            self._token_N, self._step_N = _longer(self._token_N, size), _longer(self._step_N, size)
-        if self._lookahead_NLPC is not None:
-            self._lookahead_NLPC = _longer(self._lookahead_NLPC, size)
 
 
 def quantised_weights(weights_NLK: np.ndarray) -> np.ndarray:
@@ -187,7 +161,6 @@ def quantised_weights(weights_NLK: np.ndarray) -> np.ndarray:
     return rounded_NLK.astype(np.uint8)
 
 
-def _longer(array: np.ndarray, size: int) -> np.ndarray:
-    grown = np.empty((size, *array.shape[1:]), dtype=array.dtype)
-    grown[: len(array)] = array
-    return grown
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Arrays [L, rows, ...] as one [N, L, ...]."""
+    return np.concatenate(parts, axis=1).swapaxes(0, 1)
