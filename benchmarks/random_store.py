@@ -39,6 +39,11 @@ class Copies:
         del plan
         return 0
 
+    def dense_units(self, plan: PackPlan) -> frozenset[int]:
+        """None."""
+        del plan
+        return frozenset()
+
     def run(self, work: ExpertWork) -> Findings:
         """Write every expert that is missing."""
         encoding = make_encoding(work.plan.options.encoding)

@@ -68,23 +68,25 @@ void attention(uintptr_t query, int64_t query_row_stride, int64_t query_head_str
 }
 
 void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t target_row_stride,
-                   const std::vector<uintptr_t> &scales, int64_t groups, uintptr_t group_of, uintptr_t pushes,
-                   int64_t push_stride, uintptr_t old_values, uintptr_t errors, uintptr_t codes, uintptr_t nibbles,
-                   const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
+                   const std::vector<uintptr_t> &scales, int64_t groups, uintptr_t group_of, int pushed,
+                   uintptr_t pushes, int64_t push_stride, uintptr_t before, uintptr_t changes, uintptr_t codes,
+                   uintptr_t nibbles, const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
                    bool signs, int64_t rows, int64_t columns) {
   if (scales.size() != kLevels || steps.size() != kLevels || priorities.size() != kLevels) {
     throw std::invalid_argument("round_columns: scales, steps and priorities are one for each of the 4 levels");
   }
+  if (pushed < 0 || pushed > kLevels) throw std::invalid_argument("round_columns: pushed is a number of levels");
   RoundArgs args{};
   args.targets = pointer<const float>(targets);
   args.target_level_stride = target_level_stride;
   args.target_row_stride = target_row_stride;
   args.groups = groups;
   args.group_of = pointer<const int32_t>(group_of);
+  args.pushed = pushed;
   args.pushes = pointer<const float>(pushes);
   args.push_stride = push_stride;
-  args.old_values = pointer<const float>(old_values);
-  args.errors = pointer<float>(errors);
+  args.before = pointer<const float>(before);
+  args.changes = pointer<float>(changes);
   args.codes = pointer<uint8_t>(codes);
   args.nibbles = pointer<uint8_t>(nibbles);
   for (int level = 0; level < kLevels; ++level) {

@@ -1,4 +1,4 @@
-// Sixteen rows at a time, one column after another; loops over lanes are left to the compiler.
+// Sixteen rows at a time, one column after another.
 #include "rounding.h"
 
 #include <algorithm>
@@ -16,75 +16,82 @@ namespace {
 constexpr int kRows = 16;
 constexpr int kCodes = 16;
 
-struct Lanes {
-  float at[kRows];
+// Compilers split these as the instruction set needs; every lane is computed by itself, so bits are the same on all.
+typedef float Lanes __attribute__((vector_size(4 * kRows)));
+
+// Nearest whole number (ties to even) of one between -2^22 and 2^22: adding 1.5 * 2^23 leaves no room for a fraction.
+MOESTRO_INLINE Lanes whole(const Lanes &x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// From 0 to `most`; 0 for NaN.
+MOESTRO_INLINE Lanes clamp_round(const Lanes &x, float most) {
+  const Lanes zero{}, top = zero + most;
+  const Lanes positive = x > zero ? x : zero;
+  return whole(positive < top ? positive : top);
+}
+
+// Of whole numbers.
+MOESTRO_INLINE Lanes half_down(const Lanes &x) { return whole(x * 0.5f - 0.25f); }
+MOESTRO_INLINE Lanes quarter_down(const Lanes &x) { return whole(x * 0.25f - 0.375f); }
+
+// What codes stand for, by the scales of one column's group.
+struct Nested {
+  Lanes step2, step3, step4, coarse, fine;
+
+  MOESTRO_INLINE Nested(const RoundArgs &args, const Lanes *scale)
+      : step2(scale[0] * args.steps[0]), step3(scale[0] * args.steps[1]), step4(scale[0] * args.steps[2]),
+        coarse(args.hi * (scale[0] * args.steps[3])), fine(args.lo * (scale[0] * args.steps[3])) {}
+  MOESTRO_INLINE Lanes at2(const Lanes &code2) const { return (code2 - 1.5f) * step2; }
+  MOESTRO_INLINE Lanes at3(const Lanes &code3) const { return (code3 - 3.5f) * step3; }
+  MOESTRO_INLINE Lanes at4(const Lanes &code) const { return (code - 7.5f) * step4; }
+  MOESTRO_INLINE Lanes base8(const Lanes &code) const { return (code - 7.5f) * coarse; }
+};
+
+struct Signs {
+  Lanes step2, sign3, sign4, fine;
+
+  MOESTRO_INLINE Signs(const RoundArgs &args, const Lanes *scale)
+      : step2(scale[0] * args.steps[0]), sign3(scale[1]), sign4(scale[2]), fine(scale[3]) {}
+  MOESTRO_INLINE Lanes at2(const Lanes &code2) const { return (code2 - 1.5f) * step2; }
+  MOESTRO_INLINE Lanes at3(const Lanes &code3) const {
+    const Lanes code2 = half_down(code3), bit = code3 - (code2 + code2);
+    return at2(code2) + (bit + bit - 1.0f) * sign3;
+  }
+  MOESTRO_INLINE Lanes at4(const Lanes &code) const {
+    const Lanes code3 = half_down(code), bit = code - (code3 + code3);
+    return at3(code3) + (bit + bit - 1.0f) * sign4;
+  }
+  MOESTRO_INLINE Lanes base8(const Lanes &code) const { return at4(code); }
 };
 
 struct Choice {
   Lanes code, nibble, value[kLevels];
 };
 
-// Nearest whole number from 0 to `most` (ties to even): adding 1.5 * 2^23 leaves no room for a fraction.
-MOESTRO_INLINE float clamp_round(float x, float most) {
-  const float clamped = std::min(std::max(x, 0.0f), most);
-  return (clamped + 12582912.0f) - 12582912.0f;
-}
-
-// What each code stands for at the first three levels, and the step and middle of the nibble at the fourth.
-struct Values {
-  Lanes at2[4], at3[8], at4[kCodes];
-  Lanes fine, base8[kCodes];
-};
-
-MOESTRO_INLINE void nested_values(const RoundArgs &args, const Lanes *scale, Values &values) {
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < 4; ++c) values.at2[c].at[r] = (static_cast<float>(c) - 1.5f) * (scale[0].at[r] * args.steps[0]);
-    for (int c = 0; c < 8; ++c) values.at3[c].at[r] = (static_cast<float>(c) - 3.5f) * (scale[0].at[r] * args.steps[1]);
-    const float step8 = scale[0].at[r] * args.steps[3];
-    values.fine.at[r] = args.lo * step8;
-    for (int c = 0; c < kCodes; ++c) {
-      values.at4[c].at[r] = (static_cast<float>(c) - 7.5f) * (scale[0].at[r] * args.steps[2]);
-      values.base8[c].at[r] = (static_cast<float>(c) - 7.5f) * (args.hi * step8);
-    }
-  }
-}
-
-MOESTRO_INLINE void sign_values(const RoundArgs &args, const Lanes *scale, Values &values) {
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < 4; ++c) values.at2[c].at[r] = (static_cast<float>(c) - 1.5f) * (scale[0].at[r] * args.steps[0]);
-    for (int c = 0; c < 8; ++c) values.at3[c].at[r] = values.at2[c >> 1].at[r] + (c & 1 ? scale[1].at[r] : -scale[1].at[r]);
-    for (int c = 0; c < kCodes; ++c) {
-      values.at4[c].at[r] = values.at3[c >> 1].at[r] + (c & 1 ? scale[2].at[r] : -scale[2].at[r]);
-      values.base8[c].at[r] = values.at4[c].at[r];
-    }
-    values.fine.at[r] = scale[3].at[r];
-  }
-}
-
+template <class Values>
 MOESTRO_INLINE void choose(const RoundArgs &args, const Lanes *target, const Values &values, Choice &choice) {
-  Lanes inverse, cost;
+  const Lanes zero{}, inverse = values.fine > zero ? 1.0f / values.fine : zero;
   const float *p = args.priorities;
-  for (int r = 0; r < kRows; ++r) {
-    inverse.at[r] = values.fine.at[r] > 0.0f ? 1.0f / values.fine.at[r] : 0.0f;
-    cost.at[r] = INFINITY;
+  Lanes low[kCodes / 2], cost = zero + INFINITY;
+  for (int c = 0; c < kCodes / 2; ++c) {
+    const Lanes miss2 = target[0] - values.at2(zero + static_cast<float>(c / 2));
+    const Lanes miss3 = target[1] - values.at3(zero + static_cast<float>(c));
+    low[c] = p[0] * (miss2 * miss2) + p[1] * (miss3 * miss3);
   }
+  choice.code = choice.nibble = zero;
   for (int c = 0; c < kCodes; ++c) {
-    for (int r = 0; r < kRows; ++r) {
-      const float nibble = clamp_round((target[3].at[r] - values.base8[c].at[r]) * inverse.at[r] + 7.5f, 15.0f);
-      const float value8 = values.base8[c].at[r] + values.fine.at[r] * (nibble - 7.5f);
-      const float miss2 = target[0].at[r] - values.at2[c >> 2].at[r], miss3 = target[1].at[r] - values.at3[c >> 1].at[r];
-      const float miss4 = target[2].at[r] - values.at4[c].at[r], miss8 = target[3].at[r] - value8;
-      const float all = (p[0] * (miss2 * miss2) + p[1] * (miss3 * miss3)) + (p[2] * (miss4 * miss4) + p[3] * (miss8 * miss8));
-      const bool better = all < cost.at[r];
-      cost.at[r] = better ? all : cost.at[r];
-      choice.code.at[r] = better ? static_cast<float>(c) : choice.code.at[r];
-      choice.nibble.at[r] = better ? nibble : choice.nibble.at[r];
-      choice.value[0].at[r] = better ? values.at2[c >> 2].at[r] : choice.value[0].at[r];
-      choice.value[1].at[r] = better ? values.at3[c >> 1].at[r] : choice.value[1].at[r];
-      choice.value[2].at[r] = better ? values.at4[c].at[r] : choice.value[2].at[r];
-      choice.value[3].at[r] = better ? value8 : choice.value[3].at[r];
-    }
+    const Lanes code = zero + static_cast<float>(c), base = values.base8(code);
+    const Lanes nibble = clamp_round((target[3] - base) * inverse + 7.5f, 15.0f);
+    const Lanes miss4 = target[2] - values.at4(code), miss8 = target[3] - (base + values.fine * (nibble - 7.5f));
+    const Lanes all = low[c / 2] + (p[2] * (miss4 * miss4) + p[3] * (miss8 * miss8));
+    const auto better = all < cost;
+    cost = better ? all : cost;
+    choice.code = better ? code : choice.code;
+    choice.nibble = better ? nibble : choice.nibble;
   }
+  choice.value[0] = values.at2(quarter_down(choice.code));
+  choice.value[1] = values.at3(half_down(choice.code));
+  choice.value[2] = values.at4(choice.code);
+  choice.value[3] = values.base8(choice.code) + values.fine * (choice.nibble - 7.5f);
 }
 
 MOESTRO_INLINE const float *row_of(const RoundArgs &args, const float *values, int level, int64_t row) {
@@ -97,43 +104,34 @@ void round_rows(const RoundArgs &args, int64_t first, int64_t rows, Lanes *targe
   for (int b = 0; b < kLevels; ++b) {
     for (int64_t r = 0; r < kRows; ++r) {
       const float *row = row_of(args, args.targets, b, first + std::min(r, rows - 1));
-      for (int64_t k = 0; k < columns; ++k) targets[b * columns + k].at[r] = row[k];
+      for (int64_t k = 0; k < columns; ++k) targets[b * columns + k][r] = row[k];
     }
   }
-  Lanes target[kLevels], scale[kLevels];
-  Values values;
+  Lanes target[kLevels], scale[kLevels]{};
   Choice choice{};
   for (int64_t k = 0; k < columns; ++k) {
     const int64_t group = args.group_of[k];
     for (int b = 0; b < kLevels; ++b) {
       target[b] = targets[b * columns + k];
       if (args.scales[b] == nullptr) continue;
-      for (int64_t r = 0; r < kRows; ++r) scale[b].at[r] = args.scales[b][(first + std::min(r, rows - 1)) * args.groups + group];
+      for (int64_t r = 0; r < kRows; ++r) scale[b][r] = args.scales[b][(first + std::min(r, rows - 1)) * args.groups + group];
     }
     if (args.signs) {
-      sign_values(args, scale, values);
+      choose(args, target, Signs(args, scale), choice);
     } else {
-      nested_values(args, scale, values);
+      choose(args, target, Nested(args, scale), choice);
     }
-    choose(args, target, values, choice);
     for (int64_t r = 0; r < rows; ++r) {
-      args.codes[(first + r) * columns + k] = static_cast<uint8_t>(choice.code.at[r]);
-      args.nibbles[(first + r) * columns + k] = static_cast<uint8_t>(choice.nibble.at[r]);
+      args.codes[(first + r) * columns + k] = static_cast<uint8_t>(choice.code[r]);
+      args.nibbles[(first + r) * columns + k] = static_cast<uint8_t>(choice.nibble[r]);
     }
-    if (args.pushes == nullptr) continue;
     const float *push = args.pushes + k * args.push_stride;
-    for (int b = 0; b < kLevels; ++b) {
-      Lanes error;
-      for (int64_t r = 0; r < kRows; ++r) {
-        error.at[r] = args.old_values == nullptr
-                          ? (target[b].at[r] - choice.value[b].at[r]) / push[k]
-                          : choice.value[b].at[r] - row_of(args, args.old_values, b, first + std::min(r, rows - 1))[k];
-      }
-      for (int64_t r = 0; r < rows; ++r) args.errors[(b * args.rows + first + r) * columns + k] = error.at[r];
-      for (int64_t later = k + 1; later < columns; ++later) {
-        Lanes &moved = targets[b * columns + later];
-        for (int r = 0; r < kRows; ++r) moved.at[r] -= error.at[r] * push[later];
-      }
+    for (int b = 0; b < args.pushed; ++b) {
+      Lanes before{};
+      for (int64_t r = 0; r < rows; ++r) before[r] = row_of(args, args.before, b, first + r)[k];
+      const Lanes change = choice.value[b] - before;
+      for (int64_t r = 0; r < rows; ++r) args.changes[(b * args.rows + first + r) * columns + k] = change[r];
+      for (int64_t later = k + 1; later < columns; ++later) targets[b * columns + later] -= change * push[later];
     }
   }
 }
@@ -152,20 +150,21 @@ float scale_cost(const ScaleCostArgs &args, const float *weights, const float *i
   const float *p = args.priorities;
   Lanes sum{};
   for (int64_t k = 0; k < args.group; k += kRows) {
-    for (int i = 0; i < kRows; ++i) {
-      const float relative = (weights[k + i] - middle) * inverse;
-      const float code = clamp_round(relative + 7.5f, 15.0f);
-      const float code3 = std::floor(code * 0.5f), code2 = std::floor(code * 0.25f);
-      const float nibble = clamp_round((relative * fine - args.hi * (code - 7.5f)) * per_lo + 7.5f, 15.0f);
-      const float miss2 = relative - args.steps[0] * (code2 - 1.5f), miss3 = relative - args.steps[1] * (code3 - 3.5f);
-      const float miss4 = relative - args.steps[2] * (code - 7.5f);
-      const float miss8 = relative - args.steps[3] * (args.hi * (code - 7.5f) + args.lo * (nibble - 7.5f));
-      const float low = p[0] * (miss2 * miss2) + p[1] * (miss3 * miss3);
-      sum.at[i] += (low + (p[2] * (miss4 * miss4) + p[3] * (miss8 * miss8))) * importance[k + i];
-    }
+    Lanes weight, matters;
+    std::memcpy(&weight, weights + k, sizeof weight);
+    std::memcpy(&matters, importance + k, sizeof matters);
+    const Lanes relative = (weight - middle) * inverse;
+    const Lanes code = clamp_round(relative + 7.5f, 15.0f);
+    const Lanes nibble = clamp_round((relative * fine - args.hi * (code - 7.5f)) * per_lo + 7.5f, 15.0f);
+    const Lanes miss2 = relative - args.steps[0] * (quarter_down(code) - 1.5f);
+    const Lanes miss3 = relative - args.steps[1] * (half_down(code) - 3.5f);
+    const Lanes miss4 = relative - args.steps[2] * (code - 7.5f);
+    const Lanes miss8 = relative - args.steps[3] * (args.hi * (code - 7.5f) + args.lo * (nibble - 7.5f));
+    const Lanes low = p[0] * (miss2 * miss2) + p[1] * (miss3 * miss3);
+    sum += (low + (p[2] * (miss4 * miss4) + p[3] * (miss8 * miss8))) * matters;
   }
   float total = 0.0f;
-  for (int i = 0; i < kRows; ++i) total += sum.at[i];
+  for (int i = 0; i < kRows; ++i) total += sum[i];
   return total * (scale * scale);
 }
 

@@ -14,13 +14,12 @@ struct RoundArgs {
   const float *scales[kLevels]; // [rows, groups]; nested codes use the first, sign planes one for each plane
   int64_t groups;
   const int32_t *group_of; // [columns]
-  // How an error in one column moves the targets of later ones: [columns, columns], row stride below; null: not at all.
-  const float *pushes;
+  // Of so many levels, the first, changes move the targets of later columns: by -pushes[k, later] for one in column k.
+  int pushed;
+  const float *pushes; // [columns, columns], row stride below; unused (as what follows) where nothing is pushed
   int64_t push_stride;
-  // Values that the codes stand for now, strides as targets'. Null: an error is (target - new value) / pushes[k, k], as in
-  // GPTQ; else it is (new - old value), as in coordinate descent.
-  const float *old_values;
-  float *errors; // [kLevels, rows, columns], contiguous: what is to be pushed into later blocks; unused without pushes
+  const float *before; // what changes are counted from, strides as targets'
+  float *changes;      // [pushed, rows, columns], contiguous: the new values less those before
   uint8_t *codes, *nibbles; // [rows, columns], contiguous
   float steps[kLevels];     // of the levels, in scales
   float priorities[kLevels]; // weights of the levels' squared errors in the choice

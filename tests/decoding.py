@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moestro.hf.skeleton import build_skeleton, config_from_dict
-from moestro.quant import make_encoding
 from moestro.quant.flat import flat_decode
 from moestro.store.dense_file import FLAT_BITS
 from moestro.store.dtypes import TORCH_DTYPES
 from moestro.store.reader import Store
+from store.reading import read_level
 
 
 def decoded_model(store: Store, level: int) -> PreTrainedModel:
@@ -33,32 +33,8 @@ def decoded_model(store: Store, level: int) -> PreTrainedModel:
             state[name].copy_(values)
         for layer in build_skeleton(config).expert_layers:
             for expert in range(layer.num_experts):
-                decoded = decoded_expert(store, layer.layer, expert, level)
+                decoded = read_level(store, layer.layer, expert, level)
                 for param in layer.params:
                     values = decoded[param.name].t() if param.transposed else decoded[param.name]
                     state[f"{layer.module}.{param.name}"][expert].copy_(values)
     return model
-
-
-def decoded_expert(store: Store, layer: int, expert: int, level: int) -> dict[str, torch.Tensor]:
-    """An expert's parameters in canonical layout at a level."""
-    planes = []
-    for plane, layout in enumerate(store.layers[layer].layout.planes):
-        if layout.level <= level:
-            extent = store.plane((layer, expert, plane))
-            with extent.file.open("rb") as file:
-                file.seek(extent.offset)
-                planes.append((layout, torch.frombuffer(bytearray(file.read(extent.nbytes)), dtype=torch.uint8)))
-    values = {}
-    for tensor in planes[0][0].tensors:
-        regions = [
-            content[one.offset : one.offset + one.nbytes]
-            for layout, content in planes
-            for one in layout.tensors
-            if one.name == tensor.name
-        ]
-        if tensor.dtype == "F32":
-            values[tensor.name] = regions[0].view(torch.float32).view(tensor.shape)
-        else:
-            values[tensor.name] = make_encoding(tensor.dtype).decode(regions, *tensor.shape, level)
-    return values

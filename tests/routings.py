@@ -29,8 +29,8 @@ class Watcher(Protocol):
 
 
 def routing(shape: Shape, layer: int, rows: Sequence[Sequence[int]], requests: Sequence[RequestRows]) -> Routing:
-    """With weights that fall within a row."""
-    experts_TK = np.array(rows, np.int64).reshape(len(rows), shape.picks)
+    """With weights that fall within a row; ids in the narrow type that traces have."""
+    experts_TK = np.array(rows, np.uint8).reshape(len(rows), shape.picks)
     weights_K = np.arange(shape.picks, 0, -1, dtype=np.float32)
     weights_TK = np.tile(weights_K / weights_K.sum(), (len(rows), 1))
     return Routing.of(layer, experts_TK, weights_TK, requests, experts=shape.experts)

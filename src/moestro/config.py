@@ -124,7 +124,7 @@ class PackOptions:
     levels: str = option("2,3,4,8", "Bits that experts can be computed at, or raw to keep all weights as they are.")
     exact_level: int = option(4, "The level of exact results, one of the levels.")
     encoding: str = option("nested", "How experts' bits are stored: nested (one scale) or signs (a scale per plane).")
-    dense_bits: int = option(8, "Bits of the linear maps that are not experts: 16 (as they are), 8 or 4.")
+    dense_bits: int = option(8, "Bits of the linear maps that are not experts: 16 (as they are), 8 or 4 (head: 8).")
     calibration: bool = option(True, "Run the model over a text to find the codes that keep its outputs.")
     calibrate: str = option("", "Text file to calibrate on, documents apart by form feeds (empty: the shipped sample).")
     dtype: str = option("", "Type of weights that stay unquantised: bfloat16, float16, float32 (empty: their own).")

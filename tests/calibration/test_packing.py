@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from calibration.checkpoints import save_with_tokenizer, write_text
+from decoding import decoded_model
 from families import FAMILIES
 from moestro.calibration import pack
-from moestro.calibration.text import load_tokenizer, make_windows, read_text
+from moestro.calibration.dense import DenseInputs
+from moestro.calibration.text import TOKENS, load_tokenizer, make_windows, read_text
 from moestro.config import PackOptions
 from moestro.errors import CheckpointError, PackError, StoreError
 from moestro.store import workers
 from moestro.store.calibration_facts import CalibrationFacts
 from moestro.store.checksum import checksum
+from moestro.store.expert_work import ExpertWork
 from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
 from store.crash import LIMITS, pack_counting, pack_until, run
@@ -77,7 +81,7 @@ def test_every_family_is_calibrated(family: str, tmp_path: Path) -> None:
     assert facts.text is not None
     assert (facts.text.name, facts.text.checksum) == ("text.txt", checksum(case.text.read_bytes()))
     assert facts.tokens == 6 * 60
-    assert facts.warnings == ("calibrated on 360 tokens only, 32768 are usual",)
+    assert facts.warnings == (f"calibrated on 360 tokens only, {TOKENS} are usual",)
     assert facts.sensitivity is not None
     assert len(facts.sensitivity) == len(store.layers)
     assert all(value > 0 for value in facts.sensitivity)
@@ -261,6 +265,7 @@ def test_another_text_is_another_store(case: Case) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, dict[str, bytes], int]:
     """A case, what an undisturbed pack of it writes, and in how many calls."""
     case = Case("mixtral", tmp_path_factory.mktemp("killed"))
+    case.options = replace(case.options, dense_bits=4)  # whose linear maps are written layer by layer
     report = case.folder / "calls"
     assert run(pack_counting, case.folder / "source", case.folder / "whole", report, case.options) == 0
     return case, _content(case.folder / "whole"), int(report.read_text())
@@ -290,3 +295,47 @@ def test_finished_layers_are_not_computed_again(whole: tuple[Case, dict[str, byt
     assert "experts of layer 1 of 3" not in {report.stage for report in reports}
     assert reports[-1].done_bytes == reports[-1].total_bytes
     assert _content(destination) == content
+
+
+def test_few_experts_and_one_layer_of_hessians_are_held(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_weights, real_take = ExpertWork.weights, DenseInputs.take
+    born: list[weakref.ref[torch.Tensor]] = []
+    most, taken = 0, []
+
+    def weights(work: ExpertWork, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        nonlocal most
+        values = real_weights(work, layer, expert)
+        born.append(weakref.ref(values["down_proj"]))
+        most = max(most, sum(ref() is not None for ref in born))
+        return values
+
+    def take(inputs: DenseInputs) -> dict[int, torch.Tensor]:
+        taken.append(real_take(inputs))
+        return dict(taken[-1])
+
+    monkeypatch.setattr(ExpertWork, "weights", weights)
+    monkeypatch.setattr(DenseInputs, "take", take)
+    store = case.pack(dense_bits=4)
+    layers = len(store.layers)
+    assert len(born) == sum(layer.num_experts for layer in store.layers)
+    assert most <= workers.worker_count() + 2
+    flat = {name for name, tensor in store.dense.items() if tensor.dtype == "flat4"}
+    assert [len(hessians) for hessians in taken] == [len(flat) // layers] * layers + [0]
+
+
+def test_calibrated_linear_maps_keep_their_outputs(case: Case) -> None:
+    calibrated = case.pack("calibrated", dense_bits=4)
+    plain = case.pack("plain", dense_bits=4, calibration=False, calibrate="")
+    assert {store.dense["lm_head.weight"].dtype for store in (calibrated, plain)} == {"flat8"}
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name in calibrated.dense:
+        if calibrated.dense[name].dtype == "flat4":
+            module = case.model.get_submodule(name.removesuffix(".weight"))
+            module.register_forward_pre_hook(lambda _, given, name=name: inputs.setdefault(name, []).append(given[0]))
+    _Seen(case, calibrated)
+    states = [decoded_model(store, 8).state_dict() for store in (calibrated, plain)]
+    assert inputs
+    for name, given in inputs.items():
+        wanted = case.model.state_dict()[name]
+        own, other = (float((torch.cat(given, dim=1) @ (wanted - state[name]).T).square().sum()) for state in states)
+        assert own < 0.9 * other, name

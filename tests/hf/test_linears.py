@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from families import FAMILIES
-from moestro.hf.linears import linear_names
+from moestro.hf.linears import head_names, linear_names
 from moestro.hf.skeleton import build_skeleton
 
 _ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)\.|router\.layer|gate\.wg")
@@ -27,6 +27,7 @@ def test_attention_and_shared_experts_but_no_router(family: str) -> None:
     tied = "lm_head.weight" not in skeleton.dense
     assert {name for name in left if "moe_statics" not in name} == (set() if tied else {"model.embed_tokens.weight"})
     assert ("model.embed_tokens.weight" in names) == tied
+    assert head_names(skeleton) == {"model.embed_tokens.weight" if tied else "lm_head.weight"}
 
 
 def test_a_router_is_known_by_its_outputs_too() -> None:

@@ -28,3 +28,21 @@ def test_zeros_and_constants_are_exact(bits: int) -> None:
     weights[1] = 0.5
     weights[2, :] = -3.0
     assert torch.equal(flat_decode(flat_encode(weights, bits), 17, 64, bits), weights)
+
+
+def test_calibration_lowers_the_error_of_outputs() -> None:
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn((600, 96), generator=generator) @ torch.randn((96, 96), generator=generator)
+    weights = torch.randn((40, 96), generator=generator)
+    regions = [flat_encode(weights, 4, hessian) for hessian in (None, inputs.T @ inputs)]
+    plain, calibrated = (
+        float((inputs @ (weights - flat_decode(region, 40, 96, 4)).T).square().sum()) for region in regions
+    )
+    assert calibrated < 0.7 * plain
+
+
+def test_eight_bits_need_no_calibration() -> None:
+    weights = torch.randn((16, 64), generator=torch.Generator().manual_seed(1))
+    empty = torch.zeros(64, 64)
+    assert torch.equal(flat_encode(weights, 8, empty), flat_encode(weights, 8))
+    assert torch.equal(flat_encode(weights, 4, empty), flat_encode(weights, 4))

@@ -9,7 +9,7 @@ from moestro import _native
 from moestro.quant.codes import LEVELS, Codes
 from moestro.quant.grid import Grid, positions
 from moestro.quant.hessian import compensation
-from moestro.quant.rounding import Rule, improve, round_compensated, round_nearest
+from moestro.quant.rounding import Compensation, Rule, round_compensated, round_nearest
 
 GROUP = 32
 PRIORITIES = {2: 0.5, 3: 1.0, 4: 3.0, 8: 60.0}
@@ -50,6 +50,10 @@ def objective(codes: Codes, offset: torch.Tensor, grid: Grid, hessian: torch.Ten
     )
 
 
+def compensated(offset: torch.Tensor, rule: Rule, how: Compensation, *, sweeps: int) -> Codes:
+    return round_compensated([offset] * len(LEVELS), rule, GROUP, how, sweeps=sweeps)
+
+
 def hessian_of(columns: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(4)
     inputs = torch.randn((400, columns), generator=generator) @ torch.randn((columns, columns), generator=generator)
@@ -70,8 +74,7 @@ def test_compensation_and_sweeps_lower_the_error_of_outputs() -> None:
     how = compensation(hessian, 160)
     assert how is not None
     nearest = round_nearest(offset, rule, GROUP)
-    pushed = round_compensated(offset, rule, GROUP, how)
-    swept = improve(offset, values_of(pushed, grid), rule, GROUP, how)
+    pushed, swept = compensated(offset, rule, how, sweeps=0), compensated(offset, rule, how, sweeps=1)
     order = [objective(codes, offset, grid, hessian) for codes in (nearest, pushed, swept)]
     assert order[1] < 0.9 * order[0]
     assert order[2] < order[1]
@@ -81,13 +84,12 @@ def test_no_single_code_can_be_bettered_after_many_sweeps() -> None:
     offset, grid, rule = case(rows=5, columns=64)
     how = compensation(hessian_of(64), 64)
     assert how is not None
-    codes = round_nearest(offset, rule, GROUP)
-    for _ in range(30):
-        codes = improve(offset, values_of(codes, grid), rule, GROUP, how)
+    codes = compensated(offset, rule, how, sweeps=30)
     back = how.order_K.argsort()
     hessian = how.hessian_KK[back][:, back]
     values = values_of(codes, grid)
     targets = values + ((offset - values) @ hessian) / hessian.diagonal()
+    targets[-1] = offset  # whose errors are not pushed on
     chosen = (codes.code_NK.long() << 4 | codes.nibble_NK.long())[None]
     all_costs = costs(targets, grid)
     torch.testing.assert_close(all_costs.gather(0, chosen)[0], all_costs.amin(0), rtol=1e-3, atol=1e-4)
@@ -98,7 +100,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_codes(signs: bool
     offset, grid, rule = case(rows=37, columns=160)
     if signs:
         scale = grid.real_scale_NG
-        rule = Rule([scale, scale, scale / 2, scale / 16], {2: 3.0}, {}, 0, 0)
+        rule = Rule([scale, scale, scale / 2, scale / 16], {2: 3.0}, PRIORITIES, 0, 0)
     how = compensation(hessian_of(160), 160)
     assert how is not None
     found = []
@@ -106,7 +108,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_codes(signs: bool
         for threads in (1, 3):
             _native.set_isa(isa)
             _native.set_threads(threads)
-            found.append(round_compensated(offset, rule, GROUP, how))
+            found.append(compensated(offset, rule, how, sweeps=1))
     _native.set_isa(_native.available_isas()[0])
     assert all(torch.equal(found[0].code_NK, codes.code_NK) for codes in found)
     assert all(torch.equal(found[0].nibble_NK, codes.nibble_NK) for codes in found)

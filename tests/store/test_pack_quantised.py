@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from families import FAMILIES, save_checkpoint
 from moestro.config import PackOptions
 from moestro.errors import CheckpointError, StoreError
-from moestro.hf.linears import linear_names
+from moestro.hf.linears import head_names, linear_names
 from moestro.hf.skeleton import build_skeleton, load_config
 from moestro.quant.flat import flat_decode
 from moestro.store.dense_file import FLAT_BITS
@@ -65,7 +65,7 @@ def test_every_family_gives_its_weights_back_nearly(family: str, options: PackOp
                 assert torch.equal(found, wanted)
                 continue
             error = _error(wanted.t() if transposed else wanted, found)
-            assert error < {2: 0.25, 3: 0.08, 4: 0.025, 8: 1e-4}[level]
+            assert error < {2: 0.25, 3: 0.08, 4: 0.025, 8: 2e-4}[level]
             total += error
         assert facts.errors[layer.layer][5][index] == pytest.approx(total, rel=1e-4)
 
@@ -88,9 +88,10 @@ def test_dense_weights_of_linear_maps(family: str, bits: int, tmp_path: Path) ->
         if bits == 16 or name not in linears:
             assert torch.equal(stored.view(wanted.dtype).view(wanted.shape), wanted), name
         else:
-            assert FLAT_BITS[tensor.dtype] == bits
-            found = flat_decode(stored, *tensor.shape, bits)
-            assert _error(wanted, found) < {4: 0.02, 8: 1e-4}[bits], name
+            own_bits = 8 if name in head_names(skeleton) else bits
+            assert FLAT_BITS[tensor.dtype] == own_bits
+            found = flat_decode(stored, *tensor.shape, own_bits)
+            assert _error(wanted, found) < {4: 0.02, 8: 1e-4}[own_bits], name
 
 
 def test_other_options_are_another_store(model: PreTrainedModel, tmp_path: Path) -> None:

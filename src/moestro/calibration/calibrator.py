@@ -2,16 +2,18 @@
 
 All sequences go through the original model together (`stream.py`). When they have come to a layer of experts, each
 expert gets the rows that are routed to it: they make the Hessians that its matrices are rounded by, and tell how far
-its outputs are off at each level. The sequences go on with the original outputs, so that no layer learns to make up for
+its outputs are off at each level. Inside one expert, down_proj is fitted to what gate and up make of the rows at the
+same low level. The sequences go on with the original outputs, so that no layer learns to make up for
 another's errors. Copies of one short sequence, each with one layer at the lowest level, show what a layer's errors do
 to the final logits.
 
 Memory: the dense weights as they are, plus about
 
     4 R (6 H + 2 K) bytes of activations, R rows of all sequences of H values and K experts each, plus
-    (W + 2) x (8 P + 16 M^2 + 8 T (H + 3 I)) bytes of experts under way,
+    (W + 2) x (16 P + 24 M^2 + 8 T (H + 3 I)) bytes of experts under way,
 
-W workers, P parameters of an expert, M its widest input (H or its width I), T rows routed to it. Dense layers run one
+W workers, P parameters of an expert, M its widest input (H or its width I), T rows routed to it. Linear maps of 4 bits
+add the Hessians of a layer's. Dense layers run one
 sequence at a time, in which the longest decides. On disk: 4 R H bytes for each layer until the store is done.
 """
 
@@ -24,8 +26,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from moestro.calibration.dense import DenseInputs, calibrated_units
 from moestro.calibration.expert import ExpertMath, ExpertResult, ExpertRows
 from moestro.calibration.layer import LayerBatch
+from moestro.calibration.routing import RoutingLog
 from moestro.calibration.scratch import LayerScratch
 from moestro.calibration.sensitivity import LogitDistance
 from moestro.calibration.stream import LayerRows, SequenceStream
@@ -62,8 +66,12 @@ class Calibrator:
         rows = self._windows.tokens + (layers + 1) * len(self._windows.short)
         return layers * rows * 4 * int(plan.skeleton.config.hidden_size)
 
+    def dense_units(self, plan: PackPlan) -> frozenset[int]:
+        """Linear maps of 4 bits."""
+        return frozenset(calibrated_units(plan).values())
+
     def run(self, work: ExpertWork) -> Findings:
-        """Write every expert of `work` that has not been written.
+        """Write every expert of `work` that has not been written, and the linear maps of 4 bits.
 
         Raises:
             UnsupportedModelError: the model cannot be run on packed batches.
@@ -88,15 +96,21 @@ class _Calibration:
         skeleton = build_skeleton(config_from_dict(plan.model))
         probe(skeleton, rows=2, history=2, logit_rows=1)
         kernels = make_kernels("auto", threads=worker_count())
+        dense_units = calibrated_units(plan)
+        self._dense = DenseInputs(skeleton.model, dense_units)
         place_dense(skeleton.model, dict(self.work.raw_dense()), kernels)
         identity = f"{plan.identity()} {self.windows}"
         self._scratch = LayerScratch(self.work.scratch, identity)
         distance = LogitDistance(len(self.windows.sequences))
+        self._routing = RoutingLog(self.windows)
         with torch.inference_mode():
             self._kernels = kernels
             stream = self._stream(skeleton, kernels)
             self._modules = stream.modules
             stream.run(self._process, distance.add)
+            self._write_dense()
+            for unit in dense_units.values():
+                self.work.write_dense(unit, None)  # what no row has reached
         return Findings(
             tokens=self.windows.tokens,
             sensitivity=tuple(
@@ -105,6 +119,7 @@ class _Calibration:
             ),
             unrouted=tuple(self.unrouted),
             warnings=self.warnings,
+            files=self._routing.files(plan, lambda: self.work.say("learning what experts follow each other")),
         )
 
     def _stream(self, skeleton: Skeleton, kernels: Kernels) -> SequenceStream:
@@ -113,10 +128,17 @@ class _Calibration:
         sequences = [*self.windows.sequences, *[self.windows.short] * copies]
         return SequenceStream(skeleton, kernels, sequences, frozenset(range(count, count + copies)))
 
+    def _write_dense(self) -> None:
+        """Write the linear maps that rows have passed since the last call."""
+        for unit, hessian_KK in self._dense.take().items():
+            self.work.write_dense(unit, hessian_KK)
+
     def _process(self, layer: int, rows: list[LayerRows]) -> list[torch.Tensor]:
         plan = self.work.plan
         experts = plan.layers[layer].experts
         self._note_unrouted(layer, rows)
+        self._routing.add(rows)
+        self._write_dense()
         shapes = [one.hidden_TH.shape for one in rows]
         if all(self.work.errors(layer, expert) is not None for expert in range(experts)):
             kept = self._scratch.load(layer, shapes)

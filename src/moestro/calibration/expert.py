@@ -14,6 +14,7 @@ from torch import nn
 
 from moestro.kernels.base import Kernels
 from moestro.quant.encoding import Encoding
+from moestro.quant.hessian import gram
 from moestro.store.calibration_facts import rounded
 from moestro.store.data_free import decoded, encode_alone, relative_error
 from moestro.store.writer import EncodedExpert
@@ -26,6 +27,18 @@ _JUDGED = 512
 
 _PLENTY = 4
 """With so many rows for each input, the expert's own are enough."""
+
+_AIMED_LEVELS = (2, 3)
+"""Levels whose inputs of down_proj differ enough from the original ones for it to be made for its own."""
+
+_AIMED = 4096
+"""Most rows that tell how a level's own inputs of down_proj differ from the original ones."""
+
+_AIM_PRIOR = 2
+"""What these rows tell is believed by half where there are so many for each input."""
+
+_AIM_DAMPING = 0.01
+"""Share of the mean diagonal that is added to the diagonal of those inputs' Hessian."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +106,38 @@ class ExpertMath:
         if not len(own_TH):
             return encode_alone(self._encoding, weights, self._levels)
         inputs = {self._up: rows.own_TH, self._down: activated_TI}
-        regions = {}
+        regions: dict[str, dict[int, torch.Tensor]] = {}
         for name, input_TK in inputs.items():
             sample_SK = self._sample_for(name, weights, input_TK)
             hessian_KK = mixed_hessian(input_TK, rows.own_weights_T, sample_SK)
-            regions[name] = self._encoding.encode(weights[name], levels=self._levels, hessian_KK=hessian_KK)
+            aims = self._aims(weights, rows, activated_TI, regions) if name == self._down else None
+            regions[name] = self._encoding.encode(weights[name], levels=self._levels, hessian_KK=hessian_KK, aims=aims)
         judged_TH, wanted_TH = spread_rows(rows.own_TH, _JUDGED), spread_rows(own_TH, _JUDGED)
         errors = []
         for level in self._levels:
             found_TH = self._forward(self._at_level(weights, regions, level), judged_TH)
             errors.append(rounded(relative_error(wanted_TH, found_TH)))
         return EncodedExpert(regions, tuple(errors))
+
+    def _aims(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        rows: ExpertRows,
+        activated_TI: torch.Tensor,
+        regions: Mapping[str, Mapping[int, torch.Tensor]],
+    ) -> dict[int, torch.Tensor]:
+        """What down_proj aims at in each level: the original outputs from inputs that are the level's own.
+
+        Measured on the built-in model: 3% less divergence at 2 and 3 bits, and too little above to be worth it.
+        """
+        hidden_TH, wanted_TI = spread_rows(rows.own_TH, _AIMED), spread_rows(activated_TI, _AIMED)
+        weights_T = spread_rows(rows.own_weights_T, _AIMED)
+        aims = {}
+        for level in self._levels:
+            if level in _AIMED_LEVELS:
+                found_TI = self._activated(self._at_level(weights, regions, level), hidden_TH)
+                aims[level] = aim_of(weights[self._down], wanted_TI, found_TI, weights_T)
+        return aims
 
     def _sample_for(
         self, name: str, weights: Mapping[str, torch.Tensor], input_TK: torch.Tensor
@@ -138,10 +172,29 @@ class ExpertMath:
 def mixed_hessian(input_TK: torch.Tensor, weights_T: torch.Tensor, sample_SK: torch.Tensor | None) -> torch.Tensor:
     """Mean of w^2 x x^T over the expert's rows, with a share of the layer's mean where these rows are few."""
     scaled_TK = input_TK * weights_T.unsqueeze(1)
-    own_KK = scaled_TK.T @ scaled_TK / max(float(weights_T.square().sum()), 1e-30)
+    own_KK = gram(scaled_TK) / max(float(weights_T.square().sum()), 1e-30)
     if sample_SK is None:
         return own_KK
     rows, inputs = input_TK.shape
     share = 1.0 / (1.0 + rows / (_PRIOR * inputs))
-    layer_KK = sample_SK.T @ sample_SK / len(sample_SK)
+    layer_KK = gram(sample_SK) / len(sample_SK)
     return torch.lerp(own_KK, layer_KK, share)
+
+
+def aim_of(
+    weights_NK: torch.Tensor, wanted_TK: torch.Tensor, found_TK: torch.Tensor, weights_T: torch.Tensor
+) -> torch.Tensor:
+    """The matrix [N, K] that makes of the inputs `found_TK` most nearly what `weights_NK` makes of `wanted_TK`.
+
+    Least squares over rows that weigh w^2, damped towards `weights_NK`; few rows bring it only part of the way.
+    """
+    scaled_TK = found_TK * weights_T.unsqueeze(1)
+    hessian_KK = gram(scaled_TK).double()
+    missing_KK = ((wanted_TK - found_TK) * weights_T.unsqueeze(1)).T @ scaled_TK
+    mean = float(hessian_KK.diagonal().mean())
+    if mean <= 0.0:
+        return weights_NK
+    hessian_KK.diagonal().add_(mean * _AIM_DAMPING)
+    change_KN = torch.cholesky_solve((weights_NK @ missing_KK).T, torch.linalg.cholesky(hessian_KK).float())
+    rows, inputs = found_TK.shape
+    return weights_NK + change_KN.T * (rows / (rows + _AIM_PRIOR * inputs))

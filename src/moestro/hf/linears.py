@@ -35,6 +35,15 @@ def linear_names(skeleton: Skeleton) -> frozenset[str]:
     return frozenset(name for name in skeleton.dense if id(state[name]) in weights)
 
 
+def head_names(skeleton: Skeleton) -> frozenset[str]:
+    """The dense tensors that logits come of, an embedding that is tied to the head included."""
+    head = skeleton.model.get_output_embeddings()
+    if head is None:
+        return frozenset()
+    state = skeleton.model.state_dict(keep_vars=True)
+    return frozenset(name for name in skeleton.dense if state[name] is head.weight)
+
+
 def _beside_experts(model: nn.Module) -> Iterator[str]:
     """Linear maps inside the modules that hold experts, with as many outputs as there are experts."""
     modules = dict(model.named_modules())

@@ -5,12 +5,13 @@ Shapes: N rows (outputs), K columns (inputs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch.nn import functional
 
+from moestro.quant.codes import LEVELS
 from moestro.quant.groups import padded_columns, padded_rows
 
 PRIORITIES = {2: 1.0, 3: 2.0, 4: 10.0, 8: 50.0}
@@ -30,12 +31,18 @@ class Encoding(Protocol):
         ...
 
     def encode(
-        self, weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
+        self,
+        weights_NK: torch.Tensor,
+        *,
+        levels: tuple[int, ...],
+        hessian_KK: torch.Tensor | None = None,
+        aims: Mapping[int, torch.Tensor] | None = None,
     ) -> dict[int, torch.Tensor]:
         """The bytes of each plane up to the highest of `levels`, by level; good at each of `levels`.
 
         `hessian_KK` is the sum over calibration rows x of x x^T; without it weights are rounded for their own sake.
-        Weights are fp32 and finite.
+        With it, `aims` has matrices [N, K] that levels are to come near to instead of the weights. All are fp32 and
+        finite.
         """
         ...
 
@@ -49,3 +56,15 @@ def padded(weights_NK: torch.Tensor) -> torch.Tensor:
     rows, columns = weights_NK.shape
     extra = (0, padded_columns(columns) - columns, 0, padded_rows(rows) - rows)
     return functional.pad(weights_NK, extra) if any(extra) else weights_NK
+
+
+def offsets_of(
+    weights_NK: torch.Tensor, aims: Mapping[int, torch.Tensor] | None, unit: float, middle_NK: torch.Tensor
+) -> list[torch.Tensor]:
+    """What each of LEVELS aims at, as distances [N, K] from the middles of groups, in units.
+
+    Weights and middles are padded and in units, `aims` are neither.
+    """
+    of_weights_NK = weights_NK - middle_NK
+    aims = aims or {}
+    return [padded(aims[level]) / unit - middle_NK if level in aims else of_weights_NK for level in LEVELS]

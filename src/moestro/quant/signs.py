@@ -7,13 +7,13 @@ Shapes: N rows, K columns (both padded inside), G groups, g columns of a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from moestro.quant.codes import LEVELS, Codes
-from moestro.quant.encoding import PRIORITIES, padded
+from moestro.quant.encoding import PRIORITIES, offsets_of, padded
 from moestro.quant.grid import Grid, spread, unit_for
 from moestro.quant.groups import TILE, group_size, groups, padded_columns, padded_rows
 from moestro.quant.hessian import compensation, importance
@@ -49,14 +49,20 @@ class SignsEncoding:
         return codes + HEADER + 4 * tall * count if level == 2 else codes + tall // TILE * _scale_bytes(count)
 
     def encode(
-        self, weights_NK: torch.Tensor, *, levels: tuple[int, ...], hessian_KK: torch.Tensor | None = None
+        self,
+        weights_NK: torch.Tensor,
+        *,
+        levels: tuple[int, ...],
+        hessian_KK: torch.Tensor | None = None,
+        aims: Mapping[int, torch.Tensor] | None = None,
     ) -> dict[int, torch.Tensor]:
         group = group_size(weights_NK.shape[1])
         unit = unit_for(weights_NK)
         weights_NK = padded(weights_NK) / unit
         importance_K = importance(hessian_KK, weights_NK.shape[1])
         grid = fit_grid(weights_NK, importance_K, group, {2: 1.0})
-        offset_NK = weights_NK - spread(grid.real_middle_NG, group)
+        offsets = offsets_of(weights_NK, aims, unit, spread(grid.real_middle_NG, group))
+        offset_NK = offsets[-1]
         priorities = {level: PRIORITIES[level] for level in levels}
         how = compensation(hessian_KK, weights_NK.shape[1])
         scales_NG: tuple[torch.Tensor, ...] = (grid.scale_NG,) * 3
@@ -66,7 +72,7 @@ class SignsEncoding:
             if how is None or round_ < _ROUNDS:
                 codes = round_nearest(offset_NK, rule, group)
             else:
-                codes = round_compensated(offset_NK, rule, group, how)
+                codes = round_compensated(offsets, rule, group, how, sweeps=0)
             if round_ + 1 < 2 * _ROUNDS:
                 if round_ == 0:
                     grid = fit_steps(weights_NK, importance_K, codes, grid, group)

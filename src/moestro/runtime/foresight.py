@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moestro.config import RuntimeOptions
-from moestro.foresight import NETS_FILE, load_nets
+from moestro.foresight import NETS_FILE, load_nets, worth_their_bytes
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.memory.transfer import TransferEngine
@@ -36,12 +36,13 @@ class Chosen:
     prefetch: bool
 
     @staticmethod
-    def of(options: RuntimeOptions, store: Path) -> Chosen:
-        """What the options mean for a store: `auto` is the best that can be had."""
+    def of(options: RuntimeOptions, store: Path, *, expert_bytes: int) -> Chosen:
+        """What the options mean for a store whose experts take so many bytes: `auto` is the best that can be had."""
         policy, predictor = options.policy, options.predictor
         if predictor == "auto":
-            learned = LEARNED if (store / NETS_FILE).exists() else ""
-            predictor = learned or (ENSEMBLE if policy == VALUE else "")
+            nets = store / NETS_FILE
+            learned = nets.exists() and worth_their_bytes(nets.stat().st_size, expert_bytes)
+            predictor = LEARNED if learned else ENSEMBLE if policy == VALUE else ""
         if policy == "auto":
             policy = VALUE if predictor else _WITHOUT_PREDICTOR
         return Chosen(policy, predictor, options.prefetch == "on" and predictor != "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -81,16 +81,16 @@ def level_of(store: Store, asked: int) -> int:
 
 def shape_of_store(store: Store, skeleton: Skeleton, options: RuntimeOptions) -> ModelShape:
     """The sizes that a plan needs, from a store. Raises RequestError as `layouts_of`."""
-    level, experts = options.level, sum(layer.num_experts for layer in store.layers)
-    chosen = Chosen.of(options, store.path)
-    return ModelShape.of(
+    shape = ModelShape.of(
         skeleton,
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
-        layouts=layouts_of(store, level),
-        level=level_of(store, level),
-        foresight_bytes=foresight_bytes(chosen, store.path, experts=experts, sequences=options.max_sequences),
+        layouts=layouts_of(store, options.level),
+        level=level_of(store, options.level),
     )
+    chosen = Chosen.of(options, store.path, expert_bytes=shape.expert_bytes)
+    experts, sequences = sum(shape.experts), options.max_sequences
+    return replace(shape, foresight_bytes=foresight_bytes(chosen, store.path, experts=experts, sequences=sequences))
 
 
 def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> OpenModel:
@@ -132,7 +132,8 @@ def _assemble(
     options: RuntimeOptions,
     kernels: Kernels,
 ) -> OpenModel:
-    chosen, whole = Chosen.of(options, store.path), plan.arena_bytes >= plan.whole_arena_bytes
+    chosen = Chosen.of(options, store.path, expert_bytes=plan.expert_bytes)
+    whole = plan.arena_bytes >= plan.whole_arena_bytes
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
     foresight = None

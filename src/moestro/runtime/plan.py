@@ -71,14 +71,7 @@ class ModelShape:
 
     @classmethod
     def of(
-        cls,
-        skeleton: Skeleton,
-        *,
-        name: str,
-        dense_bytes: int,
-        layouts: Sequence[Layout],
-        level: int,
-        foresight_bytes: int = 0,
+        cls, skeleton: Skeleton, *, name: str, dense_bytes: int, layouts: Sequence[Layout], level: int
     ) -> ModelShape:
         """The shape of a model whose MoE layers have these layouts, which end at the plane of `level`."""
         return cls(
@@ -88,7 +81,6 @@ class ModelShape:
             experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
             level=level,
             packed=None if all(is_raw(layout) for layout in layouts) else _widths(skeleton),
-            foresight_bytes=foresight_bytes,
         )
 
     @property

@@ -37,6 +37,11 @@ class DataFree:
         del plan
         return 0
 
+    def dense_units(self, plan: PackPlan) -> frozenset[int]:
+        """None."""
+        del plan
+        return frozenset()
+
     def run(self, work: ExpertWork) -> Findings:
         """Write every expert that is missing."""
         for layer, expert, weights, encoded in in_order(self._jobs(work)):

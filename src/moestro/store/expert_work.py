@@ -16,12 +16,14 @@ from moestro.store.writer import EncodedExpert, UnitWriter
 
 @dataclass(frozen=True)
 class Findings:
-    """What an encoder learnt beside each expert's errors; fields as in `CalibrationFacts`."""
+    """What an encoder learnt beside each expert's errors; fields as in `CalibrationFacts`, and `files` that go into the
+    store as they are, by name."""
 
     tokens: int = 0
     sensitivity: tuple[float, ...] | None = None
     unrouted: tuple[tuple[int, int], ...] = ()
     warnings: tuple[str, ...] = ()
+    files: tuple[tuple[str, bytes], ...] = ()
 
 
 class ExpertEncoder(Protocol):
@@ -34,8 +36,11 @@ class ExpertEncoder(Protocol):
     def scratch_bytes(self, plan: PackPlan) -> int:
         """Bytes of files that it keeps while it runs."""
 
+    def dense_units(self, plan: PackPlan) -> frozenset[int]:
+        """The dense tensors that `run` writes, too; the others are written before it."""
+
     def run(self, work: ExpertWork) -> Findings:
-        """Write every expert of `work` that has not been written.
+        """Write every expert of `work` that has not been written, and every dense tensor of `dense_units`.
 
         Ends with the same bytes and findings wherever an earlier run was interrupted.
         """
@@ -59,6 +64,12 @@ class ExpertWork:
     def raw_dense(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every dense tensor by name, not quantised."""
         return self._writer.source.raw_dense()
+
+    def write_dense(self, unit: int, hessian_KK: torch.Tensor | None) -> None:
+        """Write a dense tensor unless it has been written, its codes found with this Hessian of its inputs."""
+        if unit not in self._writer.done:
+            self._writer.write_dense(unit, hessian_KK)
+            self._report(self.plan.unit_bytes(unit), "dense weights")
 
     def errors(self, layer: int, expert: int) -> tuple[float, ...] | None:
         """The errors of an expert that is on the disk for good, None for others."""

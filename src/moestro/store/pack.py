@@ -178,8 +178,9 @@ class _Packer:
         plan = self._plan
         with UnitWriter(self._partial, plan, self._checkpoint, sync_bytes=self._limits.sync_bytes) as writer:
             self._report(sum(plan.unit_bytes(unit) for unit in writer.done), "dense weights")
+            later = frozenset() if plan.options.is_raw else self._encoder.dense_units(plan)
             for unit in range(len(plan.dense_sources)):
-                if unit not in writer.done:
+                if unit not in writer.done and unit not in later:
                     writer.write_dense(unit)
                     self._report(plan.unit_bytes(unit), "dense weights")
             if plan.options.is_raw:
@@ -203,6 +204,8 @@ class _Packer:
 
     def _write_manifest(self, done: dict[int, UnitRecord], findings: Findings) -> None:
         assets = copy_assets(self._source, self._partial)
+        for name, data in findings.files:
+            write_durably(self._partial / name, data)
         manifest = _manifest(self._plan, done, assets, findings)
         for entry in assets:
             sync_file(self._partial / entry.name)

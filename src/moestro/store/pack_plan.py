@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moestro.config import RAW, PackOptions
-from moestro.hf.linears import linear_names
+from moestro.hf.linears import head_names, linear_names
 from moestro.hf.skeleton import Skeleton
 from moestro.store.calibration_facts import CalibrationText
 from moestro.store.casting import common_dtype, dense_dtype, fp32_names, parse_dtype
@@ -192,11 +192,14 @@ class _DenseChoice:
         self._kept = fp32_names(skeleton, target)
         self._flat = {count: name for name, count in FLAT_BITS.items()}.get(bits)
         self._linears = linear_names(skeleton) - self._kept if self._flat else frozenset()
+        # At 4 bits the head alone would lose more than all other linear maps and 4-bit experts together: divergence
+        # .0094, calibrated .0052, beside .0031, measured on the built-in model; a tied embedding about as much again.
+        self._fine = head_names(skeleton) if bits == 4 else frozenset()
 
     def spec(self, name: str, shape: tuple[int, ...], source: str) -> DenseSpec:
         """`source` is the type in the checkpoint."""
         if self._flat and name in self._linears and is_float(source):
-            return DenseSpec(name, self._flat, shape)
+            return DenseSpec(name, "flat8" if name in self._fine else self._flat, shape)
         kept = name in self._kept
         stored = dense_dtype(shape, source, self._target, forced=self._forced, keep_fp32=kept)
         return DenseSpec(name, stored, shape)

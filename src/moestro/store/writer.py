@@ -74,9 +74,9 @@ class UnitWriter:
         """The units that are on the disk for good."""
         return self._journal.done
 
-    def write_dense(self, unit: int) -> None:
-        """Write a dense tensor, from the checkpoint."""
-        value = self._write_dense(self._plan.dense_sources[unit], self._plan.dense.places[unit])
+    def write_dense(self, unit: int, hessian_KK: torch.Tensor | None = None) -> None:
+        """Write a dense tensor, from the checkpoint; `hessian_KK` is for `flat_encode`."""
+        value = self._write_dense(self._plan.dense_sources[unit], self._plan.dense.places[unit], hessian_KK)
         self._note(unit, UnitRecord((value,)))
 
     def write_raw(self, unit: int) -> None:
@@ -157,9 +157,9 @@ class UnitWriter:
         checksums = tuple(checksum(view[start:end]) for start, end in _bounds(job.layout.planes))
         self._note(unit, UnitRecord(checksums, errors))
 
-    def _write_dense(self, source: DenseSource, place: DensePlace) -> int:
+    def _write_dense(self, source: DenseSource, place: DensePlace, hessian_KK: torch.Tensor | None) -> int:
         if place.spec.dtype in FLAT_BITS:
-            return self._write_flat(source, place)
+            return self._write_flat(source, place, hessian_KK)
         running = RunningChecksum()
         offset = place.offset
         for values in self.source.dense_pieces(source, place.nbytes):
@@ -171,10 +171,10 @@ class UnitWriter:
             offset += len(data)
         return running.value
 
-    def _write_flat(self, source: DenseSource, place: DensePlace) -> int:
+    def _write_flat(self, source: DenseSource, place: DensePlace, hessian_KK: torch.Tensor | None) -> int:
         values = self.source.dense(source).float().contiguous()
         check_finite(values, source.name)
-        data = byte_view(flat_encode(values, FLAT_BITS[place.spec.dtype]))
+        data = byte_view(flat_encode(values, FLAT_BITS[place.spec.dtype], hessian_KK))
         assert len(data) == place.nbytes, (source.name, len(data), place.nbytes)
         write_all(self._dense_file, data, place.offset)
         return checksum(data)

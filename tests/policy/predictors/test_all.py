@@ -8,7 +8,7 @@ import pytest
 from moestro.errors import MoestroError
 from moestro.policy.knowledge import needs
 from moestro.policy.observation import RequestRows, Routing, Shape
-from moestro.policy.predictors import PREDICTORS, LooksAhead, Predictor, make_predictor
+from moestro.policy.predictors import PREDICTORS, Ensemble, LooksAhead, Predictor, make_predictor
 from routings import SHAPES, busy, random_pass, routing, show
 
 # Of routing and gates alone; what is made of trained nets is tested with them.
@@ -124,3 +124,9 @@ def test_unknown_names_and_knowledge_are_refused_by_name() -> None:
     with pytest.raises(MoestroError, match="twice"):
         make_predictor("recency+recency", shape)
     make_predictor("recency+popularity", shape, half_life=3.0)
+
+
+def test_the_default_ensemble_takes_more_members() -> None:
+    more = make_predictor("ensemble+gate", SHAPES[0])
+    assert isinstance(more, Ensemble)
+    assert [type(member).__name__ for member in more.members][-2:] == ["PreviousLayer", "Gate"]

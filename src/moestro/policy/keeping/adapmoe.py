@@ -2,8 +2,8 @@
 
 Source: Zhong et al., "AdapMoE: Adaptive Sensitivity-based Expert Gating and Management for Efficient MoE Inference",
 arXiv 2408.10284 and its code: slots per layer by dynamic programming over the layers' hits as a function of slots.
-There the hits follow from assumed independent uses; here they are counted: an LRU of c slots hits exactly the uses at
-a stack distance below c (Mattson et al., IBM Systems Journal 9(2), 1970).
+Here these hits are counted as the model runs: an LRU of c slots hits exactly the uses at a stack distance below c
+(Mattson et al., IBM Systems Journal 9(2), 1970).
 Shapes: L MoE layers, E experts per layer, B slots of the whole cache.
 """
 

@@ -9,8 +9,6 @@ Shapes: N rows, L MoE layers, E experts per layer, K experts per row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from moestro.errors import RequestError
@@ -38,6 +36,7 @@ class EdgeMoE(Keeper):
             )
         self._sensitivity_L = sensitivity_L
         self._lags = range(1, min(2, shape.layers - 1) + 1)
+        self._first_J1 = np.arange(2)[:, None] * shape.experts
         self._rates = Rates(shape)
         self._trail = Trail(shape)
         self._counts = Successors(2 * shape.layers, shape.experts)
@@ -72,12 +71,12 @@ class EdgeMoE(Keeper):
         target = layer + ahead
         prior_E = self._rates.of(target)
         lags = self._lags[ahead - 1 : target]
-        ids_RJK, weights_RJK = self._trail.last([target - lag for lag in lags])
+        ids_RJK, weights_RJK = self._trail.last(self._trail.sources(target, lags))
         if not weights_RJK.any():
             return prior_E
         places_RJK = ids_RJK + self._first(target, lags)
         return any_of(self._counts.mean(places_RJK.reshape(len(ids_RJK), -1), prior_E))
 
-    def _first(self, layer: int, lags: Sequence[int]) -> np.ndarray:
+    def _first(self, layer: int, lags: range) -> np.ndarray:
         """[J, 1] the place of expert 0 before, for pairs with `layer`."""
-        return np.array([(2 * layer + lag - 1) * self.shape.experts for lag in lags])[:, None]
+        return self._first_J1[lags.start - 1 : lags.stop - 1] + 2 * layer * self.shape.experts

@@ -4,8 +4,9 @@ Source: Tang et al., "HOBBIT: A Mixed Precision Expert Offloading System for Fas
 sequence-level expert caching: the victim has the least
     w1 R/T + w2 F/T + w3 H/T + w4 (1 - ((l_e - l + L) mod L) / L),
 R the time of the expert's last use, F its uses, H its uses at high precision, T the time now, l_e its layer, l the
-layer that runs. Records are those of the sequence (with several in flight: since there was none). The weights are not
-given there; the defaults are the best of a small grid on routing recorded from gpt-oss-20b.
+layer that runs. "Sequence-level" is taken to mean that records start anew with a sequence
+(with several in flight: when there was none); without that the policy comes close to LFU and loses to LRU. The weights
+are not given there; the defaults are among the best of a small grid on routing recorded from gpt-oss-20b.
 Shapes: L MoE layers, E experts per layer.
 """
 

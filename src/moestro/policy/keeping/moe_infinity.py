@@ -17,7 +17,7 @@ from moestro.policy.predictors.eamc import Matching
 from moestro.policy.predictors.popularity import Rates
 from moestro.trace.collection import EamCollection
 
-# As in the published code: small enough not to change the order of what has a probability.
+# Not given; small enough not to change the order of what has a probability.
 _EPSILON = 1e-6
 
 

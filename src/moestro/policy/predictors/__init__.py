@@ -30,16 +30,18 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
 """Each takes a Shape and keyword arguments."""
 
 DEFAULT_ENSEMBLE = "popularity+recency+previous-token+previous-layer"
-"""Needs nothing but routing. Adding `gate` and `learned`, where there are any, makes it better."""
+"""Needs nothing but routing. "ensemble+gate" and "ensemble+learned" add what is better where there is any."""
+_DEFAULT = DEFAULT_ENSEMBLE.split("+")
 
 
 def make_predictor(name: str, shape: Shape, **knowledge: object) -> Predictor:
-    """A fresh predictor of this name, its probabilities calibrated; "a+b" weighs several, "ensemble" the default ones.
+    """A fresh predictor of this name, its probabilities calibrated; "a+b" weighs several, "ensemble" stands
+    for the default ones.
 
     `knowledge` are keyword arguments; in an ensemble each member gets those that it takes. Raises RequestError (a
     ValueError) that lists the names there are, or what is taken or needed.
     """
-    names = (DEFAULT_ENSEMBLE if name == "ensemble" else name).split("+")
+    names = [each for part in name.split("+") for each in (_DEFAULT if part == "ensemble" else [part])]
     for each in names:
         if each not in PREDICTORS:
             known = ", ".join(sorted([*PREDICTORS, "ensemble"]))

@@ -66,7 +66,7 @@ def grown(array: np.ndarray, size: int) -> np.ndarray:
 _FIRST = np.zeros(1, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
     """Rows of a visit to learn from, and where each request stands after it.
 
@@ -84,21 +84,23 @@ class Rows:
 
 def rows_of(routing: Routing, flight: Flight) -> Rows:
     """All decoded rows, and the last few of each prompt; the same rows at every layer of a pass."""
-    if len(routing.experts_TK) == 1 and len(routing.requests) == 1:
+    # Numbers of places are made of ids, and would not fit into their type.
+    experts_TK = routing.experts_TK.astype(np.int64, copy=False)
+    if len(experts_TK) == 1 and len(routing.requests) == 1:
         only = routing.requests[0]
         places_1 = np.array([flight.place(only.request)])
-        return Rows(places_1, routing.experts_TK, routing.weights_TK, places_1, _FIRST, only.decode)
+        return Rows(places_1, experts_TK, routing.weights_TK, places_1, _FIRST, only.decode)
     requests = [rows for rows in routing.requests if rows.last > rows.first]
     places_R = np.array([flight.place(rows.request) for rows in requests], np.int64)
-    if len(requests) == len(routing.experts_TK):
+    if len(requests) == len(experts_TK):
         decode = all(rows.decode for rows in requests)
-        ids_NK, weights_NK = routing.experts_TK, routing.weights_TK
+        ids_NK, weights_NK = experts_TK, routing.weights_TK
         return Rows(places_R, ids_NK, weights_NK, places_R, np.arange(len(requests)), decode)
     counts_R = [rows.last - rows.first if rows.decode else min(LEARN_ROWS, rows.last - rows.first) for rows in requests]
     picked = [np.arange(rows.last - count, rows.last) for rows, count in zip(requests, counts_R, strict=True)]
     index_N = np.concatenate(picked) if picked else np.zeros(0, np.int64)
     last_R = np.cumsum(counts_R, dtype=np.int64) - 1
-    ids_NK, weights_NK = routing.experts_TK[index_N], routing.weights_TK[index_N]
+    ids_NK, weights_NK = experts_TK[index_N], routing.weights_TK[index_N]
     return Rows(np.repeat(places_R, counts_R), ids_NK, weights_NK, places_R, last_R, decode=False)
 
 

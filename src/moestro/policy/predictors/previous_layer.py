@@ -7,14 +7,12 @@ Shapes: R requests in flight, L MoE layers, E experts per layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from moestro.policy.observation import Routing, Shape
 from moestro.policy.predictors.flight import any_of, within
 from moestro.policy.predictors.popularity import Rates
-from moestro.policy.predictors.successors import Successors, chance_of, log_odds
+from moestro.policy.predictors.successors import Successors, chance_of
 from moestro.policy.predictors.trail import Trail
 
 
@@ -29,7 +27,8 @@ class PreviousLayer:
     def __init__(self, shape: Shape, *, reach: int = 4, trusts: tuple[float, ...] = (0.4, 0.25, 0.15)) -> None:
         self._shape = shape
         self._lags = range(1, min(reach, shape.layers - 1) + 1)
-        self._factors = [trust * shape.picks for trust in trusts]
+        self._factors_J1 = np.array([[trust * shape.picks] for trust in trusts], np.float32)
+        self._first_J1 = np.arange(len(self._lags))[:, None] * (shape.layers * shape.experts)
         self._rates = Rates(shape)
         self._trail = Trail(shape)
         self._counts = Successors(max(1, len(self._lags)) * shape.layers, shape.experts)
@@ -58,19 +57,16 @@ class PreviousLayer:
         """[E] float32."""
         prior_E = self._rates.of(layer)
         ahead = self._trail.ahead(layer)
-        odds_E = log_odds(prior_E)
-        lags = self._lags[ahead - 1 :][: len(self._factors)]
+        lags = self._lags[ahead - 1 :][: len(self._factors_J1)]
         if not lags:
             return within(any_of(np.repeat(prior_E[None], len(self._trail.flight.in_flight), 0)), horizon)
-        ids_RJK, weights_RJK = self._trail.last([(layer - lag) % self._shape.layers for lag in lags])
-        weights_RJK = weights_RJK * np.array(self._factors[: len(lags)], np.float32)[:, None]
-        places_RJK = ids_RJK + self._first(layer, lags)
+        ids_RJK, weights_RJK = self._trail.last(self._trail.sources(layer, lags))
+        weights_RJK = weights_RJK * self._factors_J1[: len(lags)]
+        before_RJK = ids_RJK + self._first(layer, lags)
         requests = len(ids_RJK)
-        evidence_RE = self._counts.evidence(
-            places_RJK.reshape(requests, -1), weights_RJK.reshape(requests, -1), prior_E
-        )
-        return within(any_of(chance_of(odds_E + evidence_RE)), horizon)
+        odds_RE = self._counts.log_odds(before_RJK.reshape(requests, -1), weights_RJK.reshape(requests, -1), prior_E)
+        return within(any_of(chance_of(odds_RE)), horizon)
 
-    def _first(self, layer: int, lags: Sequence[int]) -> np.ndarray:
+    def _first(self, layer: int, lags: range) -> np.ndarray:
         """[J, 1] the place of expert 0 before, for pairs with `layer`."""
-        return np.array([((lag - 1) * self._shape.layers + layer) * self._shape.experts for lag in lags])[:, None]
+        return self._first_J1[lags.start - 1 : lags.stop - 1] + layer * self._shape.experts

@@ -10,8 +10,11 @@ import numpy as np
 from moestro.policy.observation import Routing, Shape
 from moestro.policy.predictors.flight import Rows, any_of, within
 from moestro.policy.predictors.popularity import Rates
-from moestro.policy.predictors.successors import Successors, chance_of, log_odds
+from moestro.policy.predictors.successors import Successors, chance_of
 from moestro.policy.predictors.trail import Trail
+
+# The layer itself, in the pass before.
+_SAME = range(1)
 
 
 class PreviousToken:
@@ -45,14 +48,14 @@ class PreviousToken:
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
         prior_E = self._rates.of(layer)
-        ids_R1K, weights_R1K = self._trail.last((layer,))
+        ids_R1K, weights_R1K = self._trail.last(self._trail.sources(layer, _SAME))
         before_RK = ids_R1K[:, 0] + layer * self._experts
-        evidence_RE = self._counts.evidence(before_RK, self._factor * weights_R1K[:, 0], prior_E)
-        return within(any_of(chance_of(log_odds(prior_E) + evidence_RE)), horizon)
+        odds_RE = self._counts.log_odds(before_RK, self._factor * weights_R1K[:, 0], prior_E)
+        return within(any_of(chance_of(odds_RE)), horizon)
 
     def _learn(self, layer: int, rows: Rows) -> None:
         first = layer * self._experts
-        if known := self._trail.before(rows, layer, (0,)):
+        if known := self._trail.before(rows, layer, _SAME):
             self._counts.add(known[0][:, 0] + first, known[1])
         elif not rows.decode and len(rows.ids_NK) > 1:
             same_N = rows.places_N[1:] == rows.places_N[:-1]

@@ -9,6 +9,8 @@ import numpy as np
 
 # A row of counts is halved when it was counted so often: half the weight is on the last few thousand.
 _FORGET_AT = 4096.0
+# After so many additions it is looked which rows those are.
+_LOOK_EVERY = 512
 # Probabilities are kept so far from 0 and 1 where their log-odds are taken.
 _LEAST = 1e-5
 
@@ -35,6 +37,7 @@ class Successors:
         self._counts_ME = np.zeros((rows, experts), np.float32)
         self._total_M = np.zeros(rows, np.float32)
         self._number_P: np.ndarray | None = None
+        self._until_forget = _LOOK_EVERY
         if rows < pairs * experts:
             # Row 0 is that of all places without a row of their own, and stays empty.
             self._number_P = np.zeros(pairs * experts, np.int64)
@@ -57,11 +60,12 @@ class Successors:
             # Places that lost their row to another one of the same call counted here.
             self._counts_ME[0] = 0
             self._total_M[0] = 0
-        total_NJ = self._total_M[before_NJ]
-        if total_NJ.size and total_NJ.max() > _FORGET_AT:
-            full = np.unique(before_NJ[total_NJ > _FORGET_AT])
-            self._counts_ME[full] *= 0.5
-            self._total_M[full] *= 0.5
+        self._until_forget -= len(before_NJ)
+        if self._until_forget < 0:
+            self._until_forget = _LOOK_EVERY
+            full_M = self._total_M > _FORGET_AT
+            self._counts_ME[full_M] *= 0.5
+            self._total_M[full_M] *= 0.5
 
     def chances(self, before_NJ: np.ndarray, prior_E: np.ndarray, *, strength: float = 4.0) -> np.ndarray:
         """[N, J, E] P(used | place j of row n was used before); the prior counts as `strength` observations."""
@@ -80,16 +84,22 @@ class Successors:
         counted_NE = np.matmul(share_NJ[:, None, :], self._counts_ME[before_NJ])[:, 0]
         return np.asarray(counted_NE + (strength * share_NJ.sum(1))[:, None] * prior_E)
 
-    def evidence(self, before_NJ: np.ndarray, weights_NJ: np.ndarray, prior_E: np.ndarray) -> np.ndarray:
-        """[N, E] what the places before say, in log-odds above those of the prior: a weighted sum over them.
+    def log_odds(
+        self, before_NJ: np.ndarray, weights_NJ: np.ndarray, prior_E: np.ndarray, *, strength: float = 4.0
+    ) -> np.ndarray:
+        """[N, E] of use: those of the prior, and for each place before, by its weight, how much it lifts them.
 
-        The prior is below 1, and so what is made of it and the counts.
+        The prior is below 1, and so is what is made of it and the counts.
         """
-        odds_NJE = self.chances(before_NJ, prior_E)
-        odds_NJE /= 1 - odds_NJE
-        np.log(odds_NJE, out=odds_NJE)
-        sum_NE = np.matmul(weights_NJ[:, None, :], odds_NJE)[:, 0]
-        return np.asarray(sum_NE - weights_NJ.sum(1)[:, None] * np.log(prior_E / (1 - prior_E)))
+        if self._number_P is not None:
+            before_NJ = self._number_P[before_NJ]
+        used_NJE = self._counts_ME[before_NJ]
+        used_NJE += (strength * prior_E).astype(np.float32)
+        others_NJE = (self._total_M[before_NJ] + np.float32(strength))[:, :, None] - used_NJE
+        np.divide(used_NJE, others_NJE, out=used_NJE)
+        np.log(used_NJE, out=used_NJE)
+        said_NE = np.matmul(weights_NJ[:, None, :], used_NJE)[:, 0]
+        return np.asarray(said_NE + (1 - weights_NJ.sum(1))[:, None] * np.log(prior_E / (1 - prior_E)))
 
     def _numbers(self, before_NJ: np.ndarray) -> np.ndarray:
         assert self._number_P is not None

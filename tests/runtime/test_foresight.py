@@ -1,0 +1,151 @@
+"""Foresight at run time: it moves planes, never results; and the simulator, told the same, counts the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import FAMILIES, random_model
+from moestro.config import PackOptions, RuntimeOptions
+from moestro.errors import RequestError, TraceError
+from moestro.foresight import NETS_FILE, TrainingOptions, fit_store, net_file
+from moestro.memory.planes import CacheStats
+from moestro.policy.choice import make_choice, policy_names
+from moestro.policy.observation import Shape
+from moestro.runtime.foresight import Chosen
+from moestro.runtime.open import OpenModel
+from moestro.simulate.timed import Machine, TimedReplay
+from moestro.store.pack import pack
+from moestro.store.reader import Store
+from moestro.trace import Recorder, Trace
+from opening import Feed, logits_of, open_store
+from traces import random_trace
+
+PROMPT = [5, 17, 3, 99, 42, 8, 120, 64, 31, 77, 12, 150, 9, 9, 23, 58, 101, 6, 44, 71]
+OTHER = [9, 4, 77, 8, 8, 91, 33]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose predictor was trained on routing of its shape."""
+    folder = tmp_path_factory.mktemp("foresight")
+    random_model(FAMILIES["qwen3_moe"](), dtype=torch.bfloat16).save_pretrained(folder / "checkpoint")
+    store = pack(folder / "checkpoint", folder / "store", options=PackOptions(calibration=False))
+    most = max(layer.num_experts for layer in store.layers)
+    trace = random_trace(0, prompts=(0,), answers=(300,), layers=len(store.layers), experts=most)
+    fit_store(store.path, trace, TrainingOptions(epochs=1, width=4), progress=lambda _layers: None)
+    return store.path
+
+
+def _decode(opened: OpenModel, rows: int = 12) -> list[torch.Tensor]:
+    """Two requests: a prompt each, then tokens one by one, then only the second one goes on."""
+    feed = Feed(opened)
+    found = [*feed.step({7: PROMPT}).values(), *feed.step({8: OTHER}).values()]
+    for index in range(rows):
+        found += feed.step({7: [index + 3], 8: [2 * index + 5]}).values()
+    opened.runner.end_request(7)
+    for index in range(rows):
+        found += feed.step({8: [3 * index + 1]}).values()
+    opened.runner.end_request(8)
+    return found
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_no_policy_changes_a_bit(policy: str, folder: Path) -> None:
+    with open_store(folder, share=1.0) as opened:
+        whole = _decode(opened)
+    for prefetch in ("on", "off"):
+        options = {"policy": policy, "predictor": "learned", "prefetch": prefetch}
+        with open_store(folder, share=0.4, max_sequences=2, **options) as opened:
+            found = _decode(opened)
+            assert opened.chosen == Chosen(policy, "learned", prefetch == "on")
+            if prefetch == "off":
+                assert opened.runner.planes.stats.prefetches == 0
+        assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+def test_prefetches_are_made_and_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(folder, share=1.0) as opened:
+        whole = _decode(opened, rows=40)
+    # Prefetch whatever is absent and at all likely, as on a link that is idle for long.
+    monkeypatch.setattr("moestro.runtime.foresight.LayerForesight._read_seconds", lambda _self, _layer: 1e-7)
+    with open_store(folder, share=0.5, max_sequences=2, policy="value", predictor="ensemble") as opened:
+        found = _decode(opened, rows=40)
+        assert opened.runner.planes.stats.prefetches > 10
+    assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+def _recorded(folder: Path, policy: str) -> tuple[Trace, CacheStats, OpenModel]:
+    with open_store(folder, share=0.4, max_sequences=2, policy=policy, predictor="recency", prefetch="off") as opened:
+        recorder = opened.runner.recorder = Recorder(experts=_shape(folder).experts, keep=True)
+        feed = Feed(opened)
+        for request in (0, 1):
+            feed.step({request: PROMPT if request else OTHER})
+            for index in range(30):
+                feed.step({request: [(7 * index + 13 * request) % 150 + 3]})
+            opened.runner.end_request(request)
+        return recorder.trace(), opened.runner.planes.stats, opened
+
+
+def _shape(folder: Path) -> Shape:
+    store = Store.open(folder)
+    return Shape(len(store.layers), max(layer.num_experts for layer in store.layers), 2)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lrfu", "hobbit", "moe_infinity", "value"])
+def test_the_simulator_counts_what_the_runtime_counted(policy: str, folder: Path) -> None:
+    trace, stats, opened = _recorded(folder, policy)
+    layouts = [layer.layout for layer in opened.store.layers]
+    sizes = [[plane.nbytes for plane in layout.planes if plane.level <= opened.plan.level] for layout in layouts]
+    choice = make_choice(policy, "recency", _shape(folder), prefetch=False, nets=None)
+    foresight = choice.foresight(prefetch=False)
+    replayed = TimedReplay(
+        trace,
+        plane_bytes=sizes,
+        memory=opened.plan.arena_bytes,
+        machine=Machine(bytes_per_s=1e9),
+        policy=foresight.eviction,
+        foresight=foresight,
+    ).run()
+    for name in ("hits", "misses", "evictions", "bytes_read"):
+        assert getattr(replayed.stats, name) == getattr(stats, name), name
+    assert stats.misses > 20
+
+
+def test_auto_is_the_best_that_pays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(**options: str) -> Chosen:
+        return Chosen.of(RuntimeOptions(**options), folder, expert_bytes=size)
+
+    size = (folder / NETS_FILE).stat().st_size
+    assert chosen() == Chosen("lrfu", "", prefetch=False)
+    assert chosen(policy="value") == Chosen("value", "ensemble", prefetch=True)
+    assert chosen(predictor="recency", prefetch="off") == Chosen("value", "recency", prefetch=False)
+    monkeypatch.setattr(net_file, "MOST_OF_EXPERTS", 1.0)
+    assert chosen() == Chosen("value", "learned", prefetch=True)
+    assert chosen(policy="lru", prefetch="off") == Chosen("lru", "learned", prefetch=False)
+
+
+def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="prefetch is 'maybe', expected on or off"):
+        RuntimeOptions(prefetch="maybe")
+    with (
+        pytest.raises(TraceError, match="Train it again"),
+        open_store(_damaged(folder, tmp_path), share=0.4, policy="value", predictor="learned"),
+    ):
+        pass
+
+
+def _damaged(folder: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "store"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / NETS_FILE).write_bytes(b"damaged")
+    return copy
+
+
+def test_a_prompt_alone_is_no_error(folder: Path) -> None:
+    with open_store(folder, share=0.4, policy="value", predictor="learned") as opened:
+        assert logits_of(opened, PROMPT, chunk=3).isfinite().all()
