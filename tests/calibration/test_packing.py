@@ -318,7 +318,7 @@ def test_few_experts_and_one_layer_of_hessians_are_held(case: Case, monkeypatch:
     store = case.pack(dense_bits=4)
     layers = len(store.layers)
     assert len(born) == sum(layer.num_experts for layer in store.layers)
-    assert most <= workers.worker_count() + 2
+    assert most <= workers.worker_count() + 3
     flat = {name for name, tensor in store.dense.items() if tensor.dtype == "flat4"}
     assert [len(hessians) for hessians in taken] == [len(flat) // layers] * layers + [0]
 

@@ -63,6 +63,8 @@ OTHER = {
     "max_sequences": 3,
     "threads": 5,
     "policy": "other",
+    "predictor": "other",
+    "prefetch": "off",
     "auto_pack": False,
     "max_tokens": 11,
     "temperature": 0.25,

@@ -3,18 +3,18 @@
 All sequences go through the original model together (`stream.py`). When they have come to a layer of experts, each
 expert gets the rows that are routed to it: they make the Hessians that its matrices are rounded by, and tell how far
 its outputs are off at each level. Inside one expert, down_proj is fitted to what gate and up make of the rows at the
-same low level. The sequences go on with the original outputs, so that no layer learns to make up for
-another's errors. Copies of one short sequence, each with one layer at the lowest level, show what a layer's errors do
-to the final logits.
+same low level. The sequences go on with the original outputs, so that no layer learns to make up for another's errors.
+Copies of one short sequence, each with one layer at the lowest level, show what a layer's errors do to the final
+logits.
 
 Memory: the dense weights as they are, plus about
 
     4 R (6 H + 2 K) bytes of activations, R rows of all sequences of H values and K experts each, plus
-    (W + 2) x (16 P + 24 M^2 + 8 T (H + 3 I)) bytes of experts under way,
+    (W + 3) x (16 P + 24 M^2 + 8 T (H + 3 I)) bytes of experts under way,
 
 W workers, P parameters of an expert, M its widest input (H or its width I), T rows routed to it. Linear maps of 4 bits
-add the Hessians of a layer's. Dense layers run one
-sequence at a time, in which the longest decides. On disk: 4 R H bytes for each layer until the store is done.
+add the Hessians of a layer's. Dense layers run one sequence at a time, in which the longest decides. On disk: 4 R H
+bytes for each layer until the store is done.
 """
 
 from __future__ import annotations

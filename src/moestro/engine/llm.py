@@ -254,7 +254,7 @@ class LLM:
 
 def _check_before_packing(model: str, options: RuntimeOptions) -> None:
     """Packing can take long: what can be told from the config and the options is told before it."""
-    check_names(options.policy, options.predictor)
+    check_names(options.policy, options.predictor, more=("auto",))
     if not has_manifest(locate_shapes(model)):
         Subject.open(model).plan(options).require_fit()
 

@@ -73,11 +73,12 @@ def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None) -> Predi
     return make_predictor(name, shape, after=after, ahead=ahead)
 
 
-def check_names(policy: str, predictor: str) -> None:
-    """Raises RequestError, which lists the names there are, for one that does not exist; "auto" always does."""
-    if policy not in ("auto", *policy_names()):
-        raise RequestError(f"There is no policy {policy!r}; choose one of: auto, {', '.join(policy_names())}.")
-    for one in predictor.split("+"):
-        if predictor != "auto" and one not in (*PREDICTORS, ENSEMBLE):
-            known = ", ".join(sorted([*PREDICTORS, ENSEMBLE]))
-            raise RequestError(f"There is no predictor {one!r}; choose of: auto, {known}; or several, joined by +.")
+def check_names(policy: str, predictor: str, *, more: tuple[str, ...] = ()) -> None:
+    """Raises RequestError, which lists the names there are (and `more`), for one that does not exist."""
+    policies = [*more, *policy_names()]
+    if policy not in policies:
+        raise RequestError(f"There is no policy {policy!r}; choose one of: {', '.join(policies)}.")
+    known = [*more, *sorted([*PREDICTORS, ENSEMBLE])]
+    for one in [predictor] if predictor in more else predictor.split("+"):
+        if one not in known or (one in more and one != predictor):
+            raise RequestError(f"There is no predictor {one!r}; choose {', '.join(known)} or several, joined by +.")

@@ -14,7 +14,7 @@ from moestro.foresight import NETS_FILE, check_trace, load_nets, train
 from moestro.memory.budget import parse_bytes
 from moestro.memory.pages import PAGE, round_up
 from moestro.policy import LRU
-from moestro.policy.choice import Choice, make_choice, needs_nets
+from moestro.policy.choice import Choice, check_names, make_choice, needs_nets
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.net import Nets
 from moestro.simulate.fit import fit
@@ -58,7 +58,9 @@ def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lam
         RequestError: there is no such policy or predictor.
         BudgetError: a size cannot be parsed.
     """
+    check_names(options.policy, options.predictor)
     shape = Shape(trace.layers, trace.num_experts, trace.picks)
+    machine = _machine(options, shape)
     plane_bytes = _plane_bytes(options, trace)
     expert_bytes = [sum(layer) for layer in plane_bytes]
     memory = parse_bytes(options.memory) if options.memory else options.slots * sum(expert_bytes)
@@ -82,7 +84,6 @@ def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lam
     (lru,), (belady,) = replay.lru([slots]), replay.belady([slots])
     (judged_by,) = replay.run(policy, [slots])
     progress("time per token")
-    machine = _machine(options, shape)
     foresight = contender().foresight(prefetch=prefetch)
     replays = [
         TimedReplay(
