@@ -23,7 +23,7 @@ def plan_of(folder: Path, options: RuntimeOptions, memory_bytes: int = 1 << 40, 
     store = Store.open(folder)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     return make_plan(
-        shape_of_store(store, skeleton, options),
+        shape_of_store(store, skeleton, options.level),
         probe_for(skeleton, options, native=native),
         replace(options, memory=str(memory_bytes)),
         config=skeleton.config,

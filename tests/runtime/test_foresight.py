@@ -116,7 +116,7 @@ def test_the_simulator_counts_what_the_runtime_counted(policy: str, folder: Path
 
 def test_auto_is_the_best_that_pays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(**options: str) -> Chosen:
-        return Chosen.of(RuntimeOptions(**options), folder, expert_bytes=size)
+        return Chosen.of(RuntimeOptions(**options), nets_bytes=size, expert_bytes=size)
 
     size = (folder / NETS_FILE).stat().st_size
     assert chosen() == Chosen("lrfu", "", prefetch=False)

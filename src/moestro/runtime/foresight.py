@@ -17,7 +17,7 @@ from moestro.foresight import NETS_FILE, load_nets, worth_their_bytes
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.memory.transfer import TransferEngine
-from moestro.policy.choice import ENSEMBLE, LEARNED, VALUE, make_choice, needs_nets
+from moestro.policy.choice import ENSEMBLE, LEARNED, VALUE, check_names, make_choice, needs_nets
 from moestro.policy.foresight import Foresight
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.prefetch import SlackMeter
@@ -36,23 +36,32 @@ class Chosen:
     prefetch: bool
 
     @staticmethod
-    def of(options: RuntimeOptions, store: Path, *, expert_bytes: int) -> Chosen:
-        """What the options mean for a store whose experts take so many bytes: `auto` is the best that can be had."""
+    def of(options: RuntimeOptions, *, nets_bytes: int, expert_bytes: int) -> Chosen:
+        """What the options mean for a store whose nets (0: it has none) and experts take so many bytes.
+
+        `auto` is the best that can be had. Raises RequestError for names that do not exist.
+        """
+        check_names(options.policy, options.predictor, more=("auto",))
         policy, predictor = options.policy, options.predictor
         if predictor == "auto":
-            nets = store / NETS_FILE
-            learned = nets.exists() and worth_their_bytes(nets.stat().st_size, expert_bytes)
+            learned = nets_bytes > 0 and worth_their_bytes(nets_bytes, expert_bytes)
             predictor = LEARNED if learned else ENSEMBLE if policy == VALUE else ""
         if policy == "auto":
             policy = VALUE if predictor else _WITHOUT_PREDICTOR
         return Chosen(policy, predictor, options.prefetch == "on" and predictor != "")
 
 
-def foresight_bytes(chosen: Chosen, store: Path, *, experts: int, sequences: int) -> int:
+def stored_nets_bytes(store: Path) -> int:
+    """Size of the learned predictor in a store, 0 where there is none."""
+    nets = store / NETS_FILE
+    return nets.stat().st_size if nets.exists() else 0
+
+
+def foresight_bytes(options: RuntimeOptions, *, nets_bytes: int, expert_bytes: int, experts: int) -> int:
     """Bytes that the policy of a model of so many experts takes: nets, and what it keeps of requests in flight."""
+    chosen = Chosen.of(options, nets_bytes=nets_bytes, expert_bytes=expert_bytes)
     learned = needs_nets(chosen.policy, chosen.predictor, prefetch=chosen.prefetch)
-    nets = (store / NETS_FILE).stat().st_size if learned else 0
-    return nets + _PER_EXPERT * experts * (1 + sequences)
+    return (nets_bytes if learned else 0) + _PER_EXPERT * experts * (1 + options.max_sequences)
 
 
 def make_foresight(chosen: Chosen, store: Path, shape: Shape) -> Foresight:

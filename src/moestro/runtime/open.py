@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -24,7 +24,7 @@ from moestro.policy.observation import Shape
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.experts import open_experts
-from moestro.runtime.foresight import Chosen, LayerForesight, foresight_bytes, make_foresight
+from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, stored_nets_bytes
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.native import Blueprint, NativeForward, describe
@@ -79,18 +79,16 @@ def level_of(store: Store, asked: int) -> int:
     return resolve_level(asked, exact=manifest.exact_level, promised=manifest.levels, name=str(store.path))
 
 
-def shape_of_store(store: Store, skeleton: Skeleton, options: RuntimeOptions) -> ModelShape:
+def shape_of_store(store: Store, skeleton: Skeleton, level: int) -> ModelShape:
     """The sizes that a plan needs, from a store. Raises RequestError as `layouts_of`."""
-    shape = ModelShape.of(
+    return ModelShape.of(
         skeleton,
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
-        layouts=layouts_of(store, options.level),
-        level=level_of(store, options.level),
+        nets_bytes=stored_nets_bytes(store.path),
+        layouts=layouts_of(store, level),
+        level=level_of(store, level),
     )
-    chosen = Chosen.of(options, store.path, expert_bytes=shape.expert_bytes)
-    experts, sequences = sum(shape.experts), options.max_sequences
-    return replace(shape, foresight_bytes=foresight_bytes(chosen, store.path, experts=experts, sequences=sequences))
 
 
 def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> OpenModel:
@@ -111,7 +109,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
     kernels = make_kernels("auto", threads=compute_threads(options))
     return_large_blocks()
     floor = measure_floor(kernels)
-    shape = shape_of_store(store, skeleton, options)
+    shape = shape_of_store(store, skeleton, options.level)
     plan = make_plan(shape, probed, options, config=skeleton.config, floor_bytes=floor)
     plan.require_fit()
     if floor + plan.memory_bytes > machine_bytes():
@@ -132,7 +130,7 @@ def _assemble(
     options: RuntimeOptions,
     kernels: Kernels,
 ) -> OpenModel:
-    chosen = Chosen.of(options, store.path, expert_bytes=plan.expert_bytes)
+    chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
     whole = plan.arena_bytes >= plan.whole_arena_bytes
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.

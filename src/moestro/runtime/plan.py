@@ -21,6 +21,7 @@ from moestro.memory.arena import extent_bytes_for, least_bytes_for
 from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
 from moestro.runtime.expert_spec import is_raw
+from moestro.runtime.foresight import foresight_bytes
 from moestro.runtime.kv import block_bytes, blocks_for
 from moestro.runtime.native import describe
 from moestro.runtime.probe import Probe, probe
@@ -58,7 +59,7 @@ class ModelShape:
 
     `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level. `packed` are the inputs of
     the widest up projection, down projection and dense matrix where weights are quantised (None where they are not).
-    `foresight_bytes` are those of the predictor and policy.
+    `nets_bytes` are those of the learned predictor that comes with it, used or not.
     """
 
     name: str
@@ -67,11 +68,11 @@ class ModelShape:
     experts: tuple[int, ...]
     level: int
     packed: tuple[int, int, int] | None = None
-    foresight_bytes: int = 0
+    nets_bytes: int = 0
 
     @classmethod
     def of(
-        cls, skeleton: Skeleton, *, name: str, dense_bytes: int, layouts: Sequence[Layout], level: int
+        cls, skeleton: Skeleton, *, name: str, dense_bytes: int, nets_bytes: int, layouts: Sequence[Layout], level: int
     ) -> ModelShape:
         """The shape of a model whose MoE layers have these layouts, which end at the plane of `level`."""
         return cls(
@@ -81,6 +82,7 @@ class ModelShape:
             experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
             level=level,
             packed=None if all(is_raw(layout) for layout in layouts) else _widths(skeleton),
+            nets_bytes=nets_bytes,
         )
 
     @property
@@ -214,7 +216,7 @@ def make_plan(
     kv_blocks = blocks_for(context) * options.max_sequences
     kv_bytes = kv_blocks * block_bytes(probed.kv_layers)
     activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
-    staging_bytes = _staging_bytes(shape, probed, options, config, context) + shape.foresight_bytes
+    staging_bytes = _staging_bytes(shape, probed, options, config, context)
     fixed = shape.dense_bytes + kv_bytes + activation_bytes + staging_bytes
     extent = extent_bytes_for(shape.plane_sizes)
     whole = _whole_arena(shape, extent)
@@ -259,7 +261,9 @@ def _staging_bytes(
     gathered = any(layer.gathered for layer in probed.kv_layers)
     history = _HISTORY_BYTES * context * options.max_sequences if gathered else 0
     sampling = _SAMPLING_BYTES * int(config.vocab_size)
-    return _STAGING_BYTES + scratch + history + sampling + _SLOT_BYTES * sum(shape.experts)
+    experts = sum(shape.experts)
+    foresight = foresight_bytes(options, nets_bytes=shape.nets_bytes, expert_bytes=shape.expert_bytes, experts=experts)
+    return _STAGING_BYTES + scratch + history + sampling + foresight + _SLOT_BYTES * experts
 
 
 def _packed_scratch(shape: ModelShape, probed: Probe) -> dict[str, int]:

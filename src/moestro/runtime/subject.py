@@ -11,8 +11,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from moestro.config import RuntimeOptions
+from moestro.foresight.train import nets_bytes
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load_config
 from moestro.kernels import make_kernels
+from moestro.policy.observation import Shape
+from moestro.runtime.foresight import stored_nets_bytes
 from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.open import measure_floor
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
@@ -40,6 +43,7 @@ class Subject:
     exact_level: int
     dense_bytes: int
     dense_bits: int
+    nets_bytes: int
 
     @classmethod
     def open(cls, model: str) -> Subject:
@@ -54,6 +58,7 @@ class Subject:
             self.skeleton,
             name=self.path.name,
             dense_bytes=self.dense_bytes,
+            nets_bytes=self.nets_bytes,
             layouts=[cut(layout, chosen) for layout in self.layouts],
             level=chosen,
         )
@@ -79,7 +84,7 @@ class Subject:
     @property
     def experts_per_token(self) -> tuple[int, ...]:
         """How many experts each MoE layer runs for a token."""
-        return probe(self.skeleton, rows=2, history=2, logit_rows=1).experts_per_token
+        return _experts_per_token(self.skeleton)
 
     def files(self) -> Iterator[tuple[str, int]]:
         """The names and sizes of the files in the folder."""
@@ -113,6 +118,7 @@ class Subject:
             exact_level=store.manifest.exact_level,
             dense_bytes=store.dense_file.stat().st_size,
             dense_bits=store.manifest.dense_bits,
+            nets_bytes=stored_nets_bytes(store.path),
         )
 
     @classmethod
@@ -131,7 +137,18 @@ class Subject:
             exact_level=levels[-1] if AUTOMATIC.is_raw else AUTOMATIC.exact_level,
             dense_bytes=planned_dense_bytes(skeleton, dtype, AUTOMATIC),
             dense_bits=16 if AUTOMATIC.is_raw else AUTOMATIC.dense_bits,
+            nets_bytes=_planned_nets_bytes(skeleton) if AUTOMATIC.calibration else 0,
         )
+
+
+def _experts_per_token(skeleton: Skeleton) -> tuple[int, ...]:
+    return probe(skeleton, rows=2, history=2, logit_rows=1).experts_per_token
+
+
+def _planned_nets_bytes(skeleton: Skeleton) -> int:
+    """Of the predictor that packing trains, if it turns out to be worth its bytes."""
+    layers = skeleton.expert_layers
+    return nets_bytes(Shape(len(layers), max(one.num_experts for one in layers), max(_experts_per_token(skeleton))))
 
 
 def _checkpoint_dtype(config: PreTrainedConfig) -> str:
