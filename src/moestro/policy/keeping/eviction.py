@@ -117,9 +117,8 @@ class WorthEviction:
 
 
 def least(worth: np.ndarray, wanted: int) -> np.ndarray:
-    """Places of the least values, so many of them, in ascending order; of equals the first."""
+    """Places of the least values, at least so many, in ascending order; of equals the first."""
     if wanted >= len(worth):
         return np.argsort(worth, kind="stable")
-    places = np.argpartition(worth, wanted - 1)[:wanted]
-    places.sort()
+    places = np.flatnonzero(worth <= np.partition(worth, wanted - 1)[wanted - 1])
     return np.asarray(places[np.argsort(worth[places], kind="stable")])
