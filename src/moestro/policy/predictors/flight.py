@@ -5,6 +5,7 @@ Shapes: S places, R requests, N rows looked at, K experts per row, E experts per
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,11 +105,11 @@ def rows_of(routing: Routing, flight: Flight) -> Rows:
     return Rows(np.repeat(places_R, counts_R), ids_NK, weights_NK, places_R, last_R, decode=False)
 
 
-def any_of(chance_RE: np.ndarray) -> np.ndarray:
-    """[E] that at least one of R requests uses it, each on its own."""
+def any_of(chance_RE: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """[E], or whatever shape follows R: that at least one of R requests uses it, each on its own."""
     if len(chance_RE) == 1:
         return np.asarray(chance_RE[0])
-    return np.asarray(1 - np.prod(1 - chance_RE, axis=0))
+    return np.asarray(1 - np.prod(1 - np.asarray(chance_RE), axis=0))
 
 
 def within(chance_E: np.ndarray, horizon: int) -> np.ndarray:
