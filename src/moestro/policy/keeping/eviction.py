@@ -1,6 +1,6 @@
 """From the worth of experts to the planes that leave: a `KeepPolicy` as the `EvictionPolicy` of a plane cache.
 
-Shapes: L MoE layers, E experts per layer.
+Shapes: L MoE layers, E experts per layer, X = L x E.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from moestro.policy.observation import Routing, Shape
 _AT_ONCE = 32
 """Candidates that are put in order together: a layer of one row rarely needs more."""
 
+_SPARE, _MOST = 4, 16
+"""So many times the candidates wanted lie below a new limit; and more than so many times as many ask for a new one."""
+
 
 class WorthEviction:
     """Of the experts held, the one of least worth gives its planes, the top one first.
@@ -29,6 +32,11 @@ class WorthEviction:
         self._policy = policy
         self._experts = shape.experts
         self._held_X = np.zeros(shape.layers * shape.experts, dtype=np.int64)  # a bit for each plane
+        self._held = 0
+        self._bar_X = np.full(shape.layers * shape.experts, np.inf)  # 0 for experts held
+        self._barred_X = np.empty_like(self._bar_X)
+        # Worths change little from layer to layer: what was low stays low, and all need not be put in order again.
+        self._limit = -np.inf
         self._layer = 0
         self._candidates: list[int] = []
 
@@ -55,6 +63,8 @@ class WorthEviction:
         layer, expert, plane = key
         index = layer * self._experts + expert
         if not self._held_X[index]:
+            self._held += 1
+            self._bar_X[index] = 0
             self._policy.loaded(layer, expert)
         self._held_X[index] |= 1 << plane
 
@@ -66,6 +76,8 @@ class WorthEviction:
         index = layer * self._experts + expert
         self._held_X[index] &= ~(1 << plane)
         if not self._held_X[index]:
+            self._held -= 1
+            self._bar_X[index] = np.inf
             self._policy.evicted(layer, expert)
 
     def victim(self, _need: Need, evictable: Evictable) -> PlaneKey | None:
@@ -74,20 +86,23 @@ class WorthEviction:
         while key is None:
             self._candidates = self._in_order(wanted)
             key = self._first(self._candidates, evictable)
-            if wanted >= np.count_nonzero(self._held_X):
+            if wanted >= self._held:
                 break
             wanted *= 8
         return key
 
     def _in_order(self, wanted: int) -> list[int]:
-        """So many of the experts held, by rising worth; the lowest number first among equals."""
-        held = np.flatnonzero(self._held_X)
-        worth = self._policy.worth(self._layer).reshape(-1)[held]
-        if wanted < len(held):
-            least = np.argpartition(worth, wanted - 1)[:wanted]
-            least.sort()
-            held, worth = held[least], worth[least]
-        order: list[int] = held[np.argsort(worth, kind="stable")].tolist()
+        """At least so many of the experts held, by rising worth; the lowest number first among equals."""
+        wanted = min(wanted, self._held)
+        if not wanted:
+            return []
+        worth_X = np.add(self._policy.worth(self._layer).reshape(-1), self._bar_X, out=self._barred_X)
+        low = np.flatnonzero(worth_X <= self._limit)
+        if not wanted <= len(low) <= _MOST * wanted:
+            rank = min(_SPARE * wanted, self._held) - 1
+            self._limit = float(np.partition(worth_X, rank)[rank])
+            low = np.flatnonzero(worth_X <= self._limit)
+        order: list[int] = low[np.argsort(worth_X[low], kind="stable")].tolist()
         return order
 
     def _first(self, candidates: list[int], evictable: Evictable) -> PlaneKey | None:
