@@ -1,6 +1,6 @@
 """Requests in flight: a place for each in arrays of state, and one forecast from those of all.
 
-Shapes: S places, R requests, N rows looked at, K experts per row, E experts per layer.
+Shapes: S places, R requests, N rows looked at, K experts per row, E experts per layer, H horizons.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moestro.policy.observation import Routing
+from moestro.policy.predictors.net import HORIZONS
 
 # The state of a request that has not begun: what is forecast when none is in flight.
 NOBODY = 0
+_HORIZONS_H1 = np.array(HORIZONS, np.float32)[:, None]
 # Of a prompt's chunk so many rows, the last ones, are learnt from: bounds the work of a visit.
 LEARN_ROWS = 16
 
@@ -46,6 +48,11 @@ class Flight:
 
     def place(self, request: int) -> int:
         return self._place_of[request]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no request is in flight."""
+        return not self._place_of
 
     @property
     def in_flight(self) -> np.ndarray:
@@ -118,3 +125,9 @@ def within(chance_E: np.ndarray, horizon: int) -> np.ndarray:
     if horizon > 1:
         chance_E = 1 - (1 - chance_E) ** horizon
     return np.asarray(np.minimum(np.maximum(chance_E, 0), 1), np.float32)
+
+
+def within_each(chance_E: np.ndarray) -> np.ndarray:
+    """[H, E] `within` each of `HORIZONS`."""
+    unused_E = 1 - np.minimum(np.maximum(chance_E, 0), 1).astype(np.float32)
+    return np.asarray(1 - unused_E**_HORIZONS_H1)

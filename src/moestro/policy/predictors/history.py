@@ -26,8 +26,11 @@ _BLOCK = 64
 
 
 class History:
-    """One request's (S of the features are the averages that last longer than a visit). `own_LFE`: decayed averages of use (the slow ones times 4, so that all have a like spread),
-    1 / (1 + visits since the last use / 4), and the router weights of the latest visit, normalised."""
+    """One request's. `own_LFE`: decayed averages of use (the slow ones times 4, so that all have a like spread),
+    1 / (1 + visits since the last use / 4), and the router weights of the latest visit, normalised.
+
+    S of the features are averages that last longer than a visit.
+    """
 
     def __init__(self, shape: Shape) -> None:
         self.own_LFE = np.zeros((shape.layers, OWN, shape.experts), dtype=np.float32)

@@ -1,8 +1,8 @@
 """Small nets, one per layer, from a request's history to probabilities of use within several horizons.
 
 After ProMoE's predictor of two linear layers (arXiv 2410.22134), with inputs from routing alone: no hidden states. An
-expert's own history also goes to its outputs directly: logits = relu(inputs @ inner + inner_bias) @ outer + sum over F of
-own x the expert's own features (the first F x E inputs) + bias. `folded` computes them.
+expert's own history also goes to its outputs directly: logits = relu(inputs @ inner + inner_bias) @ outer + sum over F
+of own x the expert's own features (the first F x E inputs) + bias. `folded` computes them.
 
 Shapes: L MoE layers, E experts, F own features, D inputs, W width, H horizons.
 """

@@ -12,7 +12,7 @@ import numpy as np
 from moestro.policy.observation import Routing, Shape
 from moestro.policy.predictors.flight import any_of, within
 from moestro.policy.predictors.popularity import Rates
-from moestro.policy.predictors.successors import Successors, chance_of
+from moestro.policy.predictors.successors import Successors, chance_of, log_odds, odds_of_any
 from moestro.policy.predictors.trail import Trail
 
 
@@ -55,17 +55,21 @@ class PreviousLayer:
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
+        return within(chance_of(self.odds(layer)), horizon)
+
+    def odds(self, layer: int, /) -> np.ndarray:
+        """[E] log-odds that the next visit uses an expert."""
         prior_E = self._rates.of(layer)
         ahead = self._trail.ahead(layer)
         lags = self._lags[ahead - 1 :][: len(self._factors_J1)]
         if not lags:
-            return within(any_of(np.repeat(prior_E[None], len(self._trail.flight.in_flight), 0)), horizon)
+            return log_odds(any_of(np.repeat(prior_E[None], len(self._trail.flight.in_flight), 0)))
         ids_RJK, weights_RJK = self._trail.last(self._trail.sources(layer, lags))
         weights_RJK = weights_RJK * self._factors_J1[: len(lags)]
         before_RJK = ids_RJK + self._first(layer, lags)
         requests = len(ids_RJK)
-        odds_RE = self._counts.log_odds(before_RJK.reshape(requests, -1), weights_RJK.reshape(requests, -1), prior_E)
-        return within(any_of(chance_of(odds_RE)), horizon)
+        weights_RX, before_RX = weights_RJK.reshape(requests, -1), before_RJK.reshape(requests, -1)
+        return odds_of_any(self._counts.log_odds(before_RX, weights_RX, prior_E))
 
     def _first(self, layer: int, lags: range) -> np.ndarray:
         """[J, 1] the place of expert 0 before, for pairs with `layer`."""

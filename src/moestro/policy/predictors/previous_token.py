@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from moestro.policy.observation import Routing, Shape
-from moestro.policy.predictors.flight import Rows, any_of, within
+from moestro.policy.predictors.flight import Rows, within
 from moestro.policy.predictors.popularity import Rates
-from moestro.policy.predictors.successors import Successors, chance_of
+from moestro.policy.predictors.successors import Successors, chance_of, odds_of_any
 from moestro.policy.predictors.trail import Trail
 
 # The layer itself, in the pass before.
@@ -47,11 +47,14 @@ class PreviousToken:
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
+        return within(chance_of(self.odds(layer)), horizon)
+
+    def odds(self, layer: int, /) -> np.ndarray:
+        """[E] log-odds that the next visit uses an expert."""
         prior_E = self._rates.of(layer)
         ids_R1K, weights_R1K = self._trail.last(self._trail.sources(layer, _SAME))
         before_RK = ids_R1K[:, 0] + layer * self._experts
-        odds_RE = self._counts.log_odds(before_RK, self._factor * weights_R1K[:, 0], prior_E)
-        return within(any_of(chance_of(odds_RE)), horizon)
+        return odds_of_any(self._counts.log_odds(before_RK, self._factor * weights_R1K[:, 0], prior_E))
 
     def _learn(self, layer: int, rows: Rows) -> None:
         first = layer * self._experts
