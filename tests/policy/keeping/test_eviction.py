@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,23 +10,10 @@ from moestro.keys import PlaneKey
 from moestro.policy import Need
 from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.observation import RequestRows, Routing, Shape
+from routings import Free
 
 SHAPE = Shape(5, 20, 2)
 NEED = Need((9, 9, 9), 4096, urgent=True)
-
-
-class Free:
-    def __init__(self, keys: set[PlaneKey]) -> None:
-        self.keys = keys
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys
-
-    def __iter__(self) -> Iterator[PlaneKey]:
-        return iter(self.keys)
-
-    def nbytes(self, _key: PlaneKey) -> int:
-        return 4096
 
 
 class Fixed:
@@ -81,7 +66,7 @@ def test_the_least_worth_that_may_leave_does(seed: int) -> None:
         eviction.observe(routing())
         for _ in range(int(random.integers(1, 12))):
             free = {key for key in held if random.random() < 0.7}
-            key = eviction.victim(NEED, Free(free))
+            key = eviction.victim(NEED, Free(*free))
             if not free:
                 assert key is None
                 break
@@ -110,7 +95,7 @@ def test_where_planes_have_gains_the_plane_of_least_worth_leaves(seed: int) -> N
     eviction.observe(routing())
     left = []
     while held:
-        victim = eviction.victim(NEED, Free(set(held)))
+        victim = eviction.victim(NEED, Free(*held))
         assert victim is not None
         left.append(victim)
         held.remove(victim)
