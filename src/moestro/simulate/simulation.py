@@ -68,7 +68,7 @@ def simulate(
     """
     check_names(options.policy, options.predictor)
     shape = Shape(trace.layers, trace.num_experts, trace.picks)
-    machine = _machine(options, shape)
+    machine = machine_of(options, shape)
     plane_bytes = _plane_bytes(options, trace)
     expert_bytes = [sum(layer) for layer in plane_bytes]
     sizes = _sizes(options, sum(expert_bytes), shape)
@@ -174,7 +174,8 @@ def _nets(
     return train(fitted_to, progress=lambda layers: progress(f"training, layer {layers} of {shape.layers}"))
 
 
-def _machine(options: SimulateOptions, shape: Shape) -> Machine:
+def machine_of(options: SimulateOptions, shape: Shape) -> Machine:
+    """How long things take, as the options say."""
     return Machine(
         bytes_per_s=parse_bytes(options.disk_bw),
         latency_s=_LATENCY_S,
@@ -187,7 +188,7 @@ def _machine(options: SimulateOptions, shape: Shape) -> Machine:
 def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
     """Of each layer, the sizes of an expert's planes."""
     if not options.store:
-        return [[_expert_bytes(options.model_shape)]] * trace.layers
+        return [[expert_bytes_of(options.model_shape)]] * trace.layers
     from moestro.runtime.open import layouts_of
     from moestro.store.reader import Store
 
@@ -196,7 +197,7 @@ def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
     return [[plane.nbytes for plane in layout.planes] for layout in layouts_of(store, 0)]
 
 
-def _expert_bytes(model_shape: str) -> int:
+def expert_bytes_of(model_shape: str) -> int:
     """Of three matrices, hidden width x expert width x bits, with 16-bit scale and offset for groups of 128."""
     parts = model_shape.lower().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):

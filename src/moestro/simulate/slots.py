@@ -11,7 +11,7 @@ K experts per row, S cache sizes, V layers of caches that hold too much.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,11 +28,12 @@ _ONE_BY_ONE = 8
 
 @dataclass(frozen=True)
 class SlotResult:
-    """`hits` of `accesses` with `slots` experts of each layer resident."""
+    """`hits` of `accesses` with `slots` experts of each layer resident; `hits_P` those of each pass."""
 
     slots: int
     hits: int
     accesses: int
+    hits_P: np.ndarray = field(compare=False, repr=False)
 
     @property
     def hit_rate(self) -> float:
@@ -60,6 +61,10 @@ class SlotReplay:
         """Those of a policy, which is told what it would be told at run time; `gates` is told the trace's lookahead."""
         return self._run(self._worths(policy, gates), slots)
 
+    def accesses(self) -> np.ndarray:
+        """[P] how many experts each pass uses."""
+        return np.array([len(used_U) for used_U in self._used_PU])
+
     @property
     def _experts(self) -> int:
         return self._trace.layers * self._trace.num_experts
@@ -84,10 +89,10 @@ class SlotReplay:
         resident_SX = np.zeros((len(slots), self._experts), dtype=bool)
         held_SL = np.zeros((len(slots), layers), dtype=np.int64)
         slots_S1 = np.array(slots)[:, None]
-        hits_S = np.zeros(len(slots), dtype=np.int64)
-        for used_U, worth_X in zip(self._used_PU, worths, strict=True):
+        hits_SP = np.zeros((len(slots), len(self._used_PU)), dtype=np.int64)
+        for index, (used_U, worth_X) in enumerate(zip(self._used_PU, worths, strict=True)):
             hit_SU = resident_SX[:, used_U]
-            hits_S += np.count_nonzero(hit_SU, axis=1)
+            hits_SP[:, index] = np.count_nonzero(hit_SU, axis=1)
             resident_SX[:, used_U] = True
             cache_M, missed_M = np.nonzero(~hit_SU)
             np.add.at(held_SL, (cache_M, used_U[missed_M] // experts), 1)
@@ -95,7 +100,9 @@ class SlotReplay:
                 resident_SLE = resident_SX.reshape(len(slots), layers, experts)
                 _shrink(resident_SLE, held_SL, slots_S1, _kept_first(worth_X, used_U).reshape(layers, experts))
         accesses = sum(map(len, self._used_PU))
-        return [SlotResult(size, int(hits), accesses) for size, hits in zip(slots, hits_S, strict=True)]
+        return [
+            SlotResult(size, int(hits_P.sum()), accesses, hits_P) for size, hits_P in zip(slots, hits_SP, strict=True)
+        ]
 
 
 def _kept_first(worth_X: np.ndarray, used_U: np.ndarray) -> np.ndarray:
