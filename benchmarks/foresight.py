@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from judging import COLOURS, Case, case_of, new_figure, parser_of, tidy
+from judging import COLOURS, Case, case_of, new_figure, parser_of, save_figure, tidy
 
 from moestro.policy.choice import policy_names
 from moestro.simulate.passes import passes
@@ -116,14 +116,14 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     came.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="as forecast")
     for colour, (name, one) in zip(COLOURS * 2, found.items(), strict=False):
         forecast_B, used_B, count_B = map(np.array, one["reliability"])
-        seen = count_B >= 50
+        seen = count_B >= 500
         mean_B = forecast_B[seen] / count_B[seen]
         label = f"{name} (off by {one['error']:.3f})"
         came.plot(mean_B, used_B[seen] / count_B[seen], "o-", markersize=3, color=colour, linewidth=1, label=label)
         often.semilogy(mean_B, count_B[seen] / count_B.sum(), "o-", markersize=3, color=colour, linewidth=1, label=name)
     tidy(came, "what came true", "forecast probability of use", "share used")
     tidy(often, "how often it was forecast", "forecast probability of use", "share of forecasts")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def arguments() -> argparse.Namespace:

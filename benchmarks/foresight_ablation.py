@@ -114,6 +114,7 @@ def main() -> None:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--slots", default="8,16")
     parser.add_argument("--timed", type=int, default=8, help="requests replayed in time")
+    parser.add_argument("--parts", default="caches,timed", help="what to measure")
     parser.add_argument("--links", default="2.6GB,25GB")
     parser.add_argument("--model-shape", default="2880x2880x4")
     options = parser.parse_args()
@@ -121,7 +122,11 @@ def main() -> None:
     slots = [int(one) for one in options.slots.split(",")]
     requests = collection_of(case.learned_from, aggregated=False)
     whole = collection_of(case.learned_from, aggregated=True)
-    result = {"hit_rates": caches(case, slots, requests, whole), "timed": timed(case, options, slots, requests)}
+    result: dict[str, Any] = {}
+    if "caches" in options.parts:
+        result["hit_rates"] = caches(case, slots, requests, whole)
+    if "timed" in options.parts:
+        result["timed"] = timed(case, options, slots, requests)
     case.save(result)
 
 
@@ -133,7 +138,6 @@ def caches(case: Case, slots: list[int], requests: EamCollection, whole: EamColl
         "one matrix of all requests": lambda: Variant(shape, whole),
         "matched once a token": lambda: Variant(shape, requests, refine="token"),
         "matched once a request": lambda: Variant(shape, requests, refine="request"),
-        "no decay over layers": lambda: Variant(shape, requests, decay=False),
         "eight nearest, not one": lambda: Variant(shape, requests, nearest=8),
         "its code's LFU instead": lambda: make_keep_policy("lfu", shape),
     }
@@ -181,6 +185,9 @@ def pairs(shape: Shape, requests: EamCollection) -> dict[str, Callable[[], Fores
     return {
         "LRU, no prefetch": lambda: None,
         "published cache, no prefetch": lambda: Foresight(WorthEviction(Variant(shape, requests), shape)),
+        "the same without decay over layers": lambda: Foresight(
+            WorthEviction(Variant(shape, requests, decay=False), shape)
+        ),
         "LRU, published prefetch": lambda: published(decay=True, lru=True),
         "published cache and prefetch": lambda: published(decay=True),
         "the same, prefetch without decay over distance": lambda: published(decay=False),

@@ -1,10 +1,11 @@
 """How quickly policies find their way in another domain: hit rates, request by request, after a switch.
 
-    python benchmarks/foresight_drift.py BEFORE.npz AFTER.npz HOME.npz [--slots 8] [--plot drift.svg]
+    python benchmarks/foresight_drift.py LEARN.npz JUDGE.npz --before python,perl --after german,french [--plot d.svg]
 
-BEFORE is routing of one domain, AFTER and HOME of another one. Each policy has seen BEFORE alone, or also HOME ("at
-home"); nets are trained on what it has seen. It then replays the last ten requests of BEFORE and all of AFTER, of which
-hit rates are told: equal slots, no prefetch, one request at a time.
+`--before` and `--after` are parts of the names of requests' datasets: two domains. Each policy has seen the requests of
+LEARN before the switch alone, or also those of the domain after it ("at home"); nets are trained on what it has seen.
+It then replays ten requests of before and, in random order, the requests of JUDGE after it, of which hit rates are
+told: equal slots, no prefetch, one request at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from judging import COLOURS, new_figure, tidy
+from judging import COLOURS, new_figure, save_figure, tidy
 
 from moestro.foresight import train
 from moestro.policy.choice import make_choice, needs_nets
@@ -33,7 +34,11 @@ SPANS = ((0, 10), (10, 30), (30, 50))
 
 def main() -> None:
     options = arguments()
-    before, after, home = (Trace.load(path) for path in (options.before, options.after, options.home))
+    learn, judge = Trace.load(options.learn), Trace.load(options.judge)
+    before, home, after = (
+        domain(trace, names)
+        for trace, names in ((learn, options.before), (learn, options.after), (judge, options.after))
+    )
     replayed = join([before.select(range(before.requests)[-WARM:]), after])
     replay = SlotReplay(replayed)
     requests_P = np.array([one.requests[0].request for one in passes(replayed)]) - WARM
@@ -63,6 +68,16 @@ def main() -> None:
         draw(rates, options.plot)
 
 
+def domain(trace: Trace, names: str) -> Trace:
+    """Its requests of these datasets, in random order."""
+    wanted = [
+        request
+        for request, meta in enumerate(trace.meta)
+        if any(name in Path(str(meta.get("dataset", ""))).name for name in names.split(","))
+    ]
+    return trace.select(np.random.default_rng(0).permutation(wanted))
+
+
 def by_request(hits_P: np.ndarray, accesses_P: np.ndarray, requests_P: np.ndarray) -> np.ndarray:
     """Hit rates of the requests after the switch."""
     after = requests_P >= 0
@@ -81,13 +96,15 @@ def draw(rates: dict[str, Any], path: Path) -> None:
         axes.plot(np.arange(len(mean_R)) + WINDOW, 100 * mean_R, color=colour, label=name)
     across = f"requests since the switch (means of {WINDOW})"
     tidy(axes, "Hit rate after a switch of domain", across, "points below a policy that knows the domain")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("before", "after", "home"):
-        parser.add_argument(name, type=Path)
+    parser.add_argument("learn", type=Path)
+    parser.add_argument("judge", type=Path)
+    parser.add_argument("--before", required=True)
+    parser.add_argument("--after", required=True)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--policies", default="lrfu,moe_infinity,value/ensemble,value/learned")
     parser.add_argument("--out", type=Path)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from judging import COLOURS, Case, case_of, copied, new_figure, parser_of, tidy
+from judging import COLOURS, Case, case_of, copied, new_figure, parser_of, save_figure, tidy
 
 from moestro.config import SimulateOptions
 from moestro.policy import LRU
@@ -128,7 +128,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         tidy(axes, f"{count} experts of each layer in memory", "time per token, LRU without prefetch = 1", "")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def arguments() -> argparse.Namespace:

@@ -133,6 +133,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Text stays text, and the same figures give the same file."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "moestro"}):
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def tidy(axes: Any, title: str, across: str, up: str) -> None:
     """The look of all plots."""
     axes.set_title(title, loc="left", fontsize=10)
