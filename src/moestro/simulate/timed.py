@@ -18,9 +18,11 @@ from moestro.memory.planes import CacheStats
 from moestro.policy.base import EvictionPolicy
 from moestro.policy.foresight import Foresight
 from moestro.policy.observation import Routing
+from moestro.policy.predictors import LooksAhead
 from moestro.policy.prefetch import SlackMeter
 from moestro.simulate.link import LinkBytes, VirtualLink
 from moestro.simulate.passes import Pass, passes
+from moestro.simulate.routings import routings, tell_gates
 from moestro.trace.trace import Trace
 
 
@@ -70,7 +72,8 @@ class TimedResult:
 
 
 class TimedReplay:
-    """One replay. `plane_bytes`: of each layer, the sizes of the planes of an expert; `memory`: bytes of the arena."""
+    """One replay. `plane_bytes`: of each layer, the sizes of the planes of an expert; `memory`: bytes of the arena;
+    `gates` is told the trace's lookahead."""
 
     def __init__(
         self,
@@ -81,9 +84,11 @@ class TimedReplay:
         machine: Machine,
         policy: EvictionPolicy,
         foresight: Foresight | None = None,
+        gates: LooksAhead | None = None,
         concurrency: int = 1,
     ) -> None:
         self._trace, self._machine, self._concurrency = trace, machine, concurrency
+        self._gates = gates
         self._plane_bytes, self._foresight = plane_bytes, foresight
         self._link = VirtualLink(machine.bytes_per_s, machine.latency_s, machine.device_bytes_per_s)
         sizes = sorted({nbytes for layer in plane_bytes for nbytes in layer})
@@ -111,19 +116,17 @@ class TimedReplay:
         )
 
     def _pass(self, one: Pass) -> None:
-        trace, foresight = self._trace, self._foresight
-        experts_BLK, weights_BLK = trace.experts_NLK[one.rows_B], trace.weights_NLK[one.rows_B] / np.float32(255)
+        foresight = self._foresight
         if foresight is not None:
             for request in one.begins:
                 foresight.begin(request)
-        for layer in range(experts_BLK.shape[1]):
-            ids_BK = experts_BLK[:, layer].astype(np.int64)
-            self._layer(Routing.of(layer, ids_BK, weights_BLK[:, layer], one.requests, experts=trace.num_experts))
+        for routing in routings(self._trace, one):
+            self._layer(one, routing)
         if foresight is not None:
             for request in one.ends:
                 foresight.end(request)
 
-    def _layer(self, routing: Routing) -> None:
+    def _layer(self, one: Pass, routing: Routing) -> None:
         layer, machine = routing.layer, self._machine
         self._link.pass_time(machine.layer_s)
         self._meter.routed(self._link.clock())
@@ -131,6 +134,7 @@ class TimedReplay:
         self._judge(layer, routing.counts_E)
         if self._foresight is not None:
             self._foresight.observe(routing)
+        tell_gates(self._gates, self._trace, one, layer)
         planes = range(len(self._plane_bytes[layer]))
         chains = [tuple((layer, expert, plane) for plane in planes) for expert in used.tolist()]
         with self._cache.stream(chains) as batches:
