@@ -51,6 +51,10 @@ class Prefetcher:
         self._outcome = 0.0  # mean gain of late proposals, as a share of what they hoped for or risked
         self._rested = 0
 
+    def target(self, layer: int) -> int:
+        """The layer that prefetches are for once `layer` has routed."""
+        return (layer + 1) % self._shape.layers
+
     def judge(self, layer: int, counts_E: np.ndarray) -> None:
         """The layer has routed: what became of what was proposed for it."""
         for expert, bet in self._bets.pop(layer, {}).items():
@@ -61,7 +65,7 @@ class Prefetcher:
         """(layer, expert) of experts worth reading now that `layer` has routed; `absent(layer)` is a mask [E]."""
         if slack.idle_s <= 0 or slack.read_s <= 0 or self._resting():
             return []
-        target = (layer + 1) % self._shape.layers
+        target = self.target(layer)
         likely_E = np.where(absent(target), self._predictor.forecast(target, 1), 0)
         bets: dict[int, _Bet] = {}
         for place, expert in enumerate(np.argsort(-likely_E, kind="stable")[:_MOST].tolist()):

@@ -18,7 +18,7 @@ from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.memory.transfer import TransferEngine
 from moestro.policy.choice import ENSEMBLE, LEARNED, VALUE, check_names, make_choice, needs_nets
-from moestro.policy.foresight import Foresight
+from moestro.policy.foresight import Foreseen, Foresight
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.prefetch import SlackMeter
 from moestro.store.layout import Layout
@@ -91,6 +91,11 @@ class LayerForesight:
         self._begun: set[int] = set()
         self._seconds_per_byte = 0.0
         self._asked = 0
+
+    @property
+    def foreseen(self) -> Foreseen:
+        """What prefetching has done so far."""
+        return self._foresight.foreseen
 
     def step(self, requests: Sequence[RequestRows]) -> None:
         """A forward pass over rows of these requests begins."""

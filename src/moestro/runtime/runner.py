@@ -15,6 +15,7 @@ from torch import nn
 
 from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
+from moestro.policy.foresight import Foreseen
 from moestro.runtime import hooks
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.cache import HookedCache
@@ -91,6 +92,11 @@ class ModelRunner:
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
             self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
+
+    @property
+    def foreseen(self) -> Foreseen:
+        """What prefetching has done since the model was opened."""
+        return Foreseen() if self._experts.foresight is None else self._experts.foresight.foreseen
 
     @property
     def path(self) -> str:
