@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from families import FAMILIES, random_model
 from moestro.config import PackOptions, RuntimeOptions
-from moestro.errors import RequestError, TraceError
+from moestro.errors import RequestError, TraceError, UnsupportedModelError
 from moestro.foresight import NETS_FILE, TrainingOptions, fit_store, net_file
 from moestro.keys import PlaneKey
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import CacheStats
 from moestro.memory.transfer import TransferEngine
 from moestro.policy.choice import make_choice, policy_names
+from moestro.policy.foresight import Foresight
 from moestro.policy.observation import Shape
 from moestro.policy.prefetch import Slack, SlackMeter
 from moestro.runtime.foresight import Chosen
@@ -80,6 +82,50 @@ def test_prefetches_are_made_and_change_nothing(folder: Path, monkeypatch: pytes
         found = _decode(opened, rows=40)
         assert opened.runner.planes.stats.prefetches > 10
     assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("predictor", ["gate", "recency+gate", "eamc"])
+def test_gates_and_history_change_no_bit(
+    native: bool, predictor: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(folder, share=1.0, native=native) as opened:
+        whole = _decode(opened, rows=40)
+    monkeypatch.setattr("moestro.runtime.foresight.LayerForesight._read_seconds", lambda _self, _layer: 1e-7)
+    options = {"policy": "lru", "predictor": predictor, "learn": "off"}
+    with open_store(folder, share=0.4, native=native, max_sequences=2, **options) as opened:
+        found = _decode(opened, rows=40)
+        assert opened.runner.planes.stats.prefetches > 10
+        assert 0 < opened.runner.foreseen.recall <= 1
+    assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+def test_gates_see_what_a_trace_with_lookahead_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same hidden states, on both paths."""
+    with open_store(folder, native=False) as opened:
+        recorder = opened.runner.recorder = Recorder(_shape(folder).experts, keep=True)
+        opened.runner.look_ahead(1)
+        Feed(opened).step({0: PROMPT})
+        opened.runner.end_request(0)
+        expected_NLC = recorder.trace().lookahead_NPLC[:, 0]  # type: ignore[index]
+    for native in (True, False):
+        told: list[tuple[int, int, np.ndarray]] = []
+        monkeypatch.setattr(Foresight, "lookahead", lambda _self, *one, told=told: told.append(one))
+        with open_store(folder, share=0.4, native=native, predictor="gate") as opened:
+            Feed(opened).step({0: PROMPT})
+        assert [one[:2] for one in told] == [(layer, 1) for layer in range(_shape(folder).layers - 1)]
+        same = [ids_TC == expected_NLC[:, layer] for layer, _, ids_TC in told]
+        # Paths differ by roundings, which may turn a draw.
+        assert np.mean(same) > 0.95
+
+
+def test_gates_that_are_not_found_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moestro.runtime.lookahead.is_experts_module", lambda module: isinstance(module, torch.nn.SiLU))
+    with (
+        pytest.raises(UnsupportedModelError, match="Choose a predictor without 'gate'"),
+        open_store(folder, share=0.4, predictor="ensemble+gate"),
+    ):
+        pass
 
 
 def _recorded(folder: Path, policy: str, prefetch: str = "off") -> tuple[Trace, CacheStats, OpenModel]:

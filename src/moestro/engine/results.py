@@ -41,10 +41,11 @@ class Stats:
     """Counts since the model was opened. Sizes in bytes, times in seconds.
 
     `stall_s` is time in which nothing could be computed because planes had not arrived: `demand_stall_s` until planes
-    came that were asked for when they were needed, `late_prefetch_stall_s` until some came that had been asked for ahead,
-    too late. `compute_s` is time in forward passes without it, of which `expert_s` went into experts. Of the experts that
-    layers needed and that were not in memory, `prefetch_recall` is the share that had been asked for ahead, in time or
-    late; of those asked for ahead, `prefetch_precision` is the share that was needed at once (0 where there were none).
+    came that were asked for when they were needed, `late_prefetch_stall_s` until some came that had been asked for
+    ahead, too late. `compute_s` is time in forward passes without it, of which `expert_s` went into experts. Of the
+    experts that layers needed and that were not in memory, `prefetch_recall` is the share that had been asked for
+    ahead, in time or late; of those asked for ahead, `prefetch_precision` is the share that was needed at once (0 where
+    there were none).
     `path` says how passes run: "native" (a compiled call per layer) or "general" (transformers' own layers, with
     moestro's attention and experts).
     """

@@ -74,6 +74,11 @@ class Foresight:
         for one in self._told:
             one.observe(routing)
 
+    def lookahead(self, layer: int, ahead: int, ids_TC: np.ndarray) -> None:
+        """What a gate to come says of the hidden states of `layer`, observed last: see `Gate.lookahead`."""
+        if self.prefetcher is not None:
+            self.prefetcher.lookahead(layer, ahead, ids_TC)
+
     def propose(self, layer: int, slack: Slack) -> list[tuple[int, int]]:
         """(layer, expert) worth reading now that the planes which `layer` needs have been asked for."""
         if self.prefetcher is None:

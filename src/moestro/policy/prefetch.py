@@ -17,6 +17,7 @@ import numpy as np
 
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.base import Predictor
+from moestro.policy.predictors.gate import LooksAhead
 
 _SLOT = 0.1
 """Cost of the slot, in reads: about how likely the next visit is to use what has to leave. Measured on real routing."""
@@ -47,9 +48,15 @@ class Prefetcher:
 
     def __init__(self, shape: Shape, predictor: Predictor) -> None:
         self._shape, self._predictor = shape, predictor
+        self._gates = predictor if isinstance(predictor, LooksAhead) else None
         self._bets: dict[int, dict[int, _Bet]] = {}
         self._outcome = 0.0  # mean gain of late proposals, as a share of what they hoped for or risked
         self._rested = 0
+
+    def lookahead(self, layer: int, ahead: int, ids_TC: np.ndarray) -> None:
+        """See `Gate.lookahead`; for predictors that take it."""
+        if self._gates is not None:
+            self._gates.lookahead(layer, ahead, ids_TC)
 
     def target(self, layer: int) -> int:
         """The layer that prefetches are for once `layer` has routed."""

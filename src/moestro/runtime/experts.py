@@ -155,7 +155,7 @@ class RoutedExperts:
             with self.planes.stream([chains[expert] for expert in used]) as batches:
                 reading = batches.reading
                 if foresight is not None:
-                    foresight.asked(layer, reading=reading)
+                    foresight.asked(layer, hidden_TH, reading=reading)
                 for batch in batches:
                     if foresight is not None:
                         foresight.served(reading=reading)

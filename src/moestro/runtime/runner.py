@@ -21,6 +21,7 @@ from moestro.runtime.batch import PackedBatch
 from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.experts import RoutedExperts
+from moestro.runtime.history import History
 from moestro.runtime.kv import KVPool
 from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
@@ -53,6 +54,7 @@ class ModelRunner:
     ) -> None:
         self.stats = RunnerStats()
         self.recorder: Recorder | None = None
+        self._history: History | None = None
         self._lookahead: Lookahead | None = None
         self.native = native
         self.kv = kv
@@ -168,6 +170,11 @@ class ModelRunner:
             self._routed.append((index_TK.numpy(), plain(weights_TK).float().numpy()))
         return self._experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK, self.batch.requests_of)
 
+    def remember(self, history: History) -> None:
+        """Have the history told of requests, from now on."""
+        self._history = history
+        self.recorder = Recorder(self.expert_counts.shape[1], collections=history.collections)
+
     def look_ahead(self, layers: int) -> None:
         """Have the recorder told, from now on, what the gates of the next `layers` layers would pick.
 
@@ -186,6 +193,8 @@ class ModelRunner:
         """Nothing more comes of a request, whether it ever came this far or not."""
         if self.recorder is not None:
             self.recorder.end(request)
+        if self._history is not None:
+            self._history.ended()
         if self._experts.foresight is not None:
             self._experts.foresight.end(request)
 
