@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from families import save_checkpoint
-from moestro.config import RuntimeOptions
+from moestro.config import RuntimeOptions, SamplingParams
+from moestro.engine.engine import Engine
 from moestro.errors import RequestError, TraceError
 from moestro.policy.observation import Shape
 from moestro.runtime.history import history_bytes
 from moestro.runtime.open import OpenModel
 from moestro.store.reader import Store
 from moestro.trace import COLLECTION_NAME, CollectionFile
-from opening import Feed, open_store, plan_of
+from opening import open_store, plan_of
 from packing import pack_raw
 
 PROMPTS = [[5, 17, 3, 9, 9, 12, 80], [99, 42], [120, 64, 31, 77]]
@@ -30,14 +31,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def _serve(opened: OpenModel, *, first: int = 0) -> None:
-    """A prompt and some tokens of each request."""
-    feed = Feed(opened)
-    for number, prompt in enumerate(PROMPTS, start=first):
-        feed.step({number: prompt})
-        for token in range(4):
-            feed.step({number: [token + 3]})
-        opened.runner.end_request(number)
+def _serve(opened: OpenModel) -> None:
+    """Answers to all prompts, one after another."""
+    engine = Engine(
+        runner=opened.runner, max_sequences=1, step_rows=64, context=256, end_ids=frozenset(), vocabulary=160
+    )
+    for prompt in PROMPTS:
+        engine.submit(prompt, SamplingParams(max_tokens=5))
+    while engine.busy:
+        engine.step()
 
 
 def _kept(folder: Path) -> CollectionFile:
@@ -119,7 +121,7 @@ def test_a_folder_that_cannot_be_written_is_named_once(
     (folder / f"{COLLECTION_NAME}.lock").mkdir()  # whoever may do everything cannot open it either
     with open_store(folder, share=0.4, learn="on") as opened:
         _serve(opened)
-        _serve(opened, first=10)
+        _serve(opened)
         assert opened.history is not None
         assert len(opened.history.collections.decode) == 2 * len(PROMPTS)
     (said,) = _said(caplog)
@@ -152,7 +154,8 @@ def test_one_of_another_model_is_refused_by_name(folder: Path) -> None:
 def test_its_bytes_are_part_of_the_plan(folder: Path) -> None:
     usual, learning = (plan_of(folder, RuntimeOptions(context=256, learn=learn)) for learn in ("off", "on"))
     store = Store.open(folder)
-    shape = Shape(len(store.layers), max(layer.num_experts for layer in store.layers), 2)
+    picks = int(store.config_dict["num_experts_per_tok"])
+    shape = Shape(len(store.layers), max(layer.num_experts for layer in store.layers), picks)
     expected = history_bytes(shape, step_rows=usual.step_rows, max_sequences=1)
     assert learning.staging_bytes - usual.staging_bytes == expected
     assert plan_of(folder, RuntimeOptions(context=256, policy="moe_infinity", learn="off")).staging_bytes >= expected

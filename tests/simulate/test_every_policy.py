@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,22 +25,24 @@ from moestro.trace import Trace
 from traces import random_trace
 
 SHAPE = Shape(3, 8, 2)
-SIZES = [[4096], [4096, 8192], [8192]]
+SIZES = [[1 << 19], [1 << 19, 1 << 20], [1 << 20]]
+"""Of planes: small beside an arena's extents, as they are at run time."""
+LARGEST = 3 << 19
 PREDICTOR_NAMES = [*PREDICTORS, "ensemble", "ensemble+gate+learned"]
 # Every policy with the predictor that knows most, and every predictor with the policy that goes by it.
 PAIRS = [*((policy, "ensemble+gate") for policy in policy_names()), *(("value", name) for name in PREDICTOR_NAMES)]
 
 
-@pytest.fixture(scope="module")
-def nets() -> tuple[Nets, Nets]:
+@cache
+def _nets() -> tuple[Nets, Nets]:
     return train(random_trace(9, prompts=(0,), answers=(300,)), TrainingOptions(epochs=1, width=4))
 
 
 class Watched(Foresight):
     """Notes every decision, checks it, and has gates that say the same whenever the past is the same."""
 
-    def __init__(self, policy: str, predictor: str, nets: tuple[Nets, Nets], *, idle_s: float = 9.0) -> None:
-        made = make_choice(policy, predictor, SHAPE, prefetch=True, nets=nets).foresight(prefetch=True)
+    def __init__(self, policy: str, predictor: str, *, idle_s: float = 9.0) -> None:
+        made = make_choice(policy, predictor, SHAPE, prefetch=True, nets=_nets()).foresight(prefetch=True)
         own = made._told[0] if len(made._told) > 1 else None
         super().__init__(made.eviction, prefetcher=made.prefetcher, own_predictor=own)  # type: ignore[arg-type]
         self._idle_s = idle_s
@@ -94,7 +97,7 @@ def _replay(trace: Trace, watched: Watched, *, memory: int, concurrency: int = 1
         trace,
         plane_bytes=SIZES,
         memory=memory,
-        machine=Machine(bytes_per_s=1e6, layer_s=0.01, expert_s=0.003),
+        machine=Machine(bytes_per_s=1e8, layer_s=0.01, expert_s=0.003),
         policy=Books(watched, memory),
         foresight=watched,
         concurrency=concurrency,
@@ -107,15 +110,15 @@ def _replay(trace: Trace, watched: Watched, *, memory: int, concurrency: int = 1
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
-    experts=st.integers(5, 20),
+    experts=st.integers(6, 20),
     concurrency=st.integers(1, 3),
     idle_s=st.sampled_from([0.3, 1.0, 9.0]),
 )
 def test_nothing_in_use_leaves_and_nothing_comes_twice(
-    policy: str, predictor: str, nets: tuple[Nets, Nets], seed: int, experts: int, concurrency: int, idle_s: float
+    policy: str, predictor: str, seed: int, experts: int, concurrency: int, idle_s: float
 ) -> None:
     trace = random_trace(seed, prompts=(4, 0, 2), answers=(7, 9, 5))
-    watched = Watched(policy, predictor, nets, idle_s=idle_s)
+    watched = Watched(policy, predictor, idle_s=idle_s)
     with pytest.MonkeyPatch.context() as patch:
         drop = PlaneCache._drop
 
@@ -124,7 +127,7 @@ def test_nothing_in_use_leaves_and_nothing_comes_twice(
             drop(cache, plane)
 
         patch.setattr(PlaneCache, "_drop", check_and_drop)
-        replay = _replay(trace, watched, memory=experts * 12288, concurrency=concurrency)
+        replay = _replay(trace, watched, memory=experts * LARGEST, concurrency=concurrency)
     stats = replay._cache.stats
     assert stats.hits + stats.misses > 0
     assert 0 <= watched.foreseen.useful <= min(watched.foreseen.needed, watched.foreseen.made)
@@ -132,7 +135,7 @@ def test_nothing_in_use_leaves_and_nothing_comes_twice(
 
 
 @pytest.mark.parametrize(("policy", "predictor"), PAIRS, ids=lambda name: name)
-def test_no_peeking(policy: str, predictor: str, nets: tuple[Nets, Nets]) -> None:
+def test_no_peeking(policy: str, predictor: str) -> None:
     """Another future, the same loads, evictions and prefetches until it begins."""
     past = 30
     trace = random_trace(1, prompts=(0,), answers=(50,))
@@ -141,8 +144,8 @@ def test_no_peeking(policy: str, predictor: str, nets: tuple[Nets, Nets]) -> Non
     shuffled = Trace(**{**vars(trace), "experts_NLK": trace.experts_NLK[order_N]})
     seen = []
     for one in (trace, shuffled):
-        watched = Watched(policy, predictor, nets)
-        _replay(one, watched, memory=9 * 12288)
+        watched = Watched(policy, predictor)
+        _replay(one, watched, memory=9 * LARGEST)
         seen.append(watched)
     # What the last layer of the past proposes is the last decision before the future.
     until = [watched.observed[past * SHAPE.layers] for watched in seen]
