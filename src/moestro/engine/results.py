@@ -45,9 +45,9 @@ class Stats:
     ahead, too late. `compute_s` is time in forward passes without it, of which `expert_s` went into experts. Of the
     experts that layers needed and that were not in memory, `prefetch_recall` is the share that had been asked for
     ahead, in time or late; of those asked for ahead, `prefetch_precision` is the share that was needed at once (0 where
-    there were none).
-    `path` says how passes run: "native" (a compiled call per layer) or "general" (transformers' own layers, with
-    moestro's attention and experts).
+    there were none). `path` says how passes run: "native" (a compiled call per layer) or "general" (transformers' own
+    layers, with moestro's attention and experts). `levels_applied` counts the experts of rows that need not be exact,
+    by the level that was chosen for them ("0": left out).
     """
 
     hits: int
@@ -78,6 +78,8 @@ class Stats:
     level: int
     policy: str
     predictor: str
+    level_policy: str
+    levels_applied: dict[str, int]
     path: str
     direct_io: bool
     huge_pages: bool

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moestro.config import RuntimeOptions
@@ -32,6 +31,7 @@ from moestro.policy.foresight import Foreseen, Foresight
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.prefetch import SlackMeter
 from moestro.runtime.history import History, history_bytes
+from moestro.runtime.levels import LayerLevels
 from moestro.runtime.lookahead import Gates
 from moestro.store.layout import Layout
 from moestro.store.reader import Store
@@ -80,7 +80,7 @@ def foresight_bytes(
 ) -> int:
     """Bytes that foresight takes: nets, what is kept of requests in flight and past, and what gates say of a step."""
     chosen = Chosen.of(options, nets_bytes=nets_bytes, expert_bytes=expert_bytes)
-    total = _PER_EXPERT * shape.layers * shape.experts * (1 + options.max_sequences)
+    total = shape.layers * shape.experts * (_LEVELS_PER_EXPERT + _PER_EXPERT * (1 + options.max_sequences))
     if needs_nets(chosen.policy, chosen.predictor, prefetch=chosen.prefetch):
         total += nets_bytes
     if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
@@ -116,7 +116,8 @@ def make_foresight(chosen: Chosen, store: Path, shape: Shape, history: History |
 class LayerForesight:
     """Drives a `Foresight` by the real clock: `step`, then for each layer `routed`, `asked` and `served`.
 
-    `gates` are asked for the next layers' candidates, if there are any.
+    `gates` are asked for the next layers' candidates, if there are any; `levels`, if there are any, say which planes of
+    an expert are worth reading ahead.
     """
 
     def __init__(
@@ -132,7 +133,8 @@ class LayerForesight:
         self._chain_bytes = [sum(plane.nbytes for plane in layout.planes) for layout in layouts]
         self._gates = gates
         self._meter = SlackMeter()
-        self._requests: Sequence[RequestRows] = ()
+        self.requests: Sequence[RequestRows] = ()
+        self.levels: LayerLevels | None = None
         self._begun: set[int] = set()
         self._seconds_per_byte = 0.0
         self._asked = 0
@@ -144,7 +146,7 @@ class LayerForesight:
 
     def step(self, requests: Sequence[RequestRows]) -> None:
         """A forward pass over rows of these requests begins."""
-        self._requests = requests
+        self.requests = requests
         for rows in requests:
             if rows.request not in self._begun:
                 self._begun.add(rows.request)
@@ -156,10 +158,10 @@ class LayerForesight:
             self._begun.remove(request)
             self._foresight.end(request)
 
-    def routed(self, layer: int, index_TK: np.ndarray, weights_TK: np.ndarray, counts_E: np.ndarray) -> None:
+    def routed(self, routing: Routing) -> None:
         """A layer has routed; its planes are asked for next."""
         self._meter.routed(time.perf_counter())
-        self._foresight.observe(Routing(layer, index_TK, weights_TK, self._requests, counts_E))
+        self._foresight.observe(routing)
 
     def asked(self, layer: int, hidden_TH: torch.Tensor, *, reading: bool) -> None:
         """All planes of the layer, whose experts take `hidden_TH`, have been asked for: read ahead what is worth it."""
@@ -171,7 +173,12 @@ class LayerForesight:
         target = (layer + 1) % len(self._chains)
         slack = self._meter.slack(self._read_seconds(target), reading=reading)
         chains = self._chains[target]
-        proposed = [chains[expert] for _, expert in self._foresight.propose(layer, slack) if expert < len(chains)]
+        levels = self.levels
+        proposed = [
+            chains[expert] if levels is None else levels.worth_reading(target, expert)
+            for _, expert in self._foresight.propose(layer, slack)
+            if expert < len(chains)
+        ]
         if proposed:
             self._planes.prefetch([key for chain in proposed for key in chain])
 
@@ -194,3 +201,6 @@ its id, in all the places where it is compared."""
 
 _PER_EXPERT = 64
 """Bytes that a policy keeps of each expert, and of each expert for each request: a dozen small numbers at most."""
+
+_LEVELS_PER_EXPERT = 192
+"""What is kept of an expert's levels: a few numbers for each of at most five."""

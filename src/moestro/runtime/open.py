@@ -21,6 +21,7 @@ from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
 from moestro.policy.choice import needs_gates
+from moestro.policy.levels import LEVEL_POLICIES, budget_of, choose_level_policy
 from moestro.policy.observation import Shape
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
@@ -29,6 +30,7 @@ from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, op
 from moestro.runtime.history import History
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
+from moestro.runtime.levels import LayerLevels, level_table, levels_up_to
 from moestro.runtime.lookahead import Gates
 from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
@@ -51,6 +53,7 @@ class OpenModel:
     buffers: tuple[HostBuffer, ...]
     chosen: Chosen
     history: History | None
+    level_policy: str
 
     def close(self) -> None:
         """Stop the transfer threads, keep what was learned and give the memory back."""
@@ -110,6 +113,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
         TraceError: what was learned for the store cannot be used.
     """
     level_of(store, options.level)
+    level_policy = level_policy_of(store, options)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
     probed = probe_for(skeleton, options, native=native, logit_rows=logit_rows)
@@ -125,7 +129,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
     blueprint = describe(skeleton, probed) if native else None
-    return _assemble(store, skeleton, plan, probed, blueprint, options, kernels)
+    return _assemble(store, skeleton, plan, probed, blueprint, options, level_policy, kernels)
 
 
 def _assemble(
@@ -135,6 +139,7 @@ def _assemble(
     probed: Probe,
     blueprint: Blueprint | None,
     options: RuntimeOptions,
+    level_policy: str,
     kernels: Kernels,
 ) -> OpenModel:
     chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
@@ -176,6 +181,18 @@ def _assemble(
         if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
             gates = Gates(skeleton.model, picks=max(probed.experts_per_token))
         experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers, gates)
+    bits = levels_up_to(store, plan.level)
+    table = level_table(store, layouts, bits=bits, picks=max(probed.experts_per_token))
+    experts.levels = LayerLevels(
+        LEVEL_POLICIES[level_policy](table),
+        bits=bits,
+        layouts=layouts,
+        chains=experts.chains,
+        planes=planes,
+        eviction=None if foresight is None else foresight.eviction,
+    )
+    if experts.foresight is not None:
+        experts.foresight.levels = experts.levels
     native = None
     if blueprint is not None:
         native = NativeForward(blueprint, kv=kv, experts=experts, rows=plan.step_rows, context=plan.context)
@@ -198,7 +215,21 @@ def _assemble(
         buffers=(dense_buffer, arena_buffer, kv_buffer),
         chosen=chosen,
         history=history,
+        level_policy=level_policy,
     )
+
+
+def level_policy_of(store: Store, options: RuntimeOptions) -> str:
+    """The level policy that the options mean for a store, checked with the quality that they ask for.
+
+    Raises:
+        RequestError: there is no such policy or quality, or the store lacks what they need.
+    """
+    facts = store.manifest.calibration
+    measured = facts is not None and facts.sensitivity is not None
+    policy = choose_level_policy(options.level_policy, measured=measured, store=str(store.path))
+    budget_of(policy, options.quality)
+    return policy
 
 
 def _check_layers(store: Store, skeleton: Skeleton) -> None:
