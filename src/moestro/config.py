@@ -37,6 +37,9 @@ class RuntimeOptions:
     policy: str = option("auto", "Which experts are kept: auto is value where routing has been learned, else lrfu.")
     predictor: str = option("auto", "What foresees experts: auto is learned where it has been, else none.")
     prefetch: str = option("on", "Read experts ahead of the router when that pays, if there is a predictor (on, off).")
+    learn: str = option(
+        "auto", "Remember in the store which experts requests used (on, off); auto: if policy or predictor go by it."
+    )
     quality: str = option(
         "exact", "What may be given up for speed: exact, high, balanced, fast, or the nats a token may lose (0.01)."
     )
@@ -50,6 +53,8 @@ class RuntimeOptions:
         check_types(self, BudgetError)
         if self.prefetch not in ("on", "off"):
             raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
+        if self.learn not in ("auto", "on", "off"):
+            raise RequestError(f"learn is {self.learn!r}, expected auto, on or off.")
 
 
 @dataclass(frozen=True, kw_only=True)
