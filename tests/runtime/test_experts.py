@@ -144,10 +144,16 @@ class Shelf:
             locate=self._extents.__getitem__,
         )
         self.layer = packed_layer(
-            make_kernels("cpu", threads=2), module, layout, self.buffer.tensor, level=level, experts=EXPERTS
+            make_kernels("cpu", threads=2),
+            module,
+            layout,
+            self.buffer.tensor,
+            level=level,
+            experts=EXPERTS,
+            whole=whole,
         )
         chains = [tuple((0, expert, plane) for plane in range(len(sizes))) for expert in range(EXPERTS)]
-        self.experts = RoutedExperts(planes, [self.layer], [chains], level=level, whole=whole)
+        self.experts = RoutedExperts(planes, [self.layer], [chains], level=level)
 
     def _write(
         self, file: object, path: Path, layout: Layout, params: Sequence[ExpertParam], expert: int, level: int

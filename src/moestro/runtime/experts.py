@@ -59,7 +59,7 @@ class LayerExperts(Protocol):
 class RoutedExperts:
     """The experts of all layers over one plane cache.
 
-    Where `whole` says that the arena has room for every plane, planes stay where they once arrived: a few rows whose
+    Where the arena has room for every plane, planes stay where they once arrived, and layers know it: a few rows whose
     planes are all known go past the cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have
     just washed it out of the processor's caches. So may whoever is given `known`, if it says so (`count_known`).
 
@@ -79,7 +79,6 @@ class RoutedExperts:
         chains: Sequence[Sequence[Chain]],
         *,
         level: int,
-        whole: bool,
     ) -> None:
         assert len(layers) == len(chains)
         self.planes = planes
@@ -89,7 +88,7 @@ class RoutedExperts:
         self.foresight: LayerForesight | None = None
         self.levels: LayerLevels | None = None
         self._level = level
-        self.known = tuple(one.known if whole else None for one in layers)
+        self.known = tuple(one.known for one in layers)
         self._layers = tuple(layers)
         self.chains = tuple(tuple(one) for one in chains)
 
@@ -222,18 +221,21 @@ class RawExperts(StreamedExperts):
 class PackedExperts:
     """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
 
-    def __init__(self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int) -> None:
+    def __init__(
+        self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int, whole: bool
+    ) -> None:
         self._kernels, self._spec, self._level = kernels, spec, level
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
-        self.known = kernels.known_experts(spec, self._known_EP, level)
+        self.known = kernels.known_experts(spec, self._known_EP, level) if whole else None
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
         base = self._arena
         addresses = [[*[base + offset for offset in offsets], *_ABSENT[len(offsets) :]] for _, offsets in arrived]
         planes_JP = np.array(addresses, dtype=np.int64)
         groups = [group for group, _ in arrived]
-        self._note(groups, planes_JP, rows)
+        if self.known is not None:
+            self._note(groups, planes_JP, rows)
         self._kernels.experts(self._spec, rows.jobs(groups, planes_JP), hidden_TH, out_PH)
 
     def _note(self, groups: Sequence[int], planes_JP: np.ndarray, rows: Grouping) -> None:
@@ -304,18 +306,28 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts)))
-    return RoutedExperts(planes, layers, chains, level=level, whole=whole)
+            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), whole=whole))
+    return RoutedExperts(planes, layers, chains, level=level)
 
 
 def packed_layer(
-    kernels: Kernels, module: nn.Module, layout: Layout, arena: torch.Tensor, *, level: int, experts: int
+    kernels: Kernels,
+    module: nn.Module,
+    layout: Layout,
+    arena: torch.Tensor,
+    *,
+    level: int,
+    experts: int,
+    whole: bool,
 ) -> LayerExperts:
-    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`."""
+    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`.
+
+    With `whole` the arena has room for all planes, so that it is worth knowing where they lie.
+    """
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
     if spec is not None:
-        return PackedExperts(kernels, spec, arena, level=level, experts=experts)
+        return PackedExperts(kernels, spec, arena, level=level, experts=experts, whole=whole)
     _say_once(type(module))
     return PackedExpertsWithModule(kernels, module, matrices, arena)
 

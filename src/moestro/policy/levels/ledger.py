@@ -12,7 +12,7 @@ Shapes: T rows, K experts per row, L MoE layers, E experts, D levels, 0 among th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from moestro.policy.levels.base import LevelAsk, LevelTable, shares
 
 _AIM = 0.9
 """Part of the budget that a price aims to have spent: the rest is room for tokens unlike the others."""
+
+_LEAST_PRICE = 1e-300
+"""Of rows that may lose nothing: what they need is always too dear to be given up."""
 
 _PACE = 0.2
 _REPRICE = 16
@@ -36,6 +39,9 @@ class Ledger:
         nats_LED = table.sensitivity_L[:, None, None] * falling_LED
         self._cost_LES = nats_LED[:, :, :-1] - nats_LED[:, :, 1:]  # of giving up the planes of levels 1, 2, ...
         self._bytes_LS = np.diff(table.bytes_LD, axis=1)
+        # Planes are given up from the top, so none is cheaper than those above it.
+        per_byte_LES = self._cost_LES / self._bytes_LS[:, None, :]
+        self._per_byte_LES = np.maximum.accumulate(per_byte_LES[:, :, ::-1], axis=2)[:, :, ::-1]
         self._left_T = np.zeros(0)
         self._prices: dict[float, float] = {}
         self._refused: set[float] = set()
@@ -69,46 +75,41 @@ class Ledger:
     def _give_up(self, ask: LevelAsk, share_TK: np.ndarray, levels_TK: np.ndarray) -> None:
         """Lower levels, the cheapest plane first."""
         layer = ask.routing.layer
-        price_T = np.array([self._prices.get(budget, 0.0) for budget in ask.budget_T.tolist()])
-        rows = {expert: np.nonzero(ask.routing.experts_TK == expert) for expert in self._lacking(ask)}
+        lacking = self._lacking(ask)
+        users = _users(ask.routing.experts_TK, lacking)
         staying: set[int] = set()
-        for cost, above, expert in sorted(self._offers(layer, rows, share_TK, price_T, ask.held_E)):
+        for cost, expert, number in self._offers(ask, lacking, share_TK):
+            rows_R, places_R = users[expert]
+            cost_R = self._cost_LES[layer, expert, number] * share_TK[rows_R, places_R]
             if expert in staying:
                 continue
-            (rows_R, places_R), number = rows[expert], -above
-            cost_R = self._cost_LES[layer, expert, number] * share_TK[rows_R, places_R]
             if cost > 1 or (cost_R > self._left_T[rows_R]).any():
                 staying.add(expert)
                 self._refused.update(ask.budget_T[rows_R].tolist())
+                if len(staying) == len(lacking):
+                    return
                 continue
             self._left_T[rows_R] -= cost_R
             levels_TK[rows_R, places_R] = number
 
-    def _lacking(self, ask: LevelAsk) -> list[int]:
+    def _lacking(self, ask: LevelAsk) -> np.ndarray:
         """Experts used that are not whole in memory."""
-        lacking_E = (ask.routing.counts_E > 0) & (ask.held_E[: len(ask.routing.counts_E)] < self._table.exact)
-        return np.flatnonzero(lacking_E).tolist()
+        used_E = ask.routing.counts_E > 0
+        return np.flatnonzero(used_E & (ask.held_E[: len(used_E)] < self._table.exact))
 
-    def _offers(
-        self,
-        layer: int,
-        rows: dict[int, tuple[np.ndarray, ...]],
-        share_TK: np.ndarray,
-        price_T: np.ndarray,
-        held_E: np.ndarray,
-    ) -> Iterator[tuple[float, int, int]]:
-        """(cost per byte as a part of the price, minus the level to go down to, expert) of each absent plane.
-
-        Costs of an expert's planes rise from the top, so that they are given up in that order.
-        """
-        for expert, (rows_R, places_R) in rows.items():
-            with np.errstate(divide="ignore", invalid="ignore"):
-                weight = float(np.sum(share_TK[rows_R, places_R] / price_T[rows_R]))
-            dearest = 0.0
-            for number in range(self._table.exact - 1, int(held_E[expert]) - 1, -1):
-                per_byte = weight * self._cost_LES[layer, expert, number] / self._bytes_LS[layer, number]
-                dearest = max(dearest, np.nan_to_num(per_byte, nan=np.inf))
-                yield dearest, -number, expert
+    def _offers(self, ask: LevelAsk, lacking: np.ndarray, share_TK: np.ndarray) -> list[tuple[float, int, int]]:
+        """(cost per byte as a part of the price, expert, level to go down to) of absent planes, the cheapest first."""
+        layer, experts_TK = ask.routing.layer, ask.routing.experts_TK
+        price_T = np.array([self._prices.get(budget, 0.0) for budget in ask.budget_T.tolist()])
+        weights_TK = share_TK / np.maximum(price_T, _LEAST_PRICE)[:, None]
+        weight_E = np.bincount(experts_TK.ravel(), weights_TK.ravel(), minlength=len(ask.held_E))
+        costs_JS = weight_E[lacking, None] * self._per_byte_LES[layer, lacking]
+        absent_JS = np.arange(costs_JS.shape[1]) >= ask.held_E[lacking, None]
+        costs_JS, absent_JS = costs_JS[:, ::-1], absent_JS[:, ::-1]  # of equal costs the top plane's comes first
+        places = np.flatnonzero(absent_JS)
+        places = places[np.argsort(costs_JS.ravel()[places], kind="stable")]
+        experts, numbers = lacking[places // costs_JS.shape[1]], self._table.exact - 1 - places % costs_JS.shape[1]
+        return list(zip(costs_JS.ravel()[places].tolist(), experts.tolist(), numbers.tolist(), strict=True))
 
     def _settle(self, budget_T: np.ndarray) -> None:
         """All layers have asked: move the prices by what was spent of each budget."""
@@ -126,3 +127,11 @@ class Ledger:
         """A plane that would be read is worth its reading; one that would be given up, the error that it spares."""
         spared_LES = self._cost_LES / self._table.picks / (price * self._bytes_LS[:, None, :])
         return np.minimum.accumulate(np.minimum(spared_LES, 1), axis=2)
+
+
+def _users(experts_TK: np.ndarray, experts: np.ndarray) -> dict[int, tuple[Sequence[int] | np.ndarray, ...]]:
+    """Rows and places of each of these experts."""
+    if len(experts_TK) == 1:
+        places = {expert: place for place, expert in enumerate(experts_TK[0].tolist())}
+        return {expert: ([0], [places[expert]]) for expert in experts.tolist()}
+    return {expert: np.nonzero(experts_TK == expert) for expert in experts.tolist()}
