@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from moestro.engine.evaluate import EvaluationProgress
     from moestro.engine.results import Evaluation
 
+_OPTIONS = ("memory", "level", "quality", "level_policy", "threads", "policy", "auto_pack")
+
 
 def evaluate(
     model: Model,
-    options: Annotated[RuntimeOptions, Only("memory", "level", "threads", "policy", "auto_pack")],
+    options: Annotated[RuntimeOptions, Only(*_OPTIONS)],
     text: Annotated[
         list[Path], typer.Option("--text", help="A UTF-8 file to measure on; give the flag once for each file.")
     ],
@@ -40,6 +42,9 @@ def evaluate(
     max_tokens: Annotated[
         int, typer.Option(help="Most tokens of all windows, which are then evenly spread over the texts (0: all).")
     ] = 0,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Feed tokens one at a time, as decoding does; slower.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on texts, and the mean KL divergence (nats per token) from the model's raw weights."""
@@ -58,6 +63,7 @@ def evaluate(
         options=options,
         window=window,
         max_tokens=max_tokens,
+        one_by_one=one_by_one,
         progress=Lines(_say_measured),
     )
     if measured.kl_to_raw is None:

@@ -42,7 +42,8 @@ class Stats:
 
     `stall_s` is time in which nothing could be computed because planes had not arrived; `compute_s` is time in forward
     passes without it, of which `expert_s` went into experts. `path` says how they run: "native" (a compiled call per
-    layer) or "general" (transformers' own layers, with moestro's attention and experts).
+    layer) or "general" (transformers' own layers, with moestro's attention and experts). `levels_applied` counts the
+    experts of rows that need not be exact, by the level that was chosen for them ("0": left out).
     """
 
     hits: int
@@ -69,6 +70,8 @@ class Stats:
     level: int
     policy: str
     predictor: str
+    level_policy: str
+    levels_applied: dict[str, int]
     path: str
     direct_io: bool
     huge_pages: bool

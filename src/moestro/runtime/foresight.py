@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from moestro.config import RuntimeOptions
 from moestro.foresight import NETS_FILE, load_nets, worth_their_bytes
 from moestro.memory.plane_cache import PlaneCache
@@ -21,6 +19,7 @@ from moestro.policy.choice import ENSEMBLE, LEARNED, VALUE, check_names, make_ch
 from moestro.policy.foresight import Foresight
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.prefetch import SlackMeter
+from moestro.runtime.levels import LayerLevels
 from moestro.store.layout import Layout
 
 _WITHOUT_PREDICTOR = "lrfu"
@@ -61,7 +60,7 @@ def foresight_bytes(options: RuntimeOptions, *, nets_bytes: int, expert_bytes: i
     """Bytes that the policy of a model of so many experts takes: nets, and what it keeps of requests in flight."""
     chosen = Chosen.of(options, nets_bytes=nets_bytes, expert_bytes=expert_bytes)
     learned = needs_nets(chosen.policy, chosen.predictor, prefetch=chosen.prefetch)
-    return (nets_bytes if learned else 0) + _PER_EXPERT * experts * (1 + options.max_sequences)
+    return (nets_bytes if learned else 0) + experts * (_LEVELS_PER_EXPERT + _PER_EXPERT * (1 + options.max_sequences))
 
 
 def make_foresight(chosen: Chosen, store: Path, shape: Shape) -> Foresight:
@@ -74,7 +73,10 @@ def make_foresight(chosen: Chosen, store: Path, shape: Shape) -> Foresight:
 
 
 class LayerForesight:
-    """Drives a `Foresight` by the real clock: `step`, then for each layer `routed`, `asked` and `served`."""
+    """Drives a `Foresight` by the real clock: `step`, then for each layer `routed`, `asked` and `served`.
+
+    `levels`, if there are any, say which planes of an expert are worth reading ahead.
+    """
 
     def __init__(
         self,
@@ -87,14 +89,15 @@ class LayerForesight:
         self._foresight, self._planes, self._chains, self._transfers = foresight, planes, chains, transfers
         self._chain_bytes = [sum(plane.nbytes for plane in layout.planes) for layout in layouts]
         self._meter = SlackMeter()
-        self._requests: Sequence[RequestRows] = ()
+        self.requests: Sequence[RequestRows] = ()
+        self.levels: LayerLevels | None = None
         self._begun: set[int] = set()
         self._seconds_per_byte = 0.0
         self._asked = 0
 
     def step(self, requests: Sequence[RequestRows]) -> None:
         """A forward pass over rows of these requests begins."""
-        self._requests = requests
+        self.requests = requests
         for rows in requests:
             if rows.request not in self._begun:
                 self._begun.add(rows.request)
@@ -106,10 +109,10 @@ class LayerForesight:
             self._begun.remove(request)
             self._foresight.end(request)
 
-    def routed(self, layer: int, index_TK: np.ndarray, weights_TK: np.ndarray, counts_E: np.ndarray) -> None:
+    def routed(self, routing: Routing) -> None:
         """A layer has routed; its planes are asked for next."""
         self._meter.routed(time.perf_counter())
-        self._foresight.observe(Routing(layer, index_TK, weights_TK, self._requests, counts_E))
+        self._foresight.observe(routing)
 
     def asked(self, layer: int, *, reading: bool) -> None:
         """All planes of the layer have been asked for: read ahead what is worth it."""
@@ -118,7 +121,12 @@ class LayerForesight:
         target = (layer + 1) % len(self._chains)
         slack = self._meter.slack(self._read_seconds(target), reading=reading)
         chains = self._chains[target]
-        proposed = [chains[expert] for _, expert in self._foresight.propose(layer, slack) if expert < len(chains)]
+        levels = self.levels
+        proposed = [
+            chains[expert] if levels is None else levels.worth_reading(target, expert)
+            for _, expert in self._foresight.propose(layer, slack)
+            if expert < len(chains)
+        ]
         if proposed:
             self._planes.prefetch([key for chain in proposed for key in chain])
 
@@ -137,3 +145,6 @@ class LayerForesight:
 
 _PER_EXPERT = 64
 """Bytes that a policy keeps of each expert, and of each expert for each request: a dozen small numbers at most."""
+
+_LEVELS_PER_EXPERT = 192
+"""What is kept of an expert's levels: a few numbers for each of at most five."""

@@ -76,6 +76,8 @@ class ModelRunner:
         self._batch = batch
         if self._experts.foresight is not None:
             self._experts.foresight.step(batch.request_rows)
+        if self._experts.levels is not None:
+            self._experts.levels.step(batch)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
@@ -190,6 +192,14 @@ class ModelRunner:
             return StepRouting(ids_LTK.copy(), weights_LTK.copy() if with_weights else weights_LTK)
         experts, weights = (np.stack(one) for one in zip(*self._routed, strict=True))
         return StepRouting(experts, weights, None if self._lookahead is None else self._lookahead.take(experts))
+
+    @property
+    def levels_applied(self) -> dict[str, int]:
+        """How many experts of rows that need not be exact were computed at each level, 0 for those left out."""
+        levels = self._experts.levels
+        if levels is None:
+            return {}
+        return {str(bits): int(count) for bits, count in zip((0, *levels.bits), levels.applied_D, strict=True)}
 
     @property
     def expert_counts(self) -> np.ndarray:

@@ -19,6 +19,8 @@ NEED = Need((9, 9, 9), 4096, urgent=True)
 class Fixed:
     """A policy whose worths a test sets."""
 
+    proportional = True
+
     def __init__(self) -> None:
         self.worth_LE = np.zeros((SHAPE.layers, SHAPE.experts))
         self.held: set[tuple[int, int]] = set()
@@ -76,6 +78,32 @@ def test_the_least_worth_that_may_leave_does(seed: int) -> None:
             assert policy.held == {one[:2] for one in held}
     for layer in range(5):
         assert eviction.absent(layer).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_where_planes_have_gains_the_plane_of_least_worth_leaves(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    policy = Fixed()
+    eviction = WorthEviction(policy, SHAPE)
+    policy.worth_LE = random.integers(0, 4, size=(5, 20)).astype(float)
+    gains_LEP = np.minimum.accumulate(random.integers(0, 3, size=(5, 20, 3)) / 2, axis=-1)
+    eviction.gains_LEP = gains_LEP
+    held = [(layer, expert, plane) for layer in range(5) for expert in range(20) for plane in range(3)]
+    for key in held:
+        eviction.on_load(key, 4096)
+    eviction.observe(routing())
+    left = []
+    while held:
+        victim = eviction.victim(NEED, Free(*held))
+        assert victim is not None
+        left.append(victim)
+        held.remove(victim)
+        eviction.on_evict(victim)
+    worth = [policy.worth_LE[layer, expert] * gains_LEP[layer, expert, plane] for layer, expert, plane in left]
+    assert worth == sorted(worth)
+    for (layer, expert, plane), later in zip(left, range(len(left)), strict=True):
+        assert all((layer, expert, above) in left[:later] for above in range(plane + 1, 3))
 
 
 def test_absent_are_experts_without_a_plane() -> None:

@@ -31,6 +31,7 @@ class Value:
     """Worth = importance x sum over horizons of P(use within the horizon)."""
 
     name = "value"
+    proportional = True
 
     def __init__(self, shape: Shape, *, predictor: Predictor, importance_LE: np.ndarray | None = None) -> None:
         self._predictor, self._importance_LE = predictor, importance_LE
