@@ -15,7 +15,7 @@ from moestro.policy.keeping.base import KeepPolicy
 from moestro.policy.keeping.lowest import Lowest
 from moestro.policy.observation import Routing, Shape
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 """Candidates that are put in order together: a layer of one row rarely needs more."""
 
 _ALL_PLANES = -1
@@ -90,7 +90,7 @@ class WorthEviction:
         return key
 
     def _in_order(self, wanted: int) -> list[tuple[int, int]]:
-        """At least so many of the experts held, or of planes, by rising worth; the lowest number first."""
+        """So many of the experts held, or of planes, by rising worth; the lowest number first."""
         if self.gains_LEP is not None and self._policy.proportional:
             return self._planes_in_order(self.gains_LEP, wanted)
         worth_X = np.add(self._policy.worth(self._layer).reshape(-1), self._bar_X, out=self._barred_X)

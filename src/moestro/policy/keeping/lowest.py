@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_SPARE, _MOST = 4, 16
+_SPARE, _MOST = 4, 8
 """So many times the values wanted lie below a new limit; and more than so many times as many ask for a new one."""
 _LARGEST = float(np.finfo(np.float64).max)
 
@@ -19,11 +19,11 @@ class Lowest:
         self._limit = -np.inf
 
     def places(self, values_X: np.ndarray, wanted: int) -> list[int]:
-        """Of at least so many of the least values, if there are, rising; of equals the first. inf is no value."""
+        """Of so many of the least values, if there are, rising; of equals the first. inf is no value."""
         low = np.flatnonzero(values_X <= self._limit)
         if not wanted <= len(low) <= _MOST * wanted:
             rank = min(_SPARE * wanted, len(values_X)) - 1
             self._limit = min(float(np.partition(values_X, rank)[rank]), _LARGEST)
             low = np.flatnonzero(values_X <= self._limit)
-        places: list[int] = low[np.argsort(values_X[low], kind="stable")].tolist()
+        places: list[int] = low[np.argsort(values_X[low], kind="stable")[:wanted]].tolist()
         return places
