@@ -82,7 +82,8 @@ def evaluate(
     if reference is not None:
         _check_reference(store, reference, texts, windows)
     rows = 1 if one_by_one else _chunk_rows(store, size)
-    wanted = replace(options or RuntimeOptions(), context=size, max_sequences=1)
+    # Windows of a text are no requests.
+    wanted = replace(options or RuntimeOptions(), context=size, max_sequences=1, learn="off")
     with ExitStack() as stack:
         opened = []
         for one, its_options in _divide_memory(store, reference, wanted, rows):

@@ -152,6 +152,7 @@ class LLM:
         if self._closed_stats is not None:
             return self._closed_stats
         plan, planes, runner = self.plan, self._open.runner.planes.stats, self._open.runner.stats
+        foreseen = self._open.runner.foreseen
         return Stats(
             hits=planes.hits,
             misses=planes.misses,
@@ -160,8 +161,12 @@ class LLM:
             late_prefetches=planes.late_prefetches,
             wasted_prefetches=planes.wasted_prefetches,
             wasted_bytes=planes.wasted_bytes,
+            prefetch_recall=foreseen.recall,
+            prefetch_precision=foreseen.precision,
             bytes_read=planes.bytes_read,
             stall_s=planes.stall_seconds,
+            demand_stall_s=planes.stall_seconds - planes.late_stall_seconds,
+            late_prefetch_stall_s=planes.late_stall_seconds,
             compute_s=runner.forward_s - planes.stall_seconds,
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),

@@ -154,7 +154,7 @@ class PlaneCache:
             if not self._make_room(need, keep, any_class=any_class or self._is_short(extent.nbytes)):
                 return None
             slot = self._arena.alloc(extent.nbytes)
-        plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER)
+        plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER, ahead=not urgent)
         destination = self._buffer.view(slot.offset, extent.nbytes)
         layer, expert, position = key
         label = f"Plane {position} of expert {expert} of MoE layer {layer}"

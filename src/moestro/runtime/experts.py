@@ -162,7 +162,7 @@ class RoutedExperts:
             with self.planes.stream(wanted) as batches:
                 reading = batches.reading
                 if foresight is not None:
-                    foresight.asked(layer, reading=reading)
+                    foresight.asked(layer, hidden_TH, reading=reading)
                 for batch in batches:
                     if foresight is not None:
                         foresight.served(reading=reading)

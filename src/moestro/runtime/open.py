@@ -20,15 +20,18 @@ from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
+from moestro.policy.choice import needs_gates
 from moestro.policy.levels import LEVEL_POLICIES, budget_of, choose_level_policy
 from moestro.policy.observation import Shape
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.experts import open_experts
-from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, stored_nets_bytes
+from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, open_history, stored_nets_bytes
+from moestro.runtime.history import History
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.levels import LayerLevels, level_table, levels_up_to
+from moestro.runtime.lookahead import Gates
 from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
@@ -49,11 +52,14 @@ class OpenModel:
     arena_buffer: HostBuffer
     buffers: tuple[HostBuffer, ...]
     chosen: Chosen
+    history: History | None
     level_policy: str
 
     def close(self) -> None:
-        """Stop the transfer threads and give the memory back."""
+        """Stop the transfer threads, keep what was learned and give the memory back."""
         self.transfers.close()
+        if self.history is not None:
+            self.history.save()
         for buffer in self.buffers:
             buffer.close()
 
@@ -104,6 +110,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
         RequestError: the store does not promise the level asked for.
         UnsupportedModelError, StoreError: the store is of a model that cannot be run, or is damaged.
+        TraceError: what was learned for the store cannot be used.
     """
     level_of(store, options.level)
     level_policy = level_policy_of(store, options)
@@ -139,11 +146,12 @@ def _assemble(
     whole = plan.arena_bytes >= plan.whole_arena_bytes
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
-    foresight = None
+    foresight, history, gates = None, None, None
     if not whole:
         most = max(layer.num_experts for layer in store.layers)
         shape = Shape(len(store.layers), most, max(probed.experts_per_token))
-        foresight = make_foresight(chosen, store.path, shape)
+        history = open_history(options, chosen, store, shape)
+        foresight = make_foresight(chosen, store.path, shape, history)
     transfers = TransferEngine()
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
@@ -170,7 +178,9 @@ def _assemble(
         whole=whole,
     )
     if foresight is not None:
-        experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers)
+        if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
+            gates = Gates(skeleton.model, picks=max(probed.experts_per_token))
+        experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers, gates)
     bits = levels_up_to(store, plan.level)
     table = level_table(store, layouts, bits=bits, picks=max(probed.experts_per_token))
     experts.levels = LayerLevels(
@@ -193,6 +203,8 @@ def _assemble(
         native=native,
         experts=experts,
     )
+    if history is not None:
+        runner.remember(history)
     return OpenModel(
         store=store,
         skeleton=skeleton,
@@ -202,6 +214,7 @@ def _assemble(
         arena_buffer=arena_buffer,
         buffers=(dense_buffer, arena_buffer, kv_buffer),
         chosen=chosen,
+        history=history,
         level_policy=level_policy,
     )
 
