@@ -9,7 +9,10 @@ from moestro.errors import BudgetError, MoestroError, PackError, RequestError, T
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field whose `help` text is shown by the command line and the docs."""
+    """A dataclass field whose `help` text is shown by the command line and the docs.
+
+    `flag=False` in `extra`: a field of requests that the command line sets when it opens the model.
+    """
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -34,12 +37,24 @@ class RuntimeOptions:
     policy: str = option("auto", "Which experts are kept: auto is value where routing has been learned, else lrfu.")
     predictor: str = option("auto", "What foresees experts: auto is learned where it has been, else none.")
     prefetch: str = option("on", "Read experts ahead of the router when that pays, if there is a predictor (on, off).")
+    learn: str = option(
+        "auto", "Remember in the store which experts requests used (on, off); auto: if policy or predictor go by it."
+    )
+    quality: str = option(
+        "exact", "What may be given up for speed: exact, high, balanced, fast, or the nats a token may lose (0.01)."
+    )
+    level_policy: str = option(
+        "auto",
+        "How it is given up: ledger, gate, sensitivity, fixed; auto is ledger where errors are known, else gate.",
+    )
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:
         check_types(self, BudgetError)
         if self.prefetch not in ("on", "off"):
             raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
+        if self.learn not in ("auto", "on", "off"):
+            raise RequestError(f"learn is {self.learn!r}, expected auto, on or off.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +70,7 @@ class SamplingParams:
     top_k: int = option(0, "Sample from this many likeliest tokens (0: all).")
     seed: int = option(0, "Seed of this request's random numbers.")
     ignore_eos: bool = option(False, "Go on after the end-of-text token.")
+    quality: str = option("", "What may be given up for speed (empty: as the model was opened).", flag=False)
 
     def __post_init__(self) -> None:
         check_types(self, RequestError)
