@@ -1,8 +1,8 @@
 """Where the time of a run goes: parts that exclude each other and add up, and events for a timeline if one is wanted.
 
-One thread computes. It enters and leaves parts like brackets, and every moment belongs to the part entered last, so that
-the parts add up to the time between the outermost brackets whatever is measured within them. A bracket takes two looks
-at the clock and a few list operations (under a microsecond); without a timeline nothing is kept of it but the sum.
+One thread computes. It enters and leaves parts like brackets, and every moment belongs to the part entered last, so
+that the parts add up to the time between the outermost brackets whatever is measured within them. A bracket takes two
+looks at the clock and a few list operations (under a microsecond); without a timeline only the sums are kept.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Event(enum.Enum):
     ASK = EventKind(_DECIDE, "ask for planes", ("layer", "experts"))
     WAIT = EventKind(_DECIDE, "wait", ("late", "queue_s"))
     READ = EventKind(
-        "", "{layer:.0f}/{expert:.0f}/{plane:.0f}", ("layer", "expert", "plane", "bytes", "urgent", "queue_s")
+        "",
+        "plane {plane:.0f} of expert {expert:.0f} of layer {layer:.0f}",
+        ("layer", "expert", "plane", "bytes", "urgent", "queue_s"),
     )
 
 

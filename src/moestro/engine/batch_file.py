@@ -30,7 +30,7 @@ from moestro.store.reader import Store
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 _KEYS = ("id", "prompt", "messages", *_SAMPLING)
-_WINDOW = 8
+_WINDOW = 4
 """Requests are brought into order of length among so many times `max_sequences` of them: further apart, answers would
 have to wait long for those before them."""
 
@@ -43,6 +43,14 @@ class BatchRequest:
     id: str | int
     prompt: str | list[dict[str, str]]
     sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Done:
+    """`done` of `total` answers are in the file."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,12 @@ def answer_file(
     name: str,
     chat: bool = False,
     timeline: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[Done], None] | None = None,
 ) -> BatchReport:
     """Answer the requests of the file `name` and append the answers to `out`, in their order.
 
     `max_sequences` of the options is the least number of requests in flight, 0 for `context` what the longest needs.
-    With `chat` prompts are wrapped in the model's chat template. `progress` is told (answered, all).
+    With `chat` prompts are wrapped in the model's chat template. `progress` is told of every step.
 
     Raises:
         RequestError: a prompt does not do, `out` holds something else than answers to these requests, or another
@@ -135,7 +143,7 @@ def _run(
     requests: Sequence[BatchRequest],
     prompts: Sequence[list[int]],
     answers: _Answers,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[Done], None] | None,
 ) -> int:
     """Compute and write all answers that are missing; returns how many tokens they have."""
     first, tokens = answers.count, 0
@@ -152,7 +160,7 @@ def _run(
         while (next_one := early.pop(answers.count - first, None)) is not None:
             answers.append(next_one)
         if progress is not None:
-            progress(answers.count, len(requests))
+            progress(Done(answers.count, len(requests)))
     assert answers.count == len(requests)
     return tokens
 
@@ -295,6 +303,6 @@ def _check_lengths(requests: Sequence[BatchRequest], prompts: Sequence[list[int]
     for one, ids in zip(requests, prompts, strict=True):
         if not 0 < len(ids) < context:
             raise RequestError(
-                f"Line {one.line} of {name}: the prompt has {len(ids)} tokens and the context holds {context}, of which "
-                "at least one is for the answer. Shorten it, or give a longer --context if the model has one."
+                f"Line {one.line} of {name}: the prompt has {len(ids)} tokens and the context holds {context}, of "
+                "which at least one is for the answer. Shorten it, or give a longer --context if the model has one."
             )

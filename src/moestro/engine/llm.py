@@ -154,12 +154,12 @@ class LLM:
         check_timeline_path(Path(path))
         planes, spans = self._open.runner.planes, self._spans
         planes.settle()
-        spans.timeline = Timeline(spans.clock())
+        recorded = spans.timeline = Timeline(spans.clock())
         try:
             yield
         finally:
             planes.settle()
-            recorded, spans.timeline = spans.timeline, None
+            spans.timeline = None
             write_timeline(Path(path), recorded)
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta]:
