@@ -51,11 +51,8 @@ def generate(
     """Answer a prompt; the text streams to standard output, everything else goes to standard error."""
     if out is not None:
         _refuse_with_out(prompt=prompt, picture=picture)
-        whole_file = _read_prompt(None, prompt_file)
-        name = str(prompt_file)
-        answer_batch(
-            model, options, sampling, whole_file, out, name=name, chat=chat, timeline=timeline, as_json=as_json
-        )
+        lines, name = _read_prompt(None, prompt_file), str(prompt_file)
+        answer_batch(model, options, sampling, lines, out, name=name, chat=chat, timeline=timeline, as_json=as_json)
         return
     text = _read_prompt(prompt, prompt_file)
     if picture is not None:

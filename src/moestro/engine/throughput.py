@@ -10,6 +10,9 @@ from moestro.runtime.plan import Plan, resolve_context
 from moestro.runtime.subject import Subject
 from moestro.store.reader import Store
 
+_DISK_TO_MEMORY = 4
+"""How many bytes of memory are read in the time of one from the disk."""
+
 _MOST = 64
 """Most sequences at once: with more, a step of the compiled kernels costs what its rows cost."""
 
@@ -20,8 +23,8 @@ def options_for(
     """The options under which these requests take least time together.
 
     A context that was not asked for is what the longest request needs, so that more of them fit; `max_sequences` is at
-    least what was asked for, and as many as read fewest bytes per token: what a layer reads serves every row of a step,
-    but each sequence's KV rows take the place of experts.
+    least what was asked for, and as many as make a token cheapest: what a layer reads serves every row of a step, but
+    each sequence's KV rows take the place of experts.
 
     Raises:
         BudgetError: the memory does not do for `max_sequences` as asked for, or the options are not valid.
@@ -37,21 +40,22 @@ def options_for(
         plan = subject.plan(candidate)
         if not plan.fits:
             break
-        cost = bytes_per_token(plan, experts=subject.skeleton.expert_layers[0].num_experts, picks=_picks(subject))
+        cost = cost_per_token(plan, experts=subject.skeleton.expert_layers[0].num_experts, picks=_picks(subject))
         if cost <= least:
             best, least = candidate, cost
     return best
 
 
-def bytes_per_token(plan: Plan, *, experts: int, picks: int) -> float:
-    """Bytes of experts that a decoded token costs to read if all experts are equally likely, whoever is in flight.
+def cost_per_token(plan: Plan, *, experts: int, picks: int) -> float:
+    """What a decoded token costs if all experts are equally likely, in bytes that are read from memory.
 
-    Of `experts` in each layer, a step of n rows wants 1 - (1 - picks / experts)^n, less what the arena holds.
+    A step of n rows, one of each sequence, wants 1 - (1 - picks / experts)^n of the experts. It reads them and the
+    dense weights from memory, and before that, from the disk, the part that the arena does not hold.
     """
     rows = plan.max_sequences
     wanted = 1 - (1 - picks / experts) ** rows
     absent = 1 - min(1.0, plan.arena_experts / plan.total_experts)
-    return wanted * absent * plan.expert_bytes / rows
+    return (plan.dense_bytes + wanted * plan.expert_bytes * (1 + _DISK_TO_MEMORY * absent)) / rows
 
 
 def _counts(first: int, most: int) -> list[int]:
