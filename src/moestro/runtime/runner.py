@@ -26,6 +26,7 @@ from moestro.runtime.kv import KVPool
 from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
 from moestro.runtime.native import NativeForward
+from moestro.spans import Event, Part, Spans
 from moestro.trace import Recorder, StepRouting
 
 
@@ -64,6 +65,7 @@ class ModelRunner:
         self._batch: PackedBatch | None = None
         self._cache = HookedCache(skeleton.config.model_type, self.cache_rows)
         self._experts = experts
+        self.spans: Spans = experts.spans
         self._routed: list[tuple[np.ndarray, np.ndarray]] = []
         modules = (module for module in self._model.modules() if is_experts_module(module))
         self._layer_of = {id(module): layer for layer, module in enumerate(modules)}
@@ -75,12 +77,18 @@ class ModelRunner:
         Raises:
             PlaneReadError: a plane that this batch needs could not be read.
         """
+        with self.spans.within(Part.PYTHON, Event.FORWARD, batch.rows, len(batch.segments)):
+            return self._forward(batch)
+
+    def _forward(self, batch: PackedBatch) -> torch.Tensor:
         started = time.perf_counter()
         self._batch = batch
+        self.spans.begin(Part.POLICY)
         if self._experts.foresight is not None:
             self._experts.foresight.step(batch.request_rows)
         if self._experts.levels is not None:
             self._experts.levels.step(batch)
+        self.spans.end(Event.BEGIN)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
@@ -108,7 +116,7 @@ class ModelRunner:
         return "general" if self.native is None else "native"
 
     def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
-        with forward_pass(self):
+        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL):
             output = self._model(
                 input_ids=batch.token_ids_T.unsqueeze(0),
                 position_ids=batch.positions_T.unsqueeze(0),

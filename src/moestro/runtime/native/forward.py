@@ -19,6 +19,7 @@ from moestro.runtime.dense import PackedWeight, stored
 from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
 from moestro.runtime.native.blueprint import Blueprint, LayerParts, known_rows
+from moestro.spans import Event, Part
 
 _TABLE_ROWS = 64
 _ALIGNMENT = 64
@@ -67,13 +68,18 @@ class NativeForward:
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
-        decoder, experts = self._decoder, self._experts
+        decoder, experts, spans = self._decoder, self._experts, self._experts.spans
         self._begin(batch)
         ids_LTK, weights_LTK = self.routing
         done, address = 0, 0
         while True:
             experts.forget_moved()
+            computed_s = decoder.experts_seconds
+            spans.begin(Part.DENSE)
             reached = decoder.run(address)
+            computed_s = decoder.experts_seconds - computed_s
+            spans.give(Part.EXPERTS, computed_s)
+            spans.end(Event.DENSE, done, reached, computed_s)
             if reached > done:
                 experts.count_known(done, ids_LTK[done:reached])
             if reached == len(ids_LTK):
@@ -85,7 +91,9 @@ class NativeForward:
             done, address = reached + 1, delta_TH.data_ptr()
         wanted = batch.logit_rows
         logits_SV = torch.empty(len(wanted), self._vocabulary)
+        spans.begin(Part.DENSE)
         decoder.logits(wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
+        spans.end(Event.HEAD, len(wanted))
         return logits_SV
 
     def _begin(self, batch: PackedBatch) -> None:
