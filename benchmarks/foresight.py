@@ -1,135 +1,137 @@
-"""Hit rates of every policy on recorded routing, and recall of every predictor one layer ahead.
+"""Hit rates of every policy on recorded routing, and recall and calibration of every predictor one layer ahead.
 
-    python benchmarks/foresight.py TRACE [--slots 4,8,16,24] [--policies lru,...] [--predictors ensemble,...]
-                                         [--requests N] [--concurrency C] [--out results.json]
+    python benchmarks/foresight.py TRACE [--slots 4,8,16,24] [--policies lru,value/ensemble,...] [--judged N]
+                                         [--predictors ensemble,...] [--concurrency C] [--out results.json]
+                                         [--learn TRACE] [--nets FILE] [--plot reliability.svg]
 
 Every other request is for learning (the learned predictor is trained on them, the others see them go by), the rest are
-judged. Hit rates: equal slots in every layer, prefetch off, every miss admitted, the cache kept warm over requests.
-Recall: of the experts that a layer then uses, those among the likeliest K and 2 K, once the layer before has routed.
+judged; or all of --learn is for learning. Hit rates: equal slots in every layer, prefetch off, every miss admitted, the
+cache kept warm over requests. A policy goes by a predictor with a slash: value/ensemble (value alone: learned).
+Recall: of the experts that a layer of decoded tokens then uses, those among as many of the likeliest, and among twice
+as many, once the layer before has routed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from judging import COLOURS, Case, case_of, new_figure, parser_of, save_figure, tidy
 
-from moestro.foresight import TrainingOptions, train
-from moestro.policy.choice import Choice, make_choice, needs_nets, policy_names
-from moestro.policy.observation import Routing, Shape
-from moestro.policy.predictors.net import Nets
-from moestro.simulate.fit import fit
+from moestro.policy.choice import policy_names
 from moestro.simulate.passes import passes
+from moestro.simulate.routings import gates_of, routings, tell_gates
 from moestro.simulate.slots import SlotReplay
-from moestro.trace import Trace
 
 PREDICTORS = "popularity,recency,previous-token,previous-layer,eamc,ensemble,learned,ensemble+learned"
+BINS = 20
 
 
 def main() -> None:
     options = arguments()
-    trace = Trace.load(options.trace)
-    requests = np.arange(min(trace.requests, options.requests or trace.requests))
-    learned_from, judged = trace.select(requests[::2]), trace.select(requests[1::2])
-    shape = Shape(trace.layers, trace.num_experts, trace.picks)
-    result: dict[str, object] = {"trace": options.trace.name, "learned_from": learned_from.rows, "judged": judged.rows}
-    started = time.perf_counter()
-    nets = train(learned_from, TrainingOptions(epochs=options.epochs, width=options.width))
-    result["training_s"] = round(time.perf_counter() - started, 1)
-    print(f"trained on {learned_from.rows} rows in {result['training_s']} s, judging on {judged.rows}")
-    slots = [int(one) for one in options.slots.split(",")]
-    result["hit_rates"] = hit_rates(options, shape, learned_from, judged, nets, slots)
-    result["recall"] = recalls(options, shape, learned_from, judged, nets)
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    case = case_of(options)
+    result: dict[str, Any] = {
+        "trace": options.trace.name,
+        "learned_from": case.learned_from.rows,
+        "judged": case.judged.rows,
+        "concurrency": options.concurrency,
+        "hit_rates": hit_rates(case, [int(one) for one in options.slots.split(",")]),
+        "recall": recalls(case),
+    }
+    case.save(result)
+    if options.plot is not None:
+        draw(result["recall"], options.plot)
 
 
-def hit_rates(
-    options: argparse.Namespace,
-    shape: Shape,
-    learned_from: Trace,
-    judged: Trace,
-    nets: tuple[Nets, Nets],
-    slots: list[int],
-) -> dict[str, list[float]]:
-    replay = SlotReplay(judged, concurrency=options.concurrency)
+def hit_rates(case: Case, slots: list[int]) -> dict[str, list[float]]:
+    replay = SlotReplay(case.judged, concurrency=case.options.concurrency)
     lru, belady = replay.lru(slots), replay.belady(slots)
     rates = {"belady": [one.hit_rate for one in belady]}
-    print(f"hit rates at {options.slots} slots; share of the way from LRU to Belady; seconds")
-    print(f"{'belady':18s}", " ".join(f"{one.hit_rate:.4f}" for one in belady))
-    for name in filter(None, options.policies.split(",")):
+    print(f"hit rates at {slots} slots; share of the way from LRU to Belady; seconds")
+    print(f"{'belady':22s}", " ".join(f"{one.hit_rate:.4f}" for one in belady))
+    for name in filter(None, case.options.policies.split(",")):
         started = time.perf_counter()
-        choice = choose(name, shape, nets, learned_from)
-        found = replay.run(choice.policy, slots)
+        policy, _, predictor = name.partition("/")
+        choice = case.fitted(policy, predictor or "learned", prefetch=False)
+        found = replay.run(choice.policy, slots, gates=gates_of(choice, predictor, case.judged))
         rates[name] = [one.hit_rate for one in found]
         gaps = [
             (one.hits - least.hits) / max(most.hits - least.hits, 1)
             for one, least, most in zip(found, lru, belady, strict=True)
         ]
         shown = " ".join(f"{one.hit_rate:.4f}" for one in found), " ".join(f"{gap:6.3f}" for gap in gaps)
-        print(f"{name:18s}", *shown, f"{time.perf_counter() - started:6.1f}", flush=True)
+        print(f"{name:22s}", *shown, f"{time.perf_counter() - started:6.1f}", flush=True)
     return rates
 
 
-def choose(name: str, shape: Shape, nets: tuple[Nets, Nets], learned_from: Trace) -> Choice:
-    predictor = "learned"
-    known = nets if needs_nets(name, predictor, prefetch=False) else None
-    choice = make_choice(name, predictor, shape, prefetch=False, nets=known)
-    fit(choice, learned_from)
-    return choice
-
-
-def recalls(
-    options: argparse.Namespace, shape: Shape, learned_from: Trace, judged: Trace, nets: tuple[Nets, Nets]
-) -> dict[str, list[float]]:
+def recalls(case: Case) -> dict[str, dict[str, Any]]:
     found = {}
-    print("recall one layer ahead when fetching K and 2 K; seconds")
-    for name in filter(None, options.predictors.split(",")):
+    print("recall one layer ahead when fetching as many as are used, and twice as many; calibration error; seconds")
+    for name in filter(None, case.options.predictors.split(",")):
         started = time.perf_counter()
-        choice = make_choice("lru", name, shape, prefetch=True, nets=nets if "learned" in name.split("+") else None)
-        fit(choice, learned_from)
-        found[name] = recall(choice, shape, judged)
-        shown = " ".join(f"{one:.4f}" for one in found[name])
-        print(f"{name:18s}", shown, f"{time.perf_counter() - started:6.1f}", flush=True)
+        one = found[name] = recall(case, name)
+        shown = f"{one['once']:.4f} {one['twice']:.4f} {one['error']:.4f}"
+        print(f"{name:22s}", shown, f"{time.perf_counter() - started:6.1f}", flush=True)
     return found
 
 
-def recall(choice: Choice, shape: Shape, judged: Trace) -> list[float]:
-    """Over decoded rows, all layers but the first."""
-    predictor, hits, asked = choice.predictor, np.zeros(2), 0
+def recall(case: Case, name: str) -> dict[str, Any]:
+    """Over passes of decoded rows alone, all layers but the first."""
+    judged, choice = case.judged, case.fitted("lru", name, prefetch=True)
+    predictor, gates = choice.predictor, gates_of(choice, name, judged)
     assert predictor is not None
-    for one in passes(judged):
+    hits, asked, reliability_3B = np.zeros(2), 0, np.zeros((3, BINS))
+    for one in passes(judged, concurrency=case.options.concurrency):
         for request in one.begins:
             predictor.begin(request)
-        ids_BLK = judged.experts_NLK[one.rows_B].astype(np.int64)
-        weights_BLK = judged.weights_NLK[one.rows_B] / np.float32(255)
-        for layer in range(shape.layers):
-            routing = Routing.of(layer, ids_BLK[:, layer], weights_BLK[:, layer], one.requests, experts=shape.experts)
-            if layer and one.requests[0].decode:
-                likely = np.argsort(-predictor.forecast(layer, 1), kind="stable")
+        decode = all(rows.decode for rows in one.requests)
+        for routing in routings(judged, one):
+            if routing.layer and decode:
+                chance_E = predictor.forecast(routing.layer, 1)
                 used_E = routing.counts_E > 0
-                hits += [used_E[likely[: shape.picks]].sum(), used_E[likely[: 2 * shape.picks]].sum()]
-                asked += int(used_E.sum())
+                count = int(np.count_nonzero(used_E))
+                likely = np.argsort(-chance_E, kind="stable")
+                hits += [used_E[likely[:count]].sum(), used_E[likely[: 2 * count]].sum()]
+                asked += count
+                bin_E = np.minimum((chance_E * BINS).astype(np.int64), BINS - 1)
+                for total_B, weight_E in zip(reliability_3B, (chance_E, used_E, None), strict=True):
+                    total_B += np.bincount(bin_E, weight_E, minlength=BINS)
             predictor.observe(routing)
+            tell_gates(gates, judged, one, routing.layer)
         for request in one.ends:
             predictor.end(request)
-    return (hits / max(asked, 1)).tolist()
+    once, twice = (hits / max(asked, 1)).tolist()
+    forecast_B, used_B, count_B = reliability_3B
+    error = float(np.abs(forecast_B - used_B).sum() / max(count_B.sum(), 1))
+    return {"once": once, "twice": twice, "error": error, "reliability": reliability_3B.tolist()}
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Share of experts used over what was forecast, and how often so much was forecast."""
+    figure = new_figure(9, 3.8)
+    came, often = figure.subplots(1, 2)
+    came.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="as forecast")
+    for colour, (name, one) in zip(COLOURS * 2, found.items(), strict=False):
+        forecast_B, used_B, count_B = map(np.array, one["reliability"])
+        seen = count_B >= 500
+        mean_B = forecast_B[seen] / count_B[seen]
+        label = f"{name} (off by {one['error']:.3f})"
+        came.plot(mean_B, used_B[seen] / count_B[seen], "o-", markersize=3, color=colour, linewidth=1, label=label)
+        often.semilogy(mean_B, count_B[seen] / count_B.sum(), "o-", markersize=3, color=colour, linewidth=1, label=name)
+    tidy(came, "what came true", "forecast probability of use", "share used")
+    tidy(often, "how often it was forecast", "forecast probability of use", "share of forecasts")
+    save_figure(figure, path)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", type=Path)
+    parser = parser_of(__doc__ or "")
     parser.add_argument("--slots", default="4,8,16,24")
     parser.add_argument("--policies", default=",".join(policy_names()))
     parser.add_argument("--predictors", default=PREDICTORS)
-    parser.add_argument("--requests", type=int, default=0, help="the first so many of the trace (0: all)")
-    parser.add_argument("--concurrency", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="SVG or PNG of how forecasts came true")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Routing for tests: what policies and predictors are shown."""
+"""Routing and planes for tests: what policies and predictors are shown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moestro.keys import PlaneKey
 from moestro.policy.observation import RequestRows, Routing, Shape
 
 SHAPES = [
@@ -16,6 +17,22 @@ SHAPES = [
     Shape(layers=2, experts=3, picks=3),
     Shape(layers=5, experts=64, picks=1),
 ]
+
+
+class Free:
+    """Evictable planes of 4096 bytes each."""
+
+    def __init__(self, *keys: PlaneKey) -> None:
+        self.keys = keys
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys
+
+    def __iter__(self) -> Iterator[PlaneKey]:
+        return iter(self.keys)
+
+    def nbytes(self, _key: PlaneKey) -> int:
+        return 4096
 
 
 class Watcher(Protocol):

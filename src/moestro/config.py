@@ -9,7 +9,10 @@ from moestro.errors import BudgetError, MoestroError, PackError, RequestError, T
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field whose `help` text is shown by the command line and the docs."""
+    """A dataclass field whose `help` text is shown by the command line and the docs.
+
+    `flag=False` in `extra`: a field of requests that the command line sets when it opens the model.
+    """
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -34,12 +37,24 @@ class RuntimeOptions:
     policy: str = option("auto", "Which experts are kept: auto is value where routing has been learned, else lrfu.")
     predictor: str = option("auto", "What foresees experts: auto is learned where it has been, else none.")
     prefetch: str = option("on", "Read experts ahead of the router when that pays, if there is a predictor (on, off).")
+    learn: str = option(
+        "auto", "Remember in the store which experts requests used (on, off); auto: if policy or predictor go by it."
+    )
+    quality: str = option(
+        "exact", "What may be given up for speed: exact, high, balanced, fast, or the nats a token may lose (0.01)."
+    )
+    level_policy: str = option(
+        "auto",
+        "How it is given up: ledger, gate, sensitivity, fixed; auto is ledger where errors are known, else gate.",
+    )
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:
         check_types(self, BudgetError)
         if self.prefetch not in ("on", "off"):
             raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
+        if self.learn not in ("auto", "on", "off"):
+            raise RequestError(f"learn is {self.learn!r}, expected auto, on or off.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +70,7 @@ class SamplingParams:
     top_k: int = option(0, "Sample from this many likeliest tokens (0: all).")
     seed: int = option(0, "Seed of this request's random numbers.")
     ignore_eos: bool = option(False, "Go on after the end-of-text token.")
+    quality: str = option("", "What may be given up for speed (empty: as the model was opened).", flag=False)
 
     def __post_init__(self) -> None:
         check_types(self, RequestError)
@@ -78,7 +94,7 @@ class SimulateOptions:
         TraceError: a value is not valid, or has no effect beside the others.
     """
 
-    slots: int = option(0, "Experts of each layer that memory holds.")
+    slots: str = option("", "Experts of each layer that memory holds; several, for a sweep: 4,8,16.")
     memory: str = option("", "Bytes that memory holds of experts, instead of --slots: 512MiB, 2GB.")
     store: str = option("", "Store whose planes' sizes, level and learned predictor are used.")
     model_shape: str = option("2880x2880x4", "Without a store: hidden width x expert width x bits of an expert.")
@@ -90,12 +106,15 @@ class SimulateOptions:
     compute: float = option(0.001, "Seconds that a layer takes for one token with everything in memory.")
     concurrency: int = option(1, "Requests in flight at once.")
     fit: str = option("half", "Requests to learn from: half (every other one, judged on the rest) or none.")
+    timed_tokens: int = option(5000, "Tokens replayed in time, in whole requests of those judged (0: all).")
 
     def __post_init__(self) -> None:
         check_types(self, TraceError)
         if bool(self.slots) == bool(self.memory):
             raise TraceError("Give either --slots (experts of each layer) or --memory (bytes of experts).")
-        for name, value, least in (("slots", self.slots, 0), ("concurrency", self.concurrency, 1)):
+        if self.slots and not all(one.strip().isdecimal() and int(one) for one in self.slots.split(",")):
+            raise TraceError(f"slots is {self.slots!r}, expected whole numbers from 1 on, apart by commas: 4,8,16.")
+        for name, value, least in (("concurrency", self.concurrency, 1), ("timed_tokens", self.timed_tokens, 0)):
             if value < least:
                 raise TraceError(f"{name} is {value}, expected a whole number of at least {least}.")
         if not 0 <= self.compute < 1e6:

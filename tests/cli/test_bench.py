@@ -113,7 +113,7 @@ def test_several_requests_share_the_dense_weights(quantised: Path) -> None:
     assert three["decode"]["tokens"] == 3 * one["decode"]["tokens"]
     assert three["prefill"]["tokens"] == 3 * one["prefill"]["tokens"]
     assert three["decode"]["memory_bytes_per_token"] < one["decode"]["memory_bytes_per_token"]
-    assert one["decode"]["misses"] <= 4
+    assert one["misses"] <= 256  # all experts stay where they are read to
 
 
 def test_as_a_table_on_real_text(quantised: Path, tmp_path: Path) -> None:
@@ -182,8 +182,8 @@ def test_nobody_else_replays(gpt_oss: Path) -> None:
         (("--text", __file__, "--prompt-tokens", "900000"), "context"),
     ],
 )
-def test_what_cannot_be_measured_is_named(arguments: tuple[str, ...], word: str) -> None:
-    result = run("bench", MODEL, *SMALL, *arguments)
+def test_what_cannot_be_measured_is_named(arguments: tuple[str, ...], word: str, quantised: Path) -> None:
+    result = run("bench", quantised, *SMALL, *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert word in result.stderr

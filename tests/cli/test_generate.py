@@ -27,8 +27,12 @@ STATS_KEYS = {
     "late_prefetches",
     "wasted_prefetches",
     "wasted_bytes",
+    "prefetch_recall",
+    "prefetch_precision",
     "bytes_read",
     "stall_s",
+    "demand_stall_s",
+    "late_prefetch_stall_s",
     "compute_s",
     "expert_s",
     "peak_rss_bytes",
@@ -44,6 +48,8 @@ STATS_KEYS = {
     "level",
     "policy",
     "predictor",
+    "level_policy",
+    "levels_applied",
     "path",
     "direct_io",
     "huge_pages",
@@ -84,6 +90,19 @@ def test_json_is_one_object_with_the_published_keys(store: Path, expected: str) 
     assert answer["finish_reason"] == "length"
     assert answer["stats"]["memory_bytes"] == 40 << 20
     assert answer["stats"]["misses"] > 0
+
+
+def test_a_quality_may_be_given_up_for_speed(quantised: Path) -> None:
+    options = _options(memory="28MiB", quality="fast", **{"level-policy": "gate"})
+    stats = json.loads(run("generate", quantised, "--prompt", PROMPT, "--json", *options).stdout)["stats"]
+    assert stats["level_policy"] == "gate"
+    assert list(stats["levels_applied"]) == ["0", "2", "3", "4"]
+    assert 0 < stats["levels_applied"]["4"] < sum(stats["levels_applied"].values())
+    exact = json.loads(run("generate", quantised, "--prompt", PROMPT, "--json", *_options(memory="28MiB")).stdout)
+    assert exact["stats"]["bytes_read"] > stats["bytes_read"]
+    assert set(exact["stats"]["levels_applied"].values()) == {0}
+    wrong = run("generate", quantised, "--prompt", PROMPT, *_options(quality="best"))
+    assert_user_error(wrong, "'best'", "balanced")
 
 
 def test_prompts_come_from_a_file_or_standard_input(store: Path, expected: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from traces import EXCERPT, random_trace
 KEYS = {
     *("slots", "accesses", "hit_rate", "lru_hit_rate", "belady_hit_rate", "gap_closed", "prefetch_recall"),
     *("prefetch_precision", "tokens", "bytes", "stall_seconds", "time_per_token_s", "lru_bytes"),
-    "lru_time_per_token_s",
+    *("lru_time_per_token_s", "memory", "page_cache_bytes", "page_cache_time_per_token_s"),
 }
 """Published: keys may be added here, never changed or taken away."""
 
@@ -28,7 +28,7 @@ def test_real_routing_is_replayed() -> None:
     assert set(told) == KEYS
     assert told["slots"] == 8
     assert told["lru_hit_rate"] < told["hit_rate"] < told["belady_hit_rate"] < 1
-    assert 0 < told["time_per_token_s"] < told["lru_time_per_token_s"]
+    assert 0 < told["time_per_token_s"] < told["lru_time_per_token_s"] < told["page_cache_time_per_token_s"]
     assert set(told["bytes"]) == {"demand", "prefetch", "wasted"}
     assert told["bytes"]["demand"] < told["lru_bytes"]["demand"]
 
@@ -39,6 +39,37 @@ def test_for_people_it_says_the_same() -> None:
     assert "hits of" in result.stdout
     assert "0.0% of the way from LRU to Belady" in result.stdout
     assert "recall" not in result.stdout
+
+
+def test_a_sweep_over_memory(tmp_path: Path) -> None:
+    picture = tmp_path / "sweep.png"
+    flags = ("--policy", "lrfu", "--predictor", "recency", "--timed-tokens", "60")
+    result = run("simulate", EXCERPT, "--slots", "4, 8,16", *flags, "--json", "--plot", picture)
+    assert result.exit_code == 0, result.stderr
+    sizes = json.loads(result.stdout)["sizes"]
+    assert [one["slots"] for one in sizes] == [4, 8, 16]
+    assert all(set(one) == KEYS for one in sizes)
+    for key in ("hit_rate", "lru_hit_rate", "belady_hit_rate", "memory"):
+        assert sizes[0][key] < sizes[1][key] < sizes[2][key]
+    for key in ("time_per_token_s", "lru_time_per_token_s", "page_cache_time_per_token_s"):
+        assert sizes[0][key] > sizes[1][key] > sizes[2][key]
+    assert 0 < sizes[0]["tokens"] < 120
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    alone = run("simulate", EXCERPT, "--memory", str(sizes[1]["memory"]), *flags, "--json")
+    assert json.loads(alone.stdout) == sizes[1]
+    drawn = run("simulate", EXCERPT, "--memory", "2GB,3GB", *flags)
+    assert "by experts of each layer" in drawn.stdout
+    assert "time per token of lrfu with recency prefetch" in drawn.stdout
+
+
+def test_gates_are_asked_where_they_were_recorded(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.npz"
+    random_trace(0, prompts=(4, 4), answers=(20, 20), layers=4, experts=16, picks=2, ahead=2).save(trace)
+    flags = ("--slots", "4", "--predictor", "gate", "--json")
+    for policy in ("lru", "value"):
+        result = run("simulate", trace, *flags, "--policy", policy)
+        assert result.exit_code == 0, result.stderr
+        assert set(json.loads(result.stdout)) == KEYS
 
 
 def test_slower_links_take_longer() -> None:
@@ -61,7 +92,12 @@ def test_slower_links_take_longer() -> None:
         ([], "either --slots (experts of each layer) or --memory"),
         (["--slots", "8", "--memory", "1GB"], "either --slots (experts of each layer) or --memory"),
         (["--slots", "2"], "a token needs 4"),
-        (["--slots", "-1"], "slots is -1"),
+        (["--slots", "-1"], "slots is '-1'"),
+        (["--slots", "8,,16"], "slots is '8,,16'"),
+        (["--slots", "8,2"], "a token needs 4"),
+        (["--slots", "8", "--timed-tokens", "-1"], "timed_tokens is -1"),
+        (["--slots", "8", "--predictor", "gate"], "has no lookahead"),
+        (["--slots", "8", "--plot", "sweep.svg"], "no .png file"),
         (["--slots", "8", "--policy", "fifo"], "'fifo'"),
         (["--slots", "8", "--predictor", "tarot"], "'tarot'"),
         (["--slots", "8", "--policy", "auto"], "'auto'"),

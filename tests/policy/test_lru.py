@@ -1,30 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.keys import PlaneKey
 from moestro.policy import LRU, Need
+from routings import Free
 
 NEED = Need((9, 9, 9), 4096, urgent=True)
-
-
-class Free:
-    """Evictable planes of 4096 bytes each."""
-
-    def __init__(self, *keys: PlaneKey) -> None:
-        self.keys = keys
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys
-
-    def __iter__(self) -> Iterator[PlaneKey]:
-        return iter(self.keys)
-
-    def nbytes(self, _key: PlaneKey) -> int:
-        return 4096
 
 
 A, B, C = (0, 0, 0), (0, 1, 0), (1, 0, 0)

@@ -37,10 +37,34 @@ LEVELS = (2, 3, 4, 8)
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**16))
+def test_rows_of_an_expert_are_apart_by_level(rows: int, per_row: int, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    index_TK = chance.integers(0, EXPERTS + 2, (rows, per_row))
+    levels_TK = chance.integers(0, 4, (rows, per_row))
+    grouping = Grouping(index_TK, EXPERTS, bits=(2, 3, 8), levels_TK=levels_TK)
+    pairs = list(zip(index_TK.ravel().tolist(), levels_TK.ravel().tolist(), strict=True))
+    found = {}
+    for group in grouping.used:
+        expert, level = grouping.expert_of(group), grouping.level_of(group)
+        assert grouping.bits_of(group) == (2, 3, 8)[level - 1]
+        found[expert, level] = grouping.places_of(group).tolist()
+    wanted = {pair for pair in pairs if pair[0] < EXPERTS and pair[1] > 0}
+    assert found == {pair: [place for place, one in enumerate(pairs) if one == pair] for pair in wanted}
+    assert grouping.covers(len(pairs)) == (len(pairs) == sum(map(len, found.values())))
+    if grouping.used:
+        jobs = grouping.jobs(grouping.used, np.zeros((len(found), 4), dtype=np.int64))
+        assert jobs.levels.tolist() == [grouping.bits_of(group) for group in grouping.used]
+        assert jobs.places.tolist() == [place for places in found.values() for place in places]
+    for expert in range(EXPERTS):
+        mine = [place // per_row for place, one in enumerate(pairs) if one[0] == expert and one[1] > 0]
+        assert sorted(grouping.rows_of_expert(expert).tolist()) == mine
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**16))
 def test_every_place_of_every_used_expert_is_in_one_job(rows: int, per_row: int, seed: int) -> None:
     chance = np.random.default_rng(seed)
     index_TK = chance.integers(0, EXPERTS + 2, (rows, per_row))  # EXPERTS and above: no expert
-    grouping = Grouping(index_TK, EXPERTS)
+    grouping = Grouping(index_TK, EXPERTS, bits=(3,))
     flat = index_TK.ravel()
     assert sorted(grouping.used) == sorted(set(flat[flat < EXPERTS].tolist()))
     assert grouping.covers(flat.size) == bool((flat < EXPERTS).all())
@@ -49,7 +73,7 @@ def test_every_place_of_every_used_expert_is_in_one_job(rows: int, per_row: int,
     if not grouping.used:
         return
     arrived = chance.permutation(grouping.used).tolist()
-    jobs = grouping.jobs(arrived, np.zeros((len(arrived), 4), dtype=np.int64), 3)
+    jobs = grouping.jobs(arrived, np.zeros((len(arrived), 4), dtype=np.int64))
     assert jobs.levels.tolist() == [3] * len(arrived)
     for job, expert in enumerate(arrived):
         places = jobs.places[jobs.starts[job] : jobs.starts[job + 1]]
@@ -120,10 +144,16 @@ class Shelf:
             locate=self._extents.__getitem__,
         )
         self.layer = packed_layer(
-            make_kernels("cpu", threads=2), module, layout, self.buffer.tensor, level=level, experts=EXPERTS
+            make_kernels("cpu", threads=2),
+            module,
+            layout,
+            self.buffer.tensor,
+            level=level,
+            experts=EXPERTS,
+            whole=whole,
         )
         chains = [tuple((0, expert, plane) for plane in range(len(sizes))) for expert in range(EXPERTS)]
-        self.experts = RoutedExperts(planes, [self.layer], [chains], whole=whole)
+        self.experts = RoutedExperts(planes, [self.layer], [chains], level=level)
 
     def _write(
         self, file: object, path: Path, layout: Layout, params: Sequence[ExpertParam], expert: int, level: int

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from families import FAMILIES, random_model
 from moestro.config import PackOptions, RuntimeOptions
-from moestro.errors import RequestError, TraceError
+from moestro.errors import RequestError, TraceError, UnsupportedModelError
 from moestro.foresight import NETS_FILE, TrainingOptions, fit_store, net_file
+from moestro.keys import PlaneKey
+from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import CacheStats
+from moestro.memory.transfer import TransferEngine
 from moestro.policy.choice import make_choice, policy_names
+from moestro.policy.foresight import Foresight
 from moestro.policy.observation import Shape
+from moestro.policy.prefetch import Slack, SlackMeter
 from moestro.runtime.foresight import Chosen
 from moestro.runtime.open import OpenModel
-from moestro.simulate.timed import Machine, TimedReplay
+from moestro.simulate.timed import Machine, TimedReplay, TimedResult
 from moestro.store.pack import pack
 from moestro.store.reader import Store
 from moestro.trace import Recorder, Trace
@@ -77,8 +84,53 @@ def test_prefetches_are_made_and_change_nothing(folder: Path, monkeypatch: pytes
     assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
 
 
-def _recorded(folder: Path, policy: str) -> tuple[Trace, CacheStats, OpenModel]:
-    with open_store(folder, share=0.4, max_sequences=2, policy=policy, predictor="recency", prefetch="off") as opened:
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("predictor", ["gate", "recency+gate", "eamc"])
+def test_gates_and_history_change_no_bit(
+    native: bool, predictor: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_store(folder, share=1.0, native=native) as opened:
+        whole = _decode(opened, rows=40)
+    monkeypatch.setattr("moestro.runtime.foresight.LayerForesight._read_seconds", lambda _self, _layer: 1e-7)
+    options = {"policy": "lru", "predictor": predictor, "learn": "off"}
+    with open_store(folder, share=0.4, native=native, max_sequences=2, **options) as opened:
+        found = _decode(opened, rows=40)
+        assert opened.runner.planes.stats.prefetches > 10
+        assert 0 < opened.runner.foreseen.recall <= 1
+    assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+def test_gates_see_what_a_trace_with_lookahead_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same hidden states, on both paths."""
+    with open_store(folder, native=False) as opened:
+        recorder = opened.runner.recorder = Recorder(_shape(folder).experts, keep=True)
+        opened.runner.look_ahead(1)
+        Feed(opened).step({0: PROMPT})
+        opened.runner.end_request(0)
+        expected_NLC = recorder.trace().lookahead_NPLC[:, 0]  # type: ignore[index]
+    for native in (True, False):
+        told: list[tuple[int, int, np.ndarray]] = []
+        monkeypatch.setattr(Foresight, "lookahead", lambda _self, *one, told=told: told.append(one))
+        with open_store(folder, share=0.4, native=native, predictor="gate") as opened:
+            Feed(opened).step({0: PROMPT})
+        assert [one[:2] for one in told] == [(layer, 1) for layer in range(_shape(folder).layers - 1)]
+        same = [ids_TC == expected_NLC[:, layer] for layer, _, ids_TC in told]
+        # Paths differ by roundings, which may turn a draw.
+        assert np.mean(same) > 0.95
+
+
+def test_gates_that_are_not_found_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moestro.runtime.lookahead.is_experts_module", lambda module: isinstance(module, torch.nn.SiLU))
+    with (
+        pytest.raises(UnsupportedModelError, match="Choose a predictor without 'gate'"),
+        open_store(folder, share=0.4, predictor="ensemble+gate"),
+    ):
+        pass
+
+
+def _recorded(folder: Path, policy: str, prefetch: str = "off") -> tuple[Trace, CacheStats, OpenModel]:
+    options = {"policy": policy, "predictor": "recency", "prefetch": prefetch}
+    with open_store(folder, share=0.4, max_sequences=2, **options) as opened:
         recorder = opened.runner.recorder = Recorder(experts=_shape(folder).experts, keep=True)
         feed = Feed(opened)
         for request in (0, 1):
@@ -94,24 +146,54 @@ def _shape(folder: Path) -> Shape:
     return Shape(len(store.layers), max(layer.num_experts for layer in store.layers), 2)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lrfu", "hobbit", "moe_infinity", "value"])
-def test_the_simulator_counts_what_the_runtime_counted(policy: str, folder: Path) -> None:
-    trace, stats, opened = _recorded(folder, policy)
+def _replay(trace: Trace, opened: OpenModel, policy: str, *, prefetch: bool) -> TimedResult:
+    """On a disk that reads everything while a layer is computed."""
     layouts = [layer.layout for layer in opened.store.layers]
-    sizes = [[plane.nbytes for plane in layout.planes if plane.level <= opened.plan.level] for layout in layouts]
-    choice = make_choice(policy, "recency", _shape(folder), prefetch=False, nets=None)
-    foresight = choice.foresight(prefetch=False)
-    replayed = TimedReplay(
+    shape = Shape(trace.layers, trace.num_experts, trace.picks)
+    foresight = make_choice(policy, "recency", shape, prefetch=prefetch, nets=None).foresight(prefetch=prefetch)
+    return TimedReplay(
         trace,
-        plane_bytes=sizes,
+        plane_bytes=[[plane.nbytes for plane in one.planes if plane.level <= opened.plan.level] for one in layouts],
         memory=opened.plan.arena_bytes,
-        machine=Machine(bytes_per_s=1e9),
+        machine=Machine(bytes_per_s=1e9, layer_s=1.0),
         policy=foresight.eviction,
         foresight=foresight,
     ).run()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lrfu", "hobbit", "moe_infinity", "value"])
+def test_the_simulator_counts_what_the_runtime_counted(policy: str, folder: Path) -> None:
+    trace, stats, opened = _recorded(folder, policy)
+    replayed = _replay(trace, opened, policy, prefetch=False)
     for name in ("hits", "misses", "evictions", "bytes_read"):
         assert getattr(replayed.stats, name) == getattr(stats, name), name
     assert stats.misses > 20
+
+
+@pytest.mark.parametrize("policy", ["lru", "lrfu", "value"])
+def test_both_count_prefetches_alike(policy: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every read has ended before the next layer routes, prefetches are the same on both sides."""
+    monkeypatch.setattr(SlackMeter, "slack", lambda _self, _read_s, *, reading: Slack(1.0, 2.0 + reading))
+    prefetch = PlaneCache.prefetch
+
+    def prefetch_and_wait(cache: PlaneCache, keys: Sequence[PlaneKey]) -> int:
+        made = prefetch(cache, keys)
+        if isinstance(cache._engine, TransferEngine):
+            with cache._lock:
+                while any(plane.ahead for plane in cache._loading.values()):
+                    cache._changed.wait()
+        return made
+
+    monkeypatch.setattr(PlaneCache, "prefetch", prefetch_and_wait)
+    trace, stats, opened = _recorded(folder, policy, prefetch="on")
+    replayed = _replay(trace, opened, policy, prefetch=True)
+    for name in ("hits", "misses", "evictions", "prefetches", "wasted_prefetches", "wasted_bytes"):
+        assert getattr(replayed.stats, name) == getattr(stats, name), name
+    assert replayed.foreseen == opened.runner.foreseen
+    assert replayed.foreseen.needed > replayed.foreseen.useful > 10
+    assert 0 < replayed.foreseen.precision < 1
+    assert replayed.stats.late_prefetches == stats.late_prefetches == 0
+    assert replayed.stats.late_stall_seconds == stats.late_stall_seconds == 0.0
 
 
 def test_auto_is_the_best_that_pays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro.policy import LRU
+from moestro.policy.foresight import Foreseen, Foresight
+from moestro.policy.keeping import make_keep_policy
+from moestro.policy.keeping.eviction import WorthEviction
+from moestro.policy.observation import Shape
+from moestro.policy.prefetch import Prefetcher, Slack
 from moestro.simulate.slots import SlotReplay
 from moestro.simulate.timed import Machine, TimedReplay, TimedResult
 from moestro.trace import Trace
@@ -54,6 +61,39 @@ def test_a_hit_is_computed_while_a_miss_is_read() -> None:
     both = replay(one_layer([0, 1], [1, 2]), slots=3, machine=machine)
     assert both.seconds == pytest.approx(2.75 + 1.75)
     assert (both.stats.hits, both.stats.misses, both.carried.demand) == (1, 3, 3 * PLANE)
+
+
+def test_stalls_by_cause() -> None:
+    """A read ahead that comes too late is waited for as such; the rest of the waiting is for demand."""
+    machine = Machine(bytes_per_s=PLANE, layer_s=0.25)  # a read takes a second
+    shape = Shape(1, 8, 2)
+
+    class Told:
+        """Says that 2 and 3 come next, which holds at the second row alone."""
+
+        begin = end = observe = staticmethod(lambda _: None)
+        forecast = staticmethod(lambda _layer, _horizon: np.array([0, 0, 1, 1, 0, 0, 0, 0], np.float32))
+
+    class Idle(Prefetcher):
+        def propose(self, layer: int, absent: Callable[[int], np.ndarray], _slack: Slack) -> list[tuple[int, int]]:
+            return super().propose(layer, absent, Slack(1.0, 9.0))
+
+    foresight = Foresight(WorthEviction(make_keep_policy("lru", shape), shape), prefetcher=Idle(shape, Told()))
+    result = TimedReplay(
+        one_layer([0, 1], [2, 3], [4, 5]),
+        plane_bytes=[[PLANE]],
+        memory=8 * PLANE,
+        machine=machine,
+        policy=foresight.eviction,
+        foresight=foresight,
+    ).run()
+    # 0 and 1 are waited for two seconds; of the two read ahead meanwhile a quarter second is gone at the second row;
+    # 4 and 5 were not foreseen.
+    assert result.stats.late_stall_seconds == pytest.approx(1.75)
+    assert result.stats.stall_seconds == pytest.approx(2 + 1.75 + 2)
+    assert result.stats.late_prefetches == 2
+    assert result.foreseen == Foreseen(needed=4, made=2, useful=2)
+    assert (result.foreseen.recall, result.foreseen.precision) == (0.5, 1.0)
 
 
 def test_with_room_for_all_only_the_first_use_is_read() -> None:

@@ -17,7 +17,20 @@ from moestro.memory.budget import format_bytes
 if TYPE_CHECKING:
     from moestro.engine.bench import BenchProgress, BenchResult, Phase
 
-_OPENING = Only("memory", "context", "threads", "level", "policy", "predictor", "prefetch", "auto_pack")
+_OPENING = Only(
+    *(
+        "memory",
+        "context",
+        "threads",
+        "level",
+        "quality",
+        "level_policy",
+        "policy",
+        "predictor",
+        "prefetch",
+        "auto_pack",
+    )
+)
 
 
 def bench(

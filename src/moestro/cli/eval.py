@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from moestro.cli.boundary import say
 from moestro.cli.console import Row, print_json, print_table
 from moestro.cli.opening import locate_store
 from moestro.cli.options import Only
+from moestro.cli.progress import Lines, read_text
 from moestro.config import RuntimeOptions
 from moestro.errors import RequestError
 from moestro.memory.budget import format_bytes
@@ -21,14 +21,13 @@ from moestro.memory.budget import format_bytes
 if TYPE_CHECKING:
     from moestro.engine.evaluate import EvaluationProgress
     from moestro.engine.results import Evaluation
-    from moestro.engine.windows import Text
 
-_SECONDS_BETWEEN_LINES = 5.0
+_OPTIONS = ("memory", "level", "quality", "level_policy", "threads", "policy", "auto_pack")
 
 
 def evaluate(
     model: Model,
-    options: Annotated[RuntimeOptions, Only("memory", "level", "threads", "policy", "auto_pack")],
+    options: Annotated[RuntimeOptions, Only(*_OPTIONS)],
     text: Annotated[
         list[Path], typer.Option("--text", help="A UTF-8 file to measure on; give the flag once for each file.")
     ],
@@ -43,6 +42,9 @@ def evaluate(
     max_tokens: Annotated[
         int, typer.Option(help="Most tokens of all windows, which are then evenly spread over the texts (0: all).")
     ] = 0,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Feed tokens one at a time, as decoding does; slower.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on texts, and the mean KL divergence (nats per token) from the model's raw weights."""
@@ -52,7 +54,7 @@ def evaluate(
         raise RequestError("--raw measures the raw model itself, so --reference has no use. Give one of the two.")
     if raw and options.level:
         raise RequestError("--raw measures weights as they are, which --level would not. Give one of the two.")
-    texts = [_read_text(path) for path in text]
+    texts = [read_text(path) for path in text]
     store, raw_store = _locate(model, reference, raw=raw, auto_pack=options.auto_pack)
     measured = evaluate_store(
         store,
@@ -61,7 +63,8 @@ def evaluate(
         options=options,
         window=window,
         max_tokens=max_tokens,
-        progress=_Lines(),
+        one_by_one=one_by_one,
+        progress=Lines(_say_measured),
     )
     if measured.kl_to_raw is None:
         say("note", f"kl_to_raw was not measured: {model} is a store. Give its raw weights with --reference.")
@@ -69,15 +72,6 @@ def evaluate(
         print_json({"model": model, **asdict(measured)})
     else:
         _draw(model, measured)
-
-
-def _read_text(path: Path) -> Text:
-    from moestro.engine.windows import Text
-
-    try:
-        return Text(str(path), path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text ({error}). Expected a text file.") from error
 
 
 def _locate(model: str, reference: str | None, *, raw: bool, auto_pack: bool) -> tuple[Path, Path | None]:
@@ -98,18 +92,9 @@ def _locate(model: str, reference: str | None, *, raw: bool, auto_pack: bool) ->
     return store, None if reference is None else locate_store(reference, auto_pack=auto_pack, raw=True)
 
 
-class _Lines:
-    """A line on standard error every few seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, now: EvaluationProgress) -> None:
-        if now.done == now.total or time.monotonic() - self._last < _SECONDS_BETWEEN_LINES:
-            return
-        self._last = time.monotonic()
-        left = now.seconds / now.done * (now.total - now.done)
-        say("measuring", f"{now.done} of {now.total} windows, perplexity {now.perplexity:.3f}, {left:.0f} s left")
+def _say_measured(now: EvaluationProgress) -> None:
+    left = now.seconds / now.done * (now.total - now.done)
+    say("measuring", f"{now.done} of {now.total} windows, perplexity {now.perplexity:.3f}, {left:.0f} s left")
 
 
 def _draw(model: str, measured: Evaluation) -> None:

@@ -93,6 +93,7 @@ def flags_of(options_class: type, only: tuple[str, ...] | None = None) -> tuple[
             panel=_PANELS[options_class.__name__],
         )
         for name in (fields if only is None else only)
+        if fields[name].metadata.get("flag", True)
     )
 
 

@@ -19,7 +19,7 @@ def to_json(completion: Completion, stats: Stats) -> dict[str, Any]:
 
 
 def summary(completion: Completion, stats: Stats) -> str:
-    """Two lines for standard error."""
+    """Two lines for standard error, a third where experts were read ahead."""
     timings = completion.timings
     used = stats.hits + stats.misses
     return (
@@ -31,6 +31,7 @@ def summary(completion: Completion, stats: Stats) -> str:
         f"peak resident {format_bytes(stats.peak_rss_bytes)} with a process floor of "
         f"{format_bytes(stats.process_floor_bytes)}; experts {share(stats.hits, used)} hits, "
         f"{format_bytes(stats.bytes_read)} read, waited {stats.stall_s:.2f} s for the disk"
+        + "".join(f"\n{name}: {', '.join(facts)}" for name, *facts in ahead_rows(stats))
     )
 
 
@@ -67,6 +68,20 @@ def cache_rows(stats: Stats) -> list[Row]:
         ("expert hits", str(stats.hits), share(stats.hits, used)),
         ("expert misses", str(stats.misses), share(stats.misses, used)),
         ("bytes read", format_bytes(stats.bytes_read), f"{reads} into {pages}"),
+        *ahead_rows(stats),
+    ]
+
+
+def ahead_rows(stats: Stats) -> list[Row]:
+    """What came of reading ahead, if any was done."""
+    if not stats.prefetches:
+        return []
+    return [
+        (
+            "read ahead",
+            f"{100 * stats.prefetch_recall:.1f}% of missing experts",
+            f"{stats.late_prefetches} of {stats.prefetches} reads too late, {format_bytes(stats.wasted_bytes)} unused",
+        )
     ]
 
 
@@ -75,7 +90,8 @@ def time_rows(stats: Stats, elapsed_s: float) -> list[Row]:
     parts = (
         ("  computing dense layers", stats.compute_s - stats.expert_s),
         ("  computing experts", stats.expert_s),
-        ("  waiting for the disk", stats.stall_s),
+        ("  waiting for the disk", stats.demand_stall_s),
+        *([("  waiting for late reads", stats.late_prefetch_stall_s)] if stats.prefetches else []),
         ("  other", max(0.0, elapsed_s - stats.compute_s - stats.stall_s)),
     )
     return [

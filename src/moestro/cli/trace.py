@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +13,7 @@ from moestro.cli.boundary import say
 from moestro.cli.console import print_json, print_table
 from moestro.cli.opening import locate_store
 from moestro.cli.picture import check_picture_path
+from moestro.cli.progress import Lines, read_text
 from moestro.cli.trace_picture import draw_trace
 from moestro.config import RuntimeOptions, SamplingParams
 from moestro.errors import RequestError, TraceError
@@ -28,8 +28,6 @@ TraceFile = Annotated[Path, typer.Argument(help="A trace, as `moestro trace reco
 Experts = Annotated[
     int, typer.Option(help="Experts of a layer, for files that do not say it (0: the largest id plus one).")
 ]
-
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def record(
@@ -76,18 +74,18 @@ def record(
     store = locate_store(model, auto_pack=options.auto_pack)
     if prompts:
         trace = record_answers(
-            store, prompts, options=options, sampling=sampling, lookahead=lookahead, progress=_Lines()
+            store, prompts, options=options, sampling=sampling, lookahead=lookahead, progress=Lines(_say_recorded)
         )
     else:
         trace = record_texts(
             store,
-            [_read(path) for path in text or []],
+            [read_text(path) for path in text or []],
             options=options,
             window=window,
             max_tokens=text_tokens,
             prompt_tokens=prompt_tokens,
             lookahead=lookahead,
-            progress=_Lines(),
+            progress=Lines(_say_recorded),
         )
     trace.save(out)
     say("note", f"{trace.rows} tokens of {trace.requests} request(s) are in {out}.")
@@ -179,20 +177,11 @@ def _load(path: Path, experts: int) -> Trace:
 def _prompts(prompts: list[str], files: list[Path]) -> list[Text]:
     from moestro.engine.windows import Text
 
-    found = [*(Text("prompt", one) for one in prompts), *(_read(path) for path in files)]
+    found = [*(Text("prompt", one) for one in prompts), *(read_text(path) for path in files)]
     for one in found:
         if not one.content:
             raise RequestError(f"The prompt of {one.name} is empty. Expected at least one character of text.")
     return found
-
-
-def _read(path: Path) -> Text:
-    from moestro.engine.windows import Text
-
-    try:
-        return Text(str(path), path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text ({error}). Expected a text file.") from error
 
 
 def _differ(options: RuntimeOptions, *names: str) -> bool:
@@ -207,17 +196,8 @@ def _check_out(out: Path, *suffixes: str) -> None:
         raise TraceError(f"{out} cannot be written: it is a folder, or its folder does not exist. Make that first.")
 
 
-class _Lines:
-    """A line on standard error every few seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, now: RecordProgress) -> None:
-        if now.done == now.total or time.monotonic() - self._last < _SECONDS_BETWEEN_LINES:
-            return
-        self._last = time.monotonic()
-        say("recording", f"{now.done} of {now.total} requests")
+def _say_recorded(now: RecordProgress) -> None:
+    say("recording", f"{now.done} of {now.total} requests")
 
 
 def _facts(trace: Trace) -> dict[str, object]:

@@ -95,6 +95,7 @@ def bench(
     progress: Callable[[BenchProgress], None] | None = None,
 ) -> BenchResult:
     """Measure a store. `options.max_sequences` is taken from `what`; a context of 0 is the least that the runs need.
+    Nothing is learned from them. Where levels are chosen per token, the bytes of experts count as at the full level.
 
     Raises:
         RequestError: the text is too short, or a run does not fit the context.
@@ -132,7 +133,8 @@ class _Bench:
         # Requests decode while others are prompted, and until all have caught up.
         self._spare = (len(self._chunks) + 1) * (what.concurrency - 1) + 2
         needed = what.prompt_tokens + what.gen_tokens + self._spare
-        self._options = replace(options, max_sequences=what.concurrency, context=options.context or needed)
+        # A measurement, under replayed routing above all, is nothing to be remembered in the store.
+        self._options = replace(options, max_sequences=what.concurrency, context=options.context or needed, learn="off")
         if self._options.context < needed:
             raise RequestError(
                 f"A run needs a context of {needed} tokens, and {options.context} were asked for. Leave --context out, "

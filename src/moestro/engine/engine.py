@@ -10,11 +10,15 @@ from moestro.engine.sampling import Sampler
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
 from moestro.errors import PlaneReadError, RequestError
+from moestro.policy.levels import EXACT, budget_of
 from moestro.runtime.runner import ModelRunner
 
 
 class Engine:
-    """Requests in, tokens out. Knows no text and no planes. Not thread-safe."""
+    """Requests in, tokens out. Knows no text and no planes. Not thread-safe.
+
+    `quality` is that of requests that ask for none, `level_policy` what it is spent by.
+    """
 
     def __init__(
         self,
@@ -25,7 +29,10 @@ class Engine:
         context: int,
         end_ids: frozenset[int],
         vocabulary: int,
+        quality: str = EXACT,
+        level_policy: str = "fixed",
     ) -> None:
+        self._quality, self._level_policy = quality, level_policy
         self._runner = runner
         self._scheduler = Scheduler(kv=runner.kv, max_sequences=max_sequences, step_rows=step_rows)
         self._context = context
@@ -37,15 +44,18 @@ class Engine:
         """Queue a request. It ends at the end of the context at the latest.
 
         Raises:
-            RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context.
+            RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context; or
+                there is no such quality.
         """
         self._check(prompt_ids)
+        budget = budget_of(self._level_policy, sampling.quality or self._quality)
         room = self._context - len(prompt_ids)
         sequence = Sequence(
             number=self._submitted,
             prompt_ids=list(prompt_ids),
             sampling=replace(sampling, max_tokens=min(sampling.max_tokens, room)),
             sampler=Sampler(sampling),
+            budget=budget,
         )
         self._submitted += 1
         self._scheduler.add(sequence)

@@ -25,6 +25,7 @@ from moestro.engine.windows import Text, Window, cut_windows
 from moestro.errors import BudgetError, RequestError
 from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import format_bytes, peak_resident_bytes
+from moestro.policy.levels import EXACT, budget_of
 from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, level_of, open_model
@@ -59,12 +60,14 @@ def evaluate(
     options: RuntimeOptions | None = None,
     window: int = 0,
     max_tokens: int = 0,
+    one_by_one: bool = False,
     progress: Callable[[EvaluationProgress], None] | None = None,
 ) -> Evaluation:
     """Measure the store at `store_path` on `texts`; against the raw store at `reference_path` if there is one.
 
     Windows are those of `cut_windows`; `window` 0 is the model's context, at most 512. `options.memory` is for both
-    models together; `context` and `max_sequences` are the evaluation's own.
+    models together; `context` and `max_sequences` are the evaluation's own. With `one_by_one` tokens are fed one at a
+    time, as decoding does: only speed and levels chosen per token can tell.
 
     Raises:
         RequestError: a text, the window or `max_tokens` is not as expected, or the reference does not fit the store.
@@ -78,13 +81,15 @@ def evaluate(
     windows = cut_windows(load_tokenizer(store), texts, window=size, max_tokens=max_tokens)
     if reference is not None:
         _check_reference(store, reference, texts, windows)
-    rows = _chunk_rows(store, size)
-    wanted = replace(options or RuntimeOptions(), context=size, max_sequences=1)
+    rows = 1 if one_by_one else _chunk_rows(store, size)
+    # Windows of a text are no requests.
+    wanted = replace(options or RuntimeOptions(), context=size, max_sequences=1, learn="off")
     with ExitStack() as stack:
         opened = []
         for one, its_options in _divide_memory(store, reference, wanted, rows):
             opened.append(stack.enter_context(open_model(one, its_options, logit_rows=rows)))
-        feeds = [_Feed(model, rows) for model in opened]
+        budgets = [budget_of(opened[0].level_policy, wanted.quality), *[0.0] * (len(opened) - 1)]
+        feeds = [_Feed(model, rows, budget) for model, budget in zip(opened, budgets, strict=True)]
         scores = _score(feeds, windows, len(texts), progress)
         seconds = opened[0].runner.stats.forward_s
         plans = [model.plan for model in opened]
@@ -94,14 +99,22 @@ def evaluate(
 class _Feed:
     """Runs windows through one model, chunk by chunk."""
 
-    def __init__(self, opened: OpenModel, rows: int) -> None:
+    def __init__(self, opened: OpenModel, rows: int, budget: float) -> None:
         self._runner = opened.runner
-        self._rows = rows
+        self._rows, self._budget = rows, budget
         self._blocks = self._runner.kv.allocate(blocks_for(opened.plan.context))
 
     def logits(self, token_ids: Sequence[int], start: int) -> torch.Tensor:
         """Logits [R, V] of the next tokens of a window, of which `start` have been fed."""
-        chunk = Segment(0, token_ids[start : start + self._rows], start, self._blocks, True)
+        chunk = Segment(
+            0,
+            token_ids[start : start + self._rows],
+            start,
+            self._blocks,
+            True,
+            decode=self._rows == 1,
+            budget=self._budget,
+        )
         return self._runner.forward(PackedBatch([chunk], every_row=True))
 
     @property
@@ -200,7 +213,7 @@ def _divide_memory(
     """Both stores with their parts of the memory: the least each needs, the rest as their experts can use it."""
     if reference is None:
         return [(store, options)]
-    asked = ((store, options), (reference, replace(options, level=0)))
+    asked = ((store, options), (reference, replace(options, level=0, quality=EXACT, level_policy="auto")))
     plans = [Subject.of_store(one).plan(its_options, logit_rows=rows) for one, its_options in asked]
     total, least = plans[0].memory_bytes, [plan.least_bytes for plan in plans]
     if total < sum(least):

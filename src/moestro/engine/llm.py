@@ -22,6 +22,7 @@ from moestro.engine.tokenizer import end_token_ids, load_tokenizer
 from moestro.errors import RequestError
 from moestro.memory.budget import peak_resident_bytes
 from moestro.policy.choice import check_names
+from moestro.policy.levels import parse_quality
 from moestro.runtime.open import OpenModel, open_model
 from moestro.runtime.subject import Subject
 from moestro.store.locate import locate, locate_shapes
@@ -70,6 +71,8 @@ class LLM:
             context=self.plan.context,
             end_ids=end_token_ids(store, config),
             vocabulary=int(config.vocab_size),
+            quality=self.options.quality,
+            level_policy=self._model.level_policy,
         )
         self._load_s = time.perf_counter() - started
 
@@ -149,6 +152,7 @@ class LLM:
         if self._closed_stats is not None:
             return self._closed_stats
         plan, planes, runner = self.plan, self._open.runner.planes.stats, self._open.runner.stats
+        foreseen = self._open.runner.foreseen
         return Stats(
             hits=planes.hits,
             misses=planes.misses,
@@ -157,8 +161,12 @@ class LLM:
             late_prefetches=planes.late_prefetches,
             wasted_prefetches=planes.wasted_prefetches,
             wasted_bytes=planes.wasted_bytes,
+            prefetch_recall=foreseen.recall,
+            prefetch_precision=foreseen.precision,
             bytes_read=planes.bytes_read,
             stall_s=planes.stall_seconds,
+            demand_stall_s=planes.stall_seconds - planes.late_stall_seconds,
+            late_prefetch_stall_s=planes.late_stall_seconds,
             compute_s=runner.forward_s - planes.stall_seconds,
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),
@@ -174,6 +182,8 @@ class LLM:
             level=plan.level,
             policy=self._open.chosen.policy,
             predictor=self._open.chosen.predictor,
+            level_policy=self._open.level_policy,
+            levels_applied=self._open.runner.levels_applied,
             path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
             huge_pages=self._open.arena_buffer.huge_pages,
@@ -255,6 +265,7 @@ class LLM:
 def _check_before_packing(model: str, options: RuntimeOptions) -> None:
     """Packing can take long: what can be told from the config and the options is told before it."""
     check_names(options.policy, options.predictor, more=("auto",))
+    parse_quality(options.quality)
     if not has_manifest(locate_shapes(model)):
         Subject.open(model).plan(options).require_fit()
 

@@ -23,6 +23,7 @@ from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, open_model
 from moestro.store.reader import Store
 from moestro.trace import Recorder, StepRouting, Trace
+from moestro.trace.collection import Collections
 from moestro.trace.recorder import Chunk
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def record_answers(
     store = Store.open(store_path)
     tokenizer = load_tokenizer(store)
     with _recording(store, options or RuntimeOptions(), lookahead) as (opened, experts):
-        recorder = opened.runner.recorder = Recorder(experts, keep=True)
+        recorder = opened.runner.recorder = Recorder(experts, collections=_collections(opened), keep=True)
         engine = Engine(
             runner=opened.runner,
             max_sequences=(options or RuntimeOptions()).max_sequences,
@@ -121,7 +122,7 @@ def record_texts(
     windows = cut_windows(load_tokenizer(store), texts, window=size, max_tokens=max_tokens)
     wanted = replace(options or RuntimeOptions(), context=size, max_sequences=1)
     with _recording(store, wanted, lookahead) as (opened, experts):
-        recorder = opened.runner.recorder = _RowByRow(experts, keep=True)
+        recorder = opened.runner.recorder = _RowByRow(experts, collections=_collections(opened), keep=True)
         blocks = opened.runner.kv.allocate(blocks_for(size))
         for number, one in enumerate(windows):
             ends = [prompt_tokens or size, size]
@@ -129,7 +130,7 @@ def record_texts(
                 for first in range(start, end, opened.plan.step_rows):
                     tokens = one.token_ids[first : min(end, first + opened.plan.step_rows)]
                     opened.runner.forward(PackedBatch([Segment(number, tokens, first, blocks, True, decode)]))
-            recorder.end(number)
+            opened.runner.end_request(number)
             recorder.describe(number, {"dataset": texts[one.text].name})
             if progress:
                 progress(RecordProgress(number + 1, len(windows)))
@@ -161,6 +162,11 @@ class _Token:
     request: int
     token_ids: tuple[int]
     decode: bool = True
+
+
+def _collections(opened: OpenModel) -> Collections | None:
+    """Where what is learned of requests goes, if it is."""
+    return None if opened.history is None else opened.history.collections
 
 
 @contextmanager

@@ -40,9 +40,14 @@ class Delta:
 class Stats:
     """Counts since the model was opened. Sizes in bytes, times in seconds.
 
-    `stall_s` is time in which nothing could be computed because planes had not arrived; `compute_s` is time in forward
-    passes without it, of which `expert_s` went into experts. `path` says how they run: "native" (a compiled call per
-    layer) or "general" (transformers' own layers, with moestro's attention and experts).
+    `stall_s` is time in which nothing could be computed because planes had not arrived: `demand_stall_s` until planes
+    came that were asked for when they were needed, `late_prefetch_stall_s` until some came that had been asked for
+    ahead, too late. `compute_s` is time in forward passes without it, of which `expert_s` went into experts. Of the
+    experts that layers needed and that were not in memory, `prefetch_recall` is the share that had been asked for
+    ahead, in time or late; of those asked for ahead, `prefetch_precision` is the share that was needed at once (0 where
+    there were none). `path` says how passes run: "native" (a compiled call per layer) or "general" (transformers' own
+    layers, with moestro's attention and experts). `levels_applied` counts the experts of rows that need not be exact,
+    by the level that was chosen for them ("0": left out).
     """
 
     hits: int
@@ -52,8 +57,12 @@ class Stats:
     late_prefetches: int
     wasted_prefetches: int
     wasted_bytes: int
+    prefetch_recall: float
+    prefetch_precision: float
     bytes_read: int
     stall_s: float
+    demand_stall_s: float
+    late_prefetch_stall_s: float
     compute_s: float
     expert_s: float
     peak_rss_bytes: int
@@ -69,6 +78,8 @@ class Stats:
     level: int
     policy: str
     predictor: str
+    level_policy: str
+    levels_applied: dict[str, int]
     path: str
     direct_io: bool
     huge_pages: bool

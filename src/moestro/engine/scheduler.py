@@ -40,7 +40,9 @@ class Scheduler:
                 continue
             complete = sequence.is_complete_after(len(tokens))
             decode = bool(sequence.token_ids)
-            segments.append(Segment(sequence.number, tokens, sequence.cached, sequence.blocks, complete, decode))
+            segments.append(
+                Segment(sequence.number, tokens, sequence.cached, sequence.blocks, complete, decode, sequence.budget)
+            )
             if complete:
                 sampled.append(sequence)
             room -= len(tokens)

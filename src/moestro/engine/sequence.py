@@ -12,12 +12,16 @@ from moestro.errors import MoestroError
 
 @dataclass
 class Sequence:
-    """A request in flight. `cached` counts tokens whose KV rows are written, `sampled` also an end-of-text token."""
+    """A request in flight. `cached` counts tokens whose KV rows are written, `sampled` also an end-of-text token.
+
+    `budget`: nats that each of its tokens may lose to lower levels.
+    """
 
     number: int
     prompt_ids: list[int]
     sampling: SamplingParams
     sampler: Sampler
+    budget: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     cached: int = 0

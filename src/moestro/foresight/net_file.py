@@ -17,7 +17,8 @@ NETS_FILE = "foresight.safetensors"
 
 MOST_OF_EXPERTS = 0.01
 
-_FORMAT = {"format": "moestro-foresight", "version": "1"}
+_FORMAT = {"format": "moestro-foresight 1"}
+"""One entry: safetensors writes several in any order, and the same nets have to be the same bytes."""
 _HORIZONS = {"after": len(HORIZONS), "ahead": 1}
 
 

@@ -93,6 +93,12 @@ class PlaneCache:
         """
         return PlaneStream(self, chains)
 
+    def held(self, chains: Sequence[Chain]) -> list[int]:
+        """How many planes of each chain, from its first on, are in memory or on their way there."""
+        with self._lock:
+            by_key = self._planes.by_key
+            return [next((place for place, key in enumerate(keys) if key not in by_key), len(keys)) for keys in chains]
+
     def count_hits(self, chains: int) -> None:
         """Count chains that a consumer used without asking, because nothing has been dropped since it last had them."""
         with self._lock:
@@ -148,7 +154,7 @@ class PlaneCache:
             if not self._make_room(need, keep, any_class=any_class or self._is_short(extent.nbytes)):
                 return None
             slot = self._arena.alloc(extent.nbytes)
-        plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER)
+        plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER, ahead=not urgent)
         destination = self._buffer.view(slot.offset, extent.nbytes)
         layer, expert, position = key
         label = f"Plane {position} of expert {expert} of MoE layer {layer}"

@@ -35,6 +35,7 @@ class PlaneStream:
         self._ready: list[WantedChain] = []  # leased, in memory, not yet handed out
         self._handed_out: list[WantedChain] = []
         self._error: PlaneReadError | None = None
+        self._late = False  # whether what ended the last wait was read ahead
 
     def __enter__(self) -> PlaneStream:
         with self._cache._lock:
@@ -87,6 +88,7 @@ class PlaneStream:
             chain.missing -= 1
             if chain.missing == 0 and len(chain.leased) == len(chain.keys):
                 del self._under_way[chain.index]
+                self._late = plane.ahead
                 self._ready.append(chain)
 
     def _begin(self) -> None:
@@ -166,7 +168,7 @@ class PlaneStream:
     def _wait(self) -> None:
         """Until a chain is ready or a read failed; waiting counts as stall."""
         cache = self._cache
-        start = cache._engine.clock()
+        start, self._late = cache._engine.clock(), False
         while not self._ready and self._error is None:
             if not cache._loading:  # nothing will arrive, so nothing would ever wake us
                 self._start_over()
@@ -174,7 +176,10 @@ class PlaneStream:
                 cache._engine.wait(cache._changed)
             if self.pending:
                 self._issue_pending()
-        cache._stats.stall_seconds += cache._engine.clock() - start
+        waited = cache._engine.clock() - start
+        cache._stats.stall_seconds += waited
+        if self._late:
+            cache._stats.late_stall_seconds += waited
 
     def _start_over(self) -> None:
         """Give the head chain an arena without anything else in it, its own planes included.

@@ -20,8 +20,9 @@ class CacheStats:
     `hits` + `misses` is the number of distinct chains that streams asked for; a chain of which a plane is missing is a
     miss. `late_prefetches`: planes whose read was under way when they were asked for. `evictions`: planes that left to
     make room; `wasted_prefetches`: of these, the prefetched ones that nothing had asked for. `stall_seconds`: time a
-    consumer waited for data with no chain at hand. `bytes_read` counts the bytes of planes that arrived,
-    `wasted_bytes` those of wasted prefetches.
+    consumer waited for data with no chain at hand; `late_stall_seconds`: of it, waits that ended with the arrival of a
+    plane whose read had been begun ahead. `bytes_read` counts the bytes of planes that arrived, `wasted_bytes` those of
+    wasted prefetches.
     """
 
     hits: int = 0
@@ -34,6 +35,7 @@ class CacheStats:
     bytes_read: int = 0
     wasted_bytes: int = 0
     stall_seconds: float = 0.0
+    late_stall_seconds: float = 0.0
 
 
 NEVER = -1
@@ -44,13 +46,14 @@ NEVER = -1
 class HeldPlane:
     """A plane that has a slot: loading while it has a ticket, else resident. Leases count who may not lose it.
 
-    `step` is the number of the last stream that asked for it.
+    `step` is the number of the last stream that asked for it; `ahead` says that it was read before any did.
     """
 
     key: PlaneKey
     slot: Slot
     nbytes: int
     step: int
+    ahead: bool = False
     leases: int = 0
     ticket: Ticket | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moestro.errors import RequestError, TraceError
@@ -9,14 +10,18 @@ from moestro.policy.foresight import Foresight
 from moestro.policy.keeping import KEEP_POLICIES, KeepPolicy, make_keep_policy
 from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.keeping.value import Value
+from moestro.policy.knowledge import takes
 from moestro.policy.observation import Shape
 from moestro.policy.predictors import PREDICTORS, Predictor, make_predictor
 from moestro.policy.predictors.net import Nets
 from moestro.policy.prefetch import Prefetcher
+from moestro.trace.collection import EamCollection
 
 VALUE = "value"
 LEARNED = "learned"
 ENSEMBLE = "ensemble"
+GATE = "gate"
+_COLLECTION = "collection"
 
 
 def policy_names() -> list[str]:
@@ -48,8 +53,34 @@ def needs_nets(policy: str, predictor: str, *, prefetch: bool) -> bool:
     return LEARNED in predictor.split("+") and (policy == VALUE or prefetch)
 
 
-def make_choice(policy: str, predictor: str, shape: Shape, *, prefetch: bool, nets: tuple[Nets, Nets] | None) -> Choice:
-    """By names; `nets` (after, ahead) are those of the learned predictor.
+def needs_gates(predictor: str, *, prefetch: bool) -> bool:
+    """Whether what the gates of layers to come would choose has a part in it: it says nothing of later passes."""
+    return prefetch and GATE in predictor.split("+")
+
+
+def needs_collection(policy: str, predictor: str, *, prefetch: bool) -> bool:
+    """Whether it goes by the collection of past requests."""
+    return any(_COLLECTION in takes(one) for one in _factories(policy, predictor, prefetch=prefetch))
+
+
+def _factories(policy: str, predictor: str, *, prefetch: bool) -> list[Callable[..., object]]:
+    """What is made of the names; the default ensemble's members need nothing."""
+    asked = predictor.split("+") if policy == VALUE or prefetch else []
+    made: list[Callable[..., object]] = [PREDICTORS[name] for name in asked if name in PREDICTORS]
+    return made if policy == VALUE else [*made, KEEP_POLICIES[policy]]
+
+
+def make_choice(
+    policy: str,
+    predictor: str,
+    shape: Shape,
+    *,
+    prefetch: bool,
+    nets: tuple[Nets, Nets] | None,
+    collection: EamCollection | None = None,
+) -> Choice:
+    """By names; `nets` (after, ahead) are those of the learned predictor. `collection`: of past requests, which
+    somebody else fills (None: whoever needs one has one of its own).
 
     Raises:
         RequestError: there is no such name.
@@ -57,20 +88,23 @@ def make_choice(policy: str, predictor: str, shape: Shape, *, prefetch: bool, ne
     """
     foreseen = None
     if policy == VALUE or prefetch:
-        foreseen = _predictor(predictor, shape, nets)
+        foreseen = _predictor(predictor, shape, nets, collection)
     if policy == VALUE:
         assert foreseen is not None
         return Choice(shape, Value(shape, predictor=foreseen), foreseen, shared=True)
-    return Choice(shape, make_keep_policy(policy, shape), foreseen, shared=False)
+    given = {} if collection is None or _COLLECTION not in takes(KEEP_POLICIES[policy]) else {_COLLECTION: collection}
+    return Choice(shape, make_keep_policy(policy, shape, **given), foreseen, shared=False)
 
 
-def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None) -> Predictor:
-    if LEARNED not in name.split("+"):
-        return make_predictor(name, shape)
-    if nets is None:
-        raise TraceError("The learned predictor needs requests to learn from: fit it to recorded routing first.")
-    after, ahead = nets
-    return make_predictor(name, shape, after=after, ahead=ahead)
+def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None, collection: EamCollection | None) -> Predictor:
+    knowledge: dict[str, object] = {}
+    if collection is not None and needs_collection(VALUE, name, prefetch=True):
+        knowledge[_COLLECTION] = collection
+    if LEARNED in name.split("+"):
+        if nets is None:
+            raise TraceError("The learned predictor needs requests to learn from: fit it to recorded routing first.")
+        knowledge["after"], knowledge["ahead"] = nets
+    return make_predictor(name, shape, **knowledge)
 
 
 def check_names(policy: str, predictor: str, *, more: tuple[str, ...] = ()) -> None:

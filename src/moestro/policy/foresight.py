@@ -1,14 +1,43 @@
 """What is told of every layer's routing, and says which planes leave and which are read ahead.
 
 The runtime drives it with its clock and disk, the simulator with virtual ones.
+
+Shapes: E experts per layer.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
 
 from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.observation import Routing
 from moestro.policy.predictors.base import Predictor
 from moestro.policy.prefetch import Prefetcher, Slack
+
+
+@dataclass(slots=True)
+class Foreseen:
+    """What prefetching did for the experts that layers used, counted by both the runtime and the simulator.
+
+    `needed` were absent when the layer before had asked for its planes; `useful` of these were held, or on their way,
+    when their own layer routed, and so had been read ahead, in time or late. `made` counts all that were, used or not.
+    """
+
+    needed: int = 0
+    made: int = 0
+    useful: int = 0
+
+    @property
+    def recall(self) -> float:
+        """0 where nothing was needed."""
+        return self.useful / max(self.needed, 1)
+
+    @property
+    def precision(self) -> float:
+        """0 where nothing was read ahead."""
+        return self.useful / max(self.made, 1)
 
 
 class Foresight:
@@ -23,6 +52,8 @@ class Foresight:
     ) -> None:
         self.eviction = eviction
         self.prefetcher = prefetcher
+        self.foreseen = Foreseen()
+        self._absent: tuple[int, np.ndarray] | None = None  # a layer, and which of its experts were, [E]
         self._told = (eviction,) if own_predictor is None else (own_predictor, eviction)
 
     def begin(self, request: int) -> None:
@@ -39,9 +70,30 @@ class Foresight:
         """A layer has routed: to be told before its planes are asked for."""
         if self.prefetcher is not None:
             self.prefetcher.judge(routing.layer, routing.counts_E)
+            self._count(routing)
         for one in self._told:
             one.observe(routing)
 
+    def lookahead(self, layer: int, ahead: int, ids_TC: np.ndarray) -> None:
+        """What a gate to come says of the hidden states of `layer`, observed last: see `Gate.lookahead`."""
+        if self.prefetcher is not None:
+            self.prefetcher.lookahead(layer, ahead, ids_TC)
+
     def propose(self, layer: int, slack: Slack) -> list[tuple[int, int]]:
         """(layer, expert) worth reading now that the planes which `layer` needs have been asked for."""
-        return [] if self.prefetcher is None else self.prefetcher.propose(layer, self.eviction.absent, slack)
+        if self.prefetcher is None:
+            return []
+        target = self.prefetcher.target(layer)
+        self._absent = target, self.eviction.absent(target)
+        return self.prefetcher.propose(layer, self.eviction.absent, slack)
+
+    def _count(self, routing: Routing) -> None:
+        if self._absent is None or self._absent[0] != routing.layer:
+            return
+        _, absent_E = self._absent
+        made_E = absent_E & ~self.eviction.absent(routing.layer)
+        used_E = np.zeros(len(absent_E), bool)
+        used_E[: len(routing.counts_E)] = routing.counts_E > 0
+        self.foreseen.needed += int(np.count_nonzero(absent_E & used_E))
+        self.foreseen.made += int(np.count_nonzero(made_E))
+        self.foreseen.useful += int(np.count_nonzero(made_E & used_E))

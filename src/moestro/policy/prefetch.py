@@ -17,6 +17,7 @@ import numpy as np
 
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.base import Predictor
+from moestro.policy.predictors.gate import LooksAhead
 
 _SLOT = 0.1
 """Cost of the slot, in reads: about how likely the next visit is to use what has to leave. Measured on real routing."""
@@ -47,9 +48,19 @@ class Prefetcher:
 
     def __init__(self, shape: Shape, predictor: Predictor) -> None:
         self._shape, self._predictor = shape, predictor
+        self._gates = predictor if isinstance(predictor, LooksAhead) else None
         self._bets: dict[int, dict[int, _Bet]] = {}
         self._outcome = 0.0  # mean gain of late proposals, as a share of what they hoped for or risked
         self._rested = 0
+
+    def lookahead(self, layer: int, ahead: int, ids_TC: np.ndarray) -> None:
+        """See `Gate.lookahead`; for predictors that take it."""
+        if self._gates is not None:
+            self._gates.lookahead(layer, ahead, ids_TC)
+
+    def target(self, layer: int) -> int:
+        """The layer that prefetches are for once `layer` has routed."""
+        return (layer + 1) % self._shape.layers
 
     def judge(self, layer: int, counts_E: np.ndarray) -> None:
         """The layer has routed: what became of what was proposed for it."""
@@ -61,7 +72,7 @@ class Prefetcher:
         """(layer, expert) of experts worth reading now that `layer` has routed; `absent(layer)` is a mask [E]."""
         if slack.idle_s <= 0 or slack.read_s <= 0 or self._resting():
             return []
-        target = (layer + 1) % self._shape.layers
+        target = self.target(layer)
         likely_E = np.where(absent(target), self._predictor.forecast(target, 1), 0)
         bets: dict[int, _Bet] = {}
         for place, expert in enumerate(np.argsort(-likely_E, kind="stable")[:_MOST].tolist()):

@@ -21,7 +21,8 @@ from moestro.runtime.kv import BLOCK_ROWS, RowAddress
 class Segment:
     """One sequence's share of a step: its new tokens, where they start, its KV blocks, whether logits are wanted.
 
-    `request` is the request's number, by which traces know it; `decode` says that its new token is of the answer.
+    `request` is the request's number, by which traces know it; `decode` says that its new token is of the answer;
+    `budget` are the nats that each of its tokens may lose to lower levels, 0 for none.
     """
 
     request: int
@@ -30,6 +31,7 @@ class Segment:
     blocks: Sequence[int]
     wants_logits: bool
     decode: bool = False
+    budget: float = 0.0
 
     @property
     def end(self) -> int:

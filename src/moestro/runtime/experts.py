@@ -21,16 +21,18 @@ from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import ExpertSpec, Kernels
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
+from moestro.policy.observation import Routing
 from moestro.runtime.expert_mlp import activate, expert_mlp
 from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec, is_raw
 from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
+from moestro.runtime.levels import LayerLevels
 from moestro.runtime.narrow import plain
 from moestro.runtime.slots import SlotViews
 from moestro.store.layout import Layout
 
 Arrived = Sequence[tuple[int, tuple[int, ...]]]
-"""(expert, byte offsets of its planes in the arena) of the chains that a stream hands out together."""
+"""(group of a `Grouping`, byte offsets of its planes in the arena) of the chains that a stream hands out together."""
 
 
 KNOWN_ROWS = 16
@@ -46,7 +48,7 @@ class LayerExperts(Protocol):
         ...
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        """Write the unweighted output of each arrived expert into its places of `out_PH`."""
+        """Write the unweighted output of each arrived group into its places of `out_PH`."""
         ...
 
     def forget(self) -> None:
@@ -57,7 +59,7 @@ class LayerExperts(Protocol):
 class RoutedExperts:
     """The experts of all layers over one plane cache.
 
-    Where `whole` says that the arena has room for every plane, planes stay where they once arrived: a few rows whose
+    Where the arena has room for every plane, planes stay where they once arrived, and layers know it: a few rows whose
     planes are all known go past the cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have
     just washed it out of the processor's caches. So may whoever is given `known`, if it says so (`count_known`).
 
@@ -66,11 +68,17 @@ class RoutedExperts:
         seconds: time spent here so far, waiting for planes included.
         chains: of each layer, the planes of each expert.
         foresight: is told of every layer whose planes are asked for, if there is one.
+        levels: chooses the levels of rows that need not be exact, if there is one.
         known: by layer, experts that can be computed where they lie, as of the last `forget_moved`; None where not.
     """
 
     def __init__(
-        self, planes: PlaneCache, layers: Sequence[LayerExperts], chains: Sequence[Sequence[Chain]], *, whole: bool
+        self,
+        planes: PlaneCache,
+        layers: Sequence[LayerExperts],
+        chains: Sequence[Sequence[Chain]],
+        *,
+        level: int,
     ) -> None:
         assert len(layers) == len(chains)
         self.planes = planes
@@ -78,7 +86,9 @@ class RoutedExperts:
         self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
         self.seconds = 0.0
         self.foresight: LayerForesight | None = None
-        self.known = tuple(one.known if whole else None for one in layers)
+        self.levels: LayerLevels | None = None
+        self._level = level
+        self.known = tuple(one.known for one in layers)
         self._layers = tuple(layers)
         self.chains = tuple(tuple(one) for one in chains)
 
@@ -142,29 +152,40 @@ class RoutedExperts:
         weights_TK: torch.Tensor,
         owners: Callable[[np.ndarray], frozenset[int]],
     ) -> torch.Tensor:
-        chains = self.chains[layer]
-        rows = Grouping(index_TK.numpy(), len(chains))
-        self.counts_LE[layer, : len(chains)] += rows.counts_E
+        rows, wanted = self._grouped(layer, index_TK.numpy(), weights_TK.numpy())
+        self.counts_LE[layer, : len(rows.counts_E)] += rows.counts_E
         used = rows.used
         shape = (index_TK.numel(), hidden_TH.shape[1])
         out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
         compute, foresight = self._layers[layer].compute, self.foresight
-        if foresight is not None:
-            foresight.routed(layer, index_TK.numpy(), weights_TK.numpy(), rows.counts_E)
         try:
-            with self.planes.stream([chains[expert] for expert in used]) as batches:
+            with self.planes.stream(wanted) as batches:
                 reading = batches.reading
                 if foresight is not None:
-                    foresight.asked(layer, reading=reading)
+                    foresight.asked(layer, hidden_TH, reading=reading)
                 for batch in batches:
                     if foresight is not None:
                         foresight.served(reading=reading)
                     compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
         except PlaneReadError as error:
             if error.key is not None:
-                error.requests = owners(rows.rows_of(error.key[1]))
+                error.requests = owners(rows.rows_of_expert(error.key[1]))
             raise
         return combine(out_PH, weights_TK)
+
+    def _grouped(self, layer: int, index_TK: np.ndarray, weights_TK: np.ndarray) -> tuple[Grouping, list[Chain]]:
+        """The rows by expert and level, and the chains of the groups in use. Tells the policies of the routing."""
+        chains, foresight, levels = self.chains[layer], self.foresight, self.levels
+        rows = Grouping(index_TK, len(chains), bits=(self._level,))
+        requests = () if foresight is None else foresight.requests
+        routing = Routing(layer, index_TK, weights_TK, requests, rows.counts_E)
+        if foresight is not None:
+            foresight.routed(routing)
+        levels_TK = None if levels is None else levels.choose(routing)
+        if levels is None or levels_TK is None:
+            return rows, [chains[expert] for expert in rows.used]
+        rows = Grouping(index_TK, len(chains), bits=levels.bits, levels_TK=levels_TK)
+        return rows, [levels.chain(layer, rows.expert_of(one), rows.level_of(one)) for one in rows.used]
 
 
 class StreamedExperts:
@@ -191,29 +212,36 @@ class RawExperts(StreamedExperts):
         self._kernels, self._module, self._views, self._layer = kernels, module, views, layer
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        for expert, (offset,) in arrived:
+        for group, (offset,) in arrived:
             views = self._views.at(self._layer, offset)
-            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(expert))]
-            out_PH[torch.from_numpy(rows.places_of(expert))] = expert_mlp(self._kernels, self._module, views, hidden_RH)
+            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
+            out_PH[torch.from_numpy(rows.places_of(group))] = expert_mlp(self._kernels, self._module, views, hidden_RH)
 
 
 class PackedExperts:
     """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
 
-    def __init__(self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int) -> None:
+    def __init__(
+        self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int, whole: bool
+    ) -> None:
         self._kernels, self._spec, self._level = kernels, spec, level
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
-        self.known = kernels.known_experts(spec, self._known_EP, level)
+        self.known = kernels.known_experts(spec, self._known_EP, level) if whole else None
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        absent = (0,) * (_CHAIN_PLANES - len(arrived[0][1]))
         base = self._arena
-        addresses = [[*[base + offset for offset in offsets], *absent] for _, offsets in arrived]
+        addresses = [[*[base + offset for offset in offsets], *_ABSENT[len(offsets) :]] for _, offsets in arrived]
         planes_JP = np.array(addresses, dtype=np.int64)
-        experts = [expert for expert, _ in arrived]
-        self._known_EP[experts] = planes_JP
-        self._kernels.experts(self._spec, rows.jobs(experts, planes_JP, self._level), hidden_TH, out_PH)
+        groups = [group for group, _ in arrived]
+        if self.known is not None:
+            self._note(groups, planes_JP, rows)
+        self._kernels.experts(self._spec, rows.jobs(groups, planes_JP), hidden_TH, out_PH)
+
+    def _note(self, groups: Sequence[int], planes_JP: np.ndarray, rows: Grouping) -> None:
+        """Where the exact ones are, which is all that is ever taken from what is known."""
+        whole = [place for place, group in enumerate(groups) if rows.bits_of(group) == self._level]
+        self._known_EP[[rows.expert_of(groups[place]) for place in whole]] = planes_JP[whole]
 
     def forget(self) -> None:
         self._known_EP[:] = 0
@@ -222,23 +250,21 @@ class PackedExperts:
 class PackedExpertsWithModule(StreamedExperts):
     """Quantised experts with an activation that only transformers' module knows, one after another."""
 
-    def __init__(
-        self, kernels: Kernels, module: nn.Module, matrices: ExpertMatrices, arena: torch.Tensor, level: int
-    ) -> None:
-        self._kernels, self._module, self._matrices, self._level = kernels, module, matrices, level
+    def __init__(self, kernels: Kernels, module: nn.Module, matrices: ExpertMatrices, arena: torch.Tensor) -> None:
+        self._kernels, self._module, self._matrices = kernels, module, matrices
         self._bytes = arena
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
         matrices = self._matrices
-        for expert, offsets in arrived:
-            planes = tuple(self._bytes.data_ptr() + offset for offset in offsets)
-            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(expert))]
+        for group, offsets in arrived:
+            planes, level = tuple(self._bytes.data_ptr() + offset for offset in offsets), rows.bits_of(group)
+            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
             up_bias = self._bias(matrices.up_bias, offsets[0], matrices.up.rows)
-            up_RG = self._kernels.packed_linear(hidden_RH, matrices.up, planes, self._level, up_bias)
+            up_RG = self._kernels.packed_linear(hidden_RH, matrices.up, planes, level, up_bias)
             down_bias = self._bias(matrices.down_bias, offsets[0], matrices.down.rows)
             activated_RI = activate(self._module, up_RG).contiguous()
-            output_RH = self._kernels.packed_linear(activated_RI, matrices.down, planes, self._level, down_bias)
-            out_PH[torch.from_numpy(rows.places_of(expert))] = output_RH
+            output_RH = self._kernels.packed_linear(activated_RI, matrices.down, planes, level, down_bias)
+            out_PH[torch.from_numpy(rows.places_of(group))] = output_RH
 
     def _bias(self, offset: int | None, plane: int, size: int) -> torch.Tensor | None:
         if offset is None:
@@ -249,6 +275,8 @@ class PackedExpertsWithModule(StreamedExperts):
 
 _CHAIN_PLANES = 4
 """Most planes of a chain."""
+
+_ABSENT = (0,) * _CHAIN_PLANES
 
 
 def open_experts(
@@ -278,20 +306,30 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts)))
-    return RoutedExperts(planes, layers, chains, whole=whole)
+            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), whole=whole))
+    return RoutedExperts(planes, layers, chains, level=level)
 
 
 def packed_layer(
-    kernels: Kernels, module: nn.Module, layout: Layout, arena: torch.Tensor, *, level: int, experts: int
+    kernels: Kernels,
+    module: nn.Module,
+    layout: Layout,
+    arena: torch.Tensor,
+    *,
+    level: int,
+    experts: int,
+    whole: bool,
 ) -> LayerExperts:
-    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`."""
+    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`.
+
+    With `whole` the arena has room for all planes, so that it is worth knowing where they lie.
+    """
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
     if spec is not None:
-        return PackedExperts(kernels, spec, arena, level=level, experts=experts)
+        return PackedExperts(kernels, spec, arena, level=level, experts=experts, whole=whole)
     _say_once(type(module))
-    return PackedExpertsWithModule(kernels, module, matrices, arena, level)
+    return PackedExpertsWithModule(kernels, module, matrices, arena)
 
 
 def _say_once(kind: type) -> None:

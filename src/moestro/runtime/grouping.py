@@ -1,6 +1,7 @@
-"""A step's rows, grouped by the expert that they are routed to.
+"""A step's rows, grouped by the expert that they are routed to and the level that it is applied at.
 
-Shapes: T rows of the batch, K experts per row, P = T * K places of the output, E experts of the layer, J of them used.
+Shapes: T rows of the batch, K experts per row, P = T * K places of the output, E experts of the layer, G groups, J of
+them used.
 """
 
 from __future__ import annotations
@@ -16,50 +17,79 @@ Ints = NDArray[np.int64]
 
 
 class Grouping:
-    """Who goes where. `used` are the experts with rows, the busiest first, so that they load first.
+    """Who goes where. `used` are the groups with rows, the busiest first, so that they load first.
 
     A place is a (row, k) pair: row of the batch times K plus k. Ids at or above the number of experts are the "no
-    expert" marks of expert-parallel routers and have no group.
+    expert" marks of expert-parallel routers and have no group. Without `levels_TK` there is one level and a group is an
+    expert; with it, `levels_TK` are numbers that start with 1 for the first of `bits`, and 0 leaves an expert out.
     """
 
-    __slots__ = ("_ends_E", "_per_row", "_places_P", "counts_E", "used")
+    __slots__ = ("_bits", "_counts_G", "_ends_G", "_per_row", "_places_P", "counts_E", "used")
 
-    def __init__(self, index_TK: Ints, experts: int) -> None:
+    def __init__(
+        self, index_TK: Ints, experts: int, *, bits: Sequence[int] = (0,), levels_TK: Ints | None = None
+    ) -> None:
         flat_P = index_TK.ravel()
+        self.counts_E = np.bincount(flat_P, minlength=experts)[:experts]
+        self._bits = tuple(bits)
+        if levels_TK is None:
+            assert len(bits) == 1
+            self._counts_G = self.counts_E
+        else:
+            groups, level_P = experts * len(bits), levels_TK.ravel()
+            flat_P = np.where((level_P > 0) & (flat_P < experts), flat_P * len(bits) + level_P - 1, groups)
+            self._counts_G = np.bincount(flat_P, minlength=groups)[:groups]
         self._per_row = index_TK.shape[1]
         self._places_P = flat_P.argsort(kind="stable")
-        self.counts_E = np.bincount(flat_P, minlength=experts)[:experts]
-        self._ends_E = self.counts_E.cumsum()
-        used_J = self.counts_E.nonzero()[0]
+        self._ends_G = self._counts_G.cumsum()
+        used_J = self._counts_G.nonzero()[0]
         if index_TK.shape[0] > 1:
-            used_J = used_J[(-self.counts_E[used_J]).argsort(kind="stable")]
+            used_J = used_J[(-self._counts_G[used_J]).argsort(kind="stable")]
         self.used: list[int] = used_J.tolist()
 
     def covers(self, places: int) -> bool:
-        """Whether every one of all `places` belongs to an expert."""
-        return int(self._ends_E[-1]) == places
+        """Whether every one of all `places` belongs to a group."""
+        return int(self._ends_G[-1]) == places
 
-    def places_of(self, expert: int) -> Ints:
-        """The places of one expert, ascending."""
-        end = self._ends_E[expert]
-        places: Ints = self._places_P[end - self.counts_E[expert] : end]
+    def expert_of(self, group: int) -> int:
+        """The expert of a group."""
+        return group // len(self._bits)
+
+    def level_of(self, group: int) -> int:
+        """The number of a group's level, from 1."""
+        return group % len(self._bits) + 1
+
+    def bits_of(self, group: int) -> int:
+        """The level of a group, in bits."""
+        return self._bits[group % len(self._bits)]
+
+    def places_of(self, group: int) -> Ints:
+        """The places of one group, ascending."""
+        end = self._ends_G[group]
+        places: Ints = self._places_P[end - self._counts_G[group] : end]
         return places
 
-    def rows_of(self, expert: int) -> Ints:
-        """The rows of the batch that are routed to one expert, ascending."""
-        rows: Ints = self.places_of(expert) // self._per_row
+    def rows_of(self, group: int) -> Ints:
+        """The rows of the batch that are in one group, ascending."""
+        rows: Ints = self.places_of(group) // self._per_row
         return rows
 
-    def jobs(self, experts: Sequence[int], planes_JP: Ints, level: int) -> ExpertJobs:
-        """Jobs for these experts, whose planes lie at the addresses `planes_JP`."""
-        count = len(experts)
-        if count == self._per_row == len(self._places_P) and experts == self.used:  # one row and all its experts
+    def rows_of_expert(self, expert: int) -> Ints:
+        """The rows of the batch that are computed with one expert, at whatever level."""
+        first = expert * len(self._bits)
+        return np.concatenate([self.rows_of(group) for group in range(first, first + len(self._bits))])
+
+    def jobs(self, groups: Sequence[int], planes_JP: Ints) -> ExpertJobs:
+        """Jobs for these groups, whose experts' planes lie at the addresses `planes_JP`."""
+        count = len(groups)
+        if count == self._per_row == len(self._places_P) and groups == self.used:  # one row and all its experts
             places = self._places_P.astype(np.int32)
             starts = np.arange(count + 1, dtype=np.int32)
             rows = np.zeros(count, dtype=np.int32)
         else:
-            places = np.concatenate([self.places_of(expert) for expert in experts], dtype=np.int32)
+            places = np.concatenate([self.places_of(group) for group in groups], dtype=np.int32)
             starts = np.zeros(count + 1, dtype=np.int32)
-            self.counts_E[list(experts)].cumsum(out=starts[1:])
+            self._counts_G[list(groups)].cumsum(out=starts[1:])
             rows = places // np.int32(self._per_row)
-        return ExpertJobs(planes_JP, np.full(count, level, dtype=np.int32), starts, rows, places)
+        levels = np.array([self.bits_of(group) for group in groups], dtype=np.int32)
+        return ExpertJobs(planes_JP, levels, starts, rows, places)

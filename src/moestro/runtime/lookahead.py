@@ -1,6 +1,7 @@
 """Which experts the gates of the next layers would pick if they saw a layer's hidden state already.
 
-Computed beside transformers' own layers, for traces from which predictors are judged.
+Computed beside the model's own layers: `Gates` for prefetching, on either path; `Lookahead` for traces from which
+predictors are judged, beside transformers' layers alone.
 
 Shapes: T rows of the step, H hidden width, E experts of a layer, K experts per row, L MoE layers, P layers ahead,
 C = 2 K candidates.
@@ -8,6 +9,7 @@ C = 2 K candidates.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import nn
 
 from moestro.errors import UnsupportedModelError
 from moestro.hf.skeleton import is_experts_module
+from moestro.policy.choice import GATE
 from moestro.runtime.narrow import plain
 
 _BIAS_OF_CHOICE = "e_score_correction_bias"
@@ -32,7 +35,7 @@ class Lookahead:
     def __init__(self, model: nn.Module, *, ahead: int) -> None:
         assert ahead > 0
         self._ahead = ahead
-        self._routers = [_router_of(block) for block in _blocks(model)]
+        self._routers = _routers_of(model, "Record the trace without --lookahead.")
         self._hidden: list[torch.Tensor] = []
         for router in self._routers:
             router.register_forward_pre_hook(self._note)
@@ -76,18 +79,45 @@ class Lookahead:
             )
 
 
+class Gates:
+    """Those of the MoE layers to come, asked with what goes into the experts of a layer.
+
+    Where a family's router does more than compare its scores (groups of experts, say), or its experts see something
+    else than its router, the candidates are not exactly those it would pick: how often they are right is learned by
+    whoever uses them.
+
+    Raises:
+        UnsupportedModelError: where this family's routers are is not known.
+    """
+
+    def __init__(self, model: nn.Module, *, picks: int, ahead: int = 1) -> None:
+        assert ahead > 0
+        self._routers = _routers_of(model, f"Choose a predictor without {GATE!r}.")
+        self._picks, self._ahead = picks, ahead
+
+    def candidates(self, layer: int, hidden_TH: torch.Tensor) -> Iterator[tuple[int, np.ndarray]]:
+        """(layers ahead, ids [T, C] in falling order) for each of the next layers that there are."""
+        for ahead, router in enumerate(self._routers[layer + 1 : layer + 1 + self._ahead], start=1):
+            scores_TE = _scores(router, hidden_TH)
+            yield ahead, scores_TE.topk(min(2 * self._picks, scores_TE.shape[1])).indices.numpy()
+
+
+def _routers_of(model: nn.Module, instead: str) -> list[Any]:
+    """In the order of layers. `instead`: what to do where they are not known."""
+    return [_router_of(block, instead) for block in _blocks(model)]
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that hold a router and experts, in the order of layers."""
     return [module for module in model.modules() if any(is_experts_module(child) for child in module.children())]
 
 
-def _router_of(block: nn.Module) -> Any:
+def _router_of(block: nn.Module, instead: str) -> Any:
     """The child that holds a matrix [E, H] as `weight`: transformers' top-k routers and plain linear maps do."""
     found = [child for name, child in block.named_children() if name in ("gate", "router")]
     if len(found) != 1 or getattr(found[0], "weight", None) is None or found[0].weight.ndim != 2:
         raise UnsupportedModelError(
-            f"The router of a {type(block).__name__} is not where lookahead looks for it. Record the trace without "
-            "--lookahead."
+            f"The router of a {type(block).__name__} is not where lookahead looks for it. {instead}"
         )
     return found[0]
 

@@ -20,13 +20,18 @@ from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
+from moestro.policy.choice import needs_gates
+from moestro.policy.levels import LEVEL_POLICIES, budget_of, choose_level_policy
 from moestro.policy.observation import Shape
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.experts import open_experts
-from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, stored_nets_bytes
+from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, open_history, stored_nets_bytes
+from moestro.runtime.history import History
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
+from moestro.runtime.levels import LayerLevels, level_table, levels_up_to
+from moestro.runtime.lookahead import Gates
 from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
@@ -47,10 +52,14 @@ class OpenModel:
     arena_buffer: HostBuffer
     buffers: tuple[HostBuffer, ...]
     chosen: Chosen
+    history: History | None
+    level_policy: str
 
     def close(self) -> None:
-        """Stop the transfer threads and give the memory back."""
+        """Stop the transfer threads, keep what was learned and give the memory back."""
         self.transfers.close()
+        if self.history is not None:
+            self.history.save()
         for buffer in self.buffers:
             buffer.close()
 
@@ -101,8 +110,10 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
         RequestError: the store does not promise the level asked for.
         UnsupportedModelError, StoreError: the store is of a model that cannot be run, or is damaged.
+        TraceError: what was learned for the store cannot be used.
     """
     level_of(store, options.level)
+    level_policy = level_policy_of(store, options)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
     probed = probe_for(skeleton, options, native=native, logit_rows=logit_rows)
@@ -118,7 +129,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
     blueprint = describe(skeleton, probed) if native else None
-    return _assemble(store, skeleton, plan, probed, blueprint, options, kernels)
+    return _assemble(store, skeleton, plan, probed, blueprint, options, level_policy, kernels)
 
 
 def _assemble(
@@ -128,17 +139,19 @@ def _assemble(
     probed: Probe,
     blueprint: Blueprint | None,
     options: RuntimeOptions,
+    level_policy: str,
     kernels: Kernels,
 ) -> OpenModel:
     chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
     whole = plan.arena_bytes >= plan.whole_arena_bytes
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
-    foresight = None
+    foresight, history, gates = None, None, None
     if not whole:
         most = max(layer.num_experts for layer in store.layers)
         shape = Shape(len(store.layers), most, max(probed.experts_per_token))
-        foresight = make_foresight(chosen, store.path, shape)
+        history = open_history(options, chosen, store, shape)
+        foresight = make_foresight(chosen, store.path, shape, history)
     transfers = TransferEngine()
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
@@ -165,7 +178,21 @@ def _assemble(
         whole=whole,
     )
     if foresight is not None:
-        experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers)
+        if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
+            gates = Gates(skeleton.model, picks=max(probed.experts_per_token))
+        experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers, gates)
+    bits = levels_up_to(store, plan.level)
+    table = level_table(store, layouts, bits=bits, picks=max(probed.experts_per_token))
+    experts.levels = LayerLevels(
+        LEVEL_POLICIES[level_policy](table),
+        bits=bits,
+        layouts=layouts,
+        chains=experts.chains,
+        planes=planes,
+        eviction=None if foresight is None else foresight.eviction,
+    )
+    if experts.foresight is not None:
+        experts.foresight.levels = experts.levels
     native = None
     if blueprint is not None:
         native = NativeForward(blueprint, kv=kv, experts=experts, rows=plan.step_rows, context=plan.context)
@@ -176,6 +203,8 @@ def _assemble(
         native=native,
         experts=experts,
     )
+    if history is not None:
+        runner.remember(history)
     return OpenModel(
         store=store,
         skeleton=skeleton,
@@ -185,7 +214,22 @@ def _assemble(
         arena_buffer=arena_buffer,
         buffers=(dense_buffer, arena_buffer, kv_buffer),
         chosen=chosen,
+        history=history,
+        level_policy=level_policy,
     )
+
+
+def level_policy_of(store: Store, options: RuntimeOptions) -> str:
+    """The level policy that the options mean for a store, checked with the quality that they ask for.
+
+    Raises:
+        RequestError: there is no such policy or quality, or the store lacks what they need.
+    """
+    facts = store.manifest.calibration
+    measured = facts is not None and facts.sensitivity is not None
+    policy = choose_level_policy(options.level_policy, measured=measured, store=str(store.path))
+    budget_of(policy, options.quality)
+    return policy
 
 
 def _check_layers(store: Store, skeleton: Skeleton) -> None:

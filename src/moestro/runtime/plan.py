@@ -20,6 +20,7 @@ from moestro.kernels.cpu import scratch_bytes
 from moestro.memory.arena import extent_bytes_for, least_bytes_for
 from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
+from moestro.policy.observation import Shape
 from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.foresight import foresight_bytes
 from moestro.runtime.kv import block_bytes, blocks_for
@@ -261,9 +262,14 @@ def _staging_bytes(
     gathered = any(layer.gathered for layer in probed.kv_layers)
     history = _HISTORY_BYTES * context * options.max_sequences if gathered else 0
     sampling = _SAMPLING_BYTES * int(config.vocab_size)
-    experts = sum(shape.experts)
-    foresight = foresight_bytes(options, nets_bytes=shape.nets_bytes, expert_bytes=shape.expert_bytes, experts=experts)
-    return _STAGING_BYTES + scratch + history + sampling + foresight + _SLOT_BYTES * experts
+    foresight = foresight_bytes(
+        options,
+        Shape(len(shape.experts), max(shape.experts), max(probed.experts_per_token)),
+        nets_bytes=shape.nets_bytes,
+        expert_bytes=shape.expert_bytes,
+        step_rows=probed.rows,
+    )
+    return _STAGING_BYTES + scratch + history + sampling + foresight + _SLOT_BYTES * sum(shape.experts)
 
 
 def _packed_scratch(shape: ModelShape, probed: Probe) -> dict[str, int]:

@@ -15,11 +15,13 @@ from torch import nn
 
 from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
+from moestro.policy.foresight import Foreseen
 from moestro.runtime import hooks
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.experts import RoutedExperts
+from moestro.runtime.history import History
 from moestro.runtime.kv import KVPool
 from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
@@ -53,6 +55,7 @@ class ModelRunner:
     ) -> None:
         self.stats = RunnerStats()
         self.recorder: Recorder | None = None
+        self._history: History | None = None
         self._lookahead: Lookahead | None = None
         self._replay: Replay | None = None
         self.native = native
@@ -80,6 +83,8 @@ class ModelRunner:
             self._experts.foresight.step(batch.request_rows)
         if self._replay is not None:
             self._replay.begin(batch.segments)
+        if self._experts.levels is not None:
+            self._experts.levels.step(batch)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
@@ -95,6 +100,11 @@ class ModelRunner:
             torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
             self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
+
+    @property
+    def foreseen(self) -> Foreseen:
+        """What prefetching has done since the model was opened."""
+        return Foreseen() if self._experts.foresight is None else self._experts.foresight.foreseen
 
     @property
     def path(self) -> str:
@@ -169,6 +179,11 @@ class ModelRunner:
             self._routed.append((index_TK.numpy(), plain(weights_TK).float().numpy()))
         return self._experts(layer, hidden_TH, index_TK, weights_TK, self.batch.requests_of)
 
+    def remember(self, history: History) -> None:
+        """Have the history told of requests, from now on."""
+        self._history = history
+        self.recorder = Recorder(self.expert_counts.shape[1], collections=history.collections)
+
     def look_ahead(self, layers: int) -> None:
         """Have the recorder told, from now on, what the gates of the next `layers` layers would pick.
 
@@ -193,6 +208,8 @@ class ModelRunner:
         """Nothing more comes of a request, whether it ever came this far or not."""
         if self.recorder is not None:
             self.recorder.end(request)
+        if self._history is not None:
+            self._history.ended()
         if self._experts.foresight is not None:
             self._experts.foresight.end(request)
 
@@ -203,6 +220,14 @@ class ModelRunner:
             return StepRouting(ids_LTK.copy(), weights_LTK.copy() if with_weights else weights_LTK)
         experts, weights = (np.stack(one) for one in zip(*self._routed, strict=True))
         return StepRouting(experts, weights, None if self._lookahead is None else self._lookahead.take(experts))
+
+    @property
+    def levels_applied(self) -> dict[str, int]:
+        """How many experts of rows that need not be exact were computed at each level, 0 for those left out."""
+        levels = self._experts.levels
+        if levels is None:
+            return {}
+        return {str(bits): int(count) for bits, count in zip((0, *levels.bits), levels.applied_D, strict=True)}
 
     @property
     def expert_counts(self) -> np.ndarray:

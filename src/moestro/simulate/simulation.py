@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from moestro.policy.choice import Choice, check_names, make_choice, needs_nets
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.net import Nets
 from moestro.simulate.fit import fit
+from moestro.simulate.page_cache import replay_page_cache
+from moestro.simulate.routings import gates_of
 from moestro.simulate.slots import SlotReplay
 from moestro.simulate.timed import Machine, TimedReplay, TimedResult
 from moestro.trace.trace import Trace
@@ -33,16 +36,18 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Simulated:
-    """`hit_rate` and its neighbours: prefetch off, `slots` in every layer. `timed` and `lru` (the same without
-    foresight): one cache for all layers, over a link."""
+    """`hit_rate` and its neighbours: prefetch off, `slots` in every layer. `timed`, what was asked for, `lru` (without
+    prefetch) and `page_cache` (a mapped file): one cache of `memory` bytes for all layers, over a link."""
 
     slots: int
+    memory: int
     accesses: int
     hit_rate: float
     lru_hit_rate: float
     belady_hit_rate: float
     timed: TimedResult
     lru: TimedResult
+    page_cache: TimedResult
 
     @property
     def gap_closed(self) -> float:
@@ -50,62 +55,103 @@ class Simulated:
         return (self.hit_rate - self.lru_hit_rate) / max(self.belady_hit_rate - self.lru_hit_rate, 1e-12)
 
 
-def simulate(trace: Trace, options: SimulateOptions, *, progress: Progress = lambda _what: None) -> Simulated:
-    """Replay a trace as the options say.
+def simulate(
+    trace: Trace, options: SimulateOptions, *, progress: Progress = lambda _what: None
+) -> tuple[Simulated, ...]:
+    """Replay a trace as the options say, with each amount of memory.
 
     Raises:
-        TraceError: the trace does not fit the store, or is too short; the memory does not hold what a pass needs.
+        TraceError: the trace does not fit the store, or is too short, or lacks the lookahead that is needed; the memory
+            does not hold what a pass needs.
         RequestError: there is no such policy or predictor.
         BudgetError: a size cannot be parsed.
     """
     check_names(options.policy, options.predictor)
     shape = Shape(trace.layers, trace.num_experts, trace.picks)
-    machine = _machine(options, shape)
+    machine = machine_of(options, shape)
     plane_bytes = _plane_bytes(options, trace)
     expert_bytes = [sum(layer) for layer in plane_bytes]
-    memory = parse_bytes(options.memory) if options.memory else options.slots * sum(expert_bytes)
-    slots = options.slots or memory // sum(expert_bytes)
-    _check_room(slots, memory, shape)
-    prefetch = options.prefetch == "on"
+    sizes = _sizes(options, sum(expert_bytes), shape)
     fitted_to, judged = _halves(trace, options)
-    nets = None
-    if needs_nets(options.policy, options.predictor, prefetch=prefetch):
-        nets = _nets(options, shape, fitted_to, progress)
-
-    def contender() -> Choice:
-        made = make_choice(options.policy, options.predictor, shape, prefetch=prefetch, nets=nets)
-        if fitted_to is not None:
-            fit(made, fitted_to)
-        return made
-
-    policy = contender().policy
+    fitted = _fitted(options, shape, fitted_to, judged, progress)
     progress("hit rates")
+    slots = [one for one, _ in sizes]
+    contender = deepcopy(fitted)
     replay = SlotReplay(judged, concurrency=options.concurrency)
-    (lru,), (belady,) = replay.lru([slots]), replay.belady([slots])
-    (judged_by,) = replay.run(policy, [slots])
-    progress("time per token")
-    foresight = contender().foresight(prefetch=prefetch)
-    replays = [
-        TimedReplay(
+    lru, belady = replay.lru(slots), replay.belady(slots)
+    found = replay.run(contender.policy, slots, gates=gates_of(contender, options.predictor, judged))
+    judged = _some_requests(judged, options.timed_tokens)
+
+    def timed(memory: int, contender: Choice | None) -> TimedResult:
+        foresight = None if contender is None else contender.foresight(prefetch=options.prefetch == "on")
+        return TimedReplay(
             judged,
             plane_bytes=plane_bytes,
             memory=memory,
             machine=machine,
-            policy=leaves,
-            foresight=sees,
+            policy=LRU() if foresight is None else foresight.eviction,
+            foresight=foresight,
+            gates=None if contender is None else gates_of(contender, options.predictor, judged),
             concurrency=options.concurrency,
         ).run()
-        for leaves, sees in ((foresight.eviction, foresight), (LRU(), None))
-    ]
-    return Simulated(
-        slots=slots,
-        accesses=lru.accesses,
-        hit_rate=judged_by.hit_rate,
-        lru_hit_rate=lru.hit_rate,
-        belady_hit_rate=belady.hit_rate,
-        timed=replays[0],
-        lru=replays[1],
-    )
+
+    results = []
+    for index, (count, memory) in enumerate(sizes):
+        progress(f"time per token, memory {index + 1} of {len(sizes)}")
+        results.append(
+            Simulated(
+                slots=count,
+                memory=memory,
+                accesses=lru[index].accesses,
+                hit_rate=found[index].hit_rate,
+                lru_hit_rate=lru[index].hit_rate,
+                belady_hit_rate=belady[index].hit_rate,
+                timed=timed(memory, deepcopy(fitted)),
+                lru=timed(memory, None),
+                page_cache=replay_page_cache(
+                    judged, expert_bytes=expert_bytes, memory=memory, machine=machine, concurrency=options.concurrency
+                ),
+            )
+        )
+    return tuple(results)
+
+
+def _sizes(options: SimulateOptions, slot_bytes: int, shape: Shape) -> list[tuple[int, int]]:
+    """(slots of each layer, bytes); `slot_bytes` are those of one expert of each layer."""
+    if options.slots:
+        sizes = [(int(one), int(one) * slot_bytes) for one in options.slots.split(",")]
+    else:
+        sizes = [(parse_bytes(one) // slot_bytes, parse_bytes(one)) for one in options.memory.split(",")]
+    for slots, memory in sizes:
+        if slots < shape.picks:
+            raise TraceError(
+                f"{memory} bytes hold {slots} experts of each layer, a token needs {shape.picks}: give more of either."
+            )
+    return sizes
+
+
+def _fitted(
+    options: SimulateOptions, shape: Shape, fitted_to: Trace | None, judged: Trace, progress: Progress
+) -> Choice:
+    """The policy and predictor asked for, having seen the requests that are not judged."""
+    prefetch = options.prefetch == "on"
+    nets = None
+    if needs_nets(options.policy, options.predictor, prefetch=prefetch):
+        nets = _nets(options, shape, fitted_to, progress)
+    choice = make_choice(options.policy, options.predictor, shape, prefetch=prefetch, nets=nets)
+    gates = gates_of(choice, options.predictor, judged)
+    if fitted_to is not None:
+        progress("learning from the other requests")
+        fit(choice, fitted_to, gates=gates)
+    return choice
+
+
+def _some_requests(trace: Trace, tokens: int) -> Trace:
+    """About as many tokens (0: all), in requests spread evenly over the trace."""
+    if not 0 < tokens < trace.rows:
+        return trace
+    count = max(1, round(trace.requests * tokens / trace.rows))
+    return trace.select(np.arange(count) * trace.requests // count)
 
 
 def _halves(trace: Trace, options: SimulateOptions) -> tuple[Trace | None, Trace]:
@@ -128,7 +174,8 @@ def _nets(
     return train(fitted_to, progress=lambda layers: progress(f"training, layer {layers} of {shape.layers}"))
 
 
-def _machine(options: SimulateOptions, shape: Shape) -> Machine:
+def machine_of(options: SimulateOptions, shape: Shape) -> Machine:
+    """How long things take, as the options say."""
     return Machine(
         bytes_per_s=parse_bytes(options.disk_bw),
         latency_s=_LATENCY_S,
@@ -141,7 +188,7 @@ def _machine(options: SimulateOptions, shape: Shape) -> Machine:
 def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
     """Of each layer, the sizes of an expert's planes."""
     if not options.store:
-        return [[_expert_bytes(options.model_shape)]] * trace.layers
+        return [[expert_bytes_of(options.model_shape)]] * trace.layers
     from moestro.runtime.open import layouts_of
     from moestro.store.reader import Store
 
@@ -150,7 +197,7 @@ def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
     return [[plane.nbytes for plane in layout.planes] for layout in layouts_of(store, 0)]
 
 
-def _expert_bytes(model_shape: str) -> int:
+def expert_bytes_of(model_shape: str) -> int:
     """Of three matrices, hidden width x expert width x bits, with 16-bit scale and offset for groups of 128."""
     parts = model_shape.lower().split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
@@ -159,10 +206,3 @@ def _expert_bytes(model_shape: str) -> int:
         )
     hidden, width, bits = map(int, parts)
     return round_up(3 * hidden * width * (4 * bits + 1) // 32, PAGE)
-
-
-def _check_room(slots: int, memory: int, shape: Shape) -> None:
-    if slots < shape.picks:
-        raise TraceError(
-            f"{memory} bytes hold {slots} experts of each layer, a token needs {shape.picks}: give more of either."
-        )

@@ -4,33 +4,36 @@ A pass's accesses of a layer are its distinct experts; an access is a hit when t
 What is kept afterwards are the experts of the pass and, of those that were resident, the ones of most worth. A policy's
 worth does not depend on what is resident, so one replay serves any number of sizes.
 
-Shapes: P passes, B rows of a pass, L MoE layers, E experts, K experts per row, S cache sizes.
+Shapes: P passes, B rows of a pass, U experts that a pass uses (number `layer x E + expert`), L MoE layers, E experts,
+K experts per row, S cache sizes, V layers of caches that hold too much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from moestro.policy.keeping.base import KeepPolicy
-from moestro.policy.observation import Routing
+from moestro.policy.predictors import LooksAhead
 from moestro.simulate.oracle import last_uses, next_uses
-from moestro.simulate.passes import Pass, passes
+from moestro.simulate.passes import passes
+from moestro.simulate.routings import routings, tell_gates
 from moestro.trace.trace import Trace
 
-Worth = Callable[[int, Pass], np.ndarray]
-"""(number of the pass, the pass) -> worth [L, E] of keeping each expert, each layer's row as of its own visit."""
+_ONE_BY_ONE = 8
+"""So many victims of a layer are looked for one after another; for more all are put in order."""
 
 
 @dataclass(frozen=True)
 class SlotResult:
-    """`hits` of `accesses` with `slots` experts of each layer resident."""
+    """`hits` of `accesses` with `slots` experts of each layer resident; `hits_P` those of each pass."""
 
     slots: int
     hits: int
     accesses: int
+    hits_P: np.ndarray = field(compare=False, repr=False)
 
     @property
     def hit_rate(self) -> float:
@@ -43,64 +46,84 @@ class SlotReplay:
     def __init__(self, trace: Trace, *, concurrency: int = 1) -> None:
         self._trace = trace
         self._passes = list(passes(trace, concurrency=concurrency))
-        layers = trace.experts_NLK.shape[1]
-        self._uses_PLE = np.zeros((len(self._passes), layers, trace.num_experts), dtype=bool)
-        for index, one in enumerate(self._passes):
-            experts_LX = trace.experts_NLK[one.rows_B].transpose(1, 0, 2).reshape(layers, -1)
-            np.put_along_axis(self._uses_PLE[index], experts_LX.astype(np.int64), True, axis=1)
+        first_L1 = np.arange(trace.layers)[:, None] * trace.num_experts
+        self._used_PU = [np.unique(trace.experts_NLK[one.rows_B] + first_L1) for one in self._passes]
 
     def lru(self, slots: Sequence[int]) -> list[SlotResult]:
         """Least recently used. Among those of one pass the lowest number leaves first."""
-        last_PLE = last_uses(self._uses_PLE)
-        return self._run(lambda index, _: last_PLE[index], slots)
+        return self._run(last_uses(self._used_PU, self._experts), slots)
 
     def belady(self, slots: Sequence[int]) -> list[SlotResult]:
         """The most hits that any policy can have under these rules."""
-        next_PLE = next_uses(self._uses_PLE)
-        return self._run(lambda index, _: -next_PLE[index], slots)
+        return self._run((-next_X for next_X in next_uses(self._used_PU, self._experts)), slots)
 
-    def run(self, policy: KeepPolicy, slots: Sequence[int]) -> list[SlotResult]:
-        """Those of a policy, which is told what it would be told at run time."""
-        layers, experts = self._uses_PLE.shape[1:]
+    def run(self, policy: KeepPolicy, slots: Sequence[int], *, gates: LooksAhead | None = None) -> list[SlotResult]:
+        """Those of a policy, which is told what it would be told at run time; `gates` is told the trace's lookahead."""
+        return self._run(self._worths(policy, gates), slots)
+
+    def accesses(self) -> np.ndarray:
+        """[P] how many experts each pass uses."""
+        return np.array([len(used_U) for used_U in self._used_PU])
+
+    @property
+    def _experts(self) -> int:
+        return self._trace.layers * self._trace.num_experts
+
+    def _worths(self, policy: KeepPolicy, gates: LooksAhead | None) -> Iterator[np.ndarray]:
+        """After each pass the worth of keeping each expert, each layer's as of its own visit."""
         trace = self._trace
-        worth_LE = np.empty((layers, experts), dtype=np.float64)
-
-        def worth(_index: int, one: Pass) -> np.ndarray:
+        worth_LE = np.empty((trace.layers, trace.num_experts), dtype=np.float64)
+        for one in self._passes:
             for request in one.begins:
                 policy.begin(request)
-            experts_BLK, weights_BLK = trace.experts_NLK[one.rows_B], trace.weights_NLK[one.rows_B] / np.float32(255)
-            for layer in range(layers):
-                ids_BK = experts_BLK[:, layer].astype(np.int64)
-                policy.observe(Routing.of(layer, ids_BK, weights_BLK[:, layer], one.requests, experts=experts))
-                worth_LE[layer] = policy.worth(layer)[layer]
+            for routing in routings(trace, one):
+                policy.observe(routing)
+                tell_gates(gates, trace, one, routing.layer)
+                worth_LE[routing.layer] = policy.worth(routing.layer)[routing.layer]
             for request in one.ends:
                 policy.end(request)
-            return worth_LE
+            yield worth_LE.reshape(-1)
 
-        return self._run(worth, slots)
+    def _run(self, worths: Iterator[np.ndarray], slots: Sequence[int]) -> list[SlotResult]:
+        layers, experts = self._trace.layers, self._trace.num_experts
+        resident_SX = np.zeros((len(slots), self._experts), dtype=bool)
+        held_SL = np.zeros((len(slots), layers), dtype=np.int64)
+        slots_S1 = np.array(slots)[:, None]
+        hits_SP = np.zeros((len(slots), len(self._used_PU)), dtype=np.int64)
+        for index, (used_U, worth_X) in enumerate(zip(self._used_PU, worths, strict=True)):
+            hit_SU = resident_SX[:, used_U]
+            hits_SP[:, index] = np.count_nonzero(hit_SU, axis=1)
+            resident_SX[:, used_U] = True
+            cache_M, missed_M = np.nonzero(~hit_SU)
+            np.add.at(held_SL, (cache_M, used_U[missed_M] // experts), 1)
+            if (held_SL > slots_S1).any():
+                resident_SLE = resident_SX.reshape(len(slots), layers, experts)
+                _shrink(resident_SLE, held_SL, slots_S1, _kept_first(worth_X, used_U).reshape(layers, experts))
+        accesses = sum(map(len, self._used_PU))
+        return [
+            SlotResult(size, int(hits_P.sum()), accesses, hits_P) for size, hits_P in zip(slots, hits_SP, strict=True)
+        ]
 
-    def _run(self, worth: Worth, slots: Sequence[int]) -> list[SlotResult]:
-        _, layers, experts = self._uses_PLE.shape
-        resident_SLE = np.zeros((len(slots), layers, experts), dtype=bool)
-        hits_S = np.zeros(len(slots), dtype=np.int64)
-        for index, one in enumerate(self._passes):
-            used_LE = self._uses_PLE[index]
-            hits_S += np.count_nonzero(resident_SLE & used_LE, axis=(1, 2))
-            order_LE = _from_most_worth(worth(index, one), used_LE)
-            for size, resident_LE in zip(slots, resident_SLE, strict=True):
-                resident_LE |= used_LE
-                _keep_first(resident_LE, order_LE, size)
-        accesses = int(np.count_nonzero(self._uses_PLE))
-        return [SlotResult(size, int(hits), accesses) for size, hits in zip(slots, hits_S, strict=True)]
+
+def _kept_first(worth_X: np.ndarray, used_U: np.ndarray) -> np.ndarray:
+    """[X] the worth of each expert, those used now above all others."""
+    worth_X = worth_X.astype(np.float64)
+    worth_X[used_U] = np.finfo(np.float64).max
+    return worth_X
 
 
-def _from_most_worth(worth_LE: np.ndarray, used_LE: np.ndarray) -> np.ndarray:
-    """Expert ids [L, E]: those used now first, then by falling worth, the higher number first among equals."""
-    return np.argsort(np.where(used_LE, np.inf, worth_LE), axis=1, kind="stable")[:, ::-1]
-
-
-def _keep_first(resident_LE: np.ndarray, order_LE: np.ndarray, size: int) -> None:
-    """Of each layer's residents only the first `size` in this order stay."""
-    sorted_LE = np.take_along_axis(resident_LE, order_LE, axis=1)
-    sorted_LE &= np.cumsum(sorted_LE, axis=1) <= size
-    np.put_along_axis(resident_LE, order_LE, sorted_LE, axis=1)
+def _shrink(resident_SLE: np.ndarray, held_SL: np.ndarray, slots_S1: np.ndarray, worth_LE: np.ndarray) -> None:
+    """The residents of least worth leave where there are too many, the lowest number first among equals."""
+    cache_V, layer_V = np.nonzero(held_SL > slots_S1)
+    over_V = (held_SL - slots_S1)[cache_V, layer_V]
+    worth_VE = np.where(resident_SLE[cache_V, layer_V], worth_LE[layer_V], np.inf)
+    if over_V.max() > _ONE_BY_ONE:
+        rank_VE = np.argsort(np.argsort(worth_VE, axis=1, kind="stable"), axis=1, kind="stable")
+        resident_SLE[cache_V, layer_V] &= rank_VE >= over_V[:, None]
+    else:
+        for turn in range(int(over_V.max())):
+            rows_V = np.flatnonzero(over_V > turn)
+            least_V = worth_VE[rows_V].argmin(axis=1)
+            worth_VE[rows_V, least_V] = np.inf
+            resident_SLE[cache_V[rows_V], layer_V[rows_V], least_V] = False
+    held_SL[cache_V, layer_V] -= over_V

@@ -6,7 +6,7 @@ Shapes: B rows of a pass, L MoE layers, E experts, K experts per row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,13 @@ from moestro.memory.arena import Arena, extent_bytes_for
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import CacheStats
 from moestro.policy.base import EvictionPolicy
-from moestro.policy.foresight import Foresight
+from moestro.policy.foresight import Foreseen, Foresight
 from moestro.policy.observation import Routing
+from moestro.policy.predictors import LooksAhead
 from moestro.policy.prefetch import SlackMeter
 from moestro.simulate.link import LinkBytes, VirtualLink
 from moestro.simulate.passes import Pass, passes
+from moestro.simulate.routings import routings, tell_gates
 from moestro.trace.trace import Trace
 
 
@@ -34,24 +36,6 @@ class Machine:
     device_bytes_per_s: float = 0.0
     layer_s: float = 0.0
     expert_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Foreseen:
-    """Of the experts that layers used: `needed` were absent when the layer before had routed. `proposed` were then
-    asked for ahead; `useful` of these were used by that very visit."""
-
-    needed: int = 0
-    proposed: int = 0
-    useful: int = 0
-
-    @property
-    def recall(self) -> float:
-        return self.useful / max(self.needed, 1)
-
-    @property
-    def precision(self) -> float:
-        return self.useful / max(self.proposed, 1)
 
 
 @dataclass(frozen=True)
@@ -70,7 +54,8 @@ class TimedResult:
 
 
 class TimedReplay:
-    """One replay. `plane_bytes`: of each layer, the sizes of the planes of an expert; `memory`: bytes of the arena."""
+    """One replay. `plane_bytes`: of each layer, the sizes of the planes of an expert; `memory`: bytes of the arena;
+    `gates` is told the trace's lookahead."""
 
     def __init__(
         self,
@@ -81,9 +66,11 @@ class TimedReplay:
         machine: Machine,
         policy: EvictionPolicy,
         foresight: Foresight | None = None,
+        gates: LooksAhead | None = None,
         concurrency: int = 1,
     ) -> None:
         self._trace, self._machine, self._concurrency = trace, machine, concurrency
+        self._gates = gates
         self._plane_bytes, self._foresight = plane_bytes, foresight
         self._link = VirtualLink(machine.bytes_per_s, machine.latency_s, machine.device_bytes_per_s)
         sizes = sorted({nbytes for layer in plane_bytes for nbytes in layer})
@@ -95,8 +82,6 @@ class TimedReplay:
             locate=self._locate,
         )
         self._meter = SlackMeter()
-        self._asked: dict[int, tuple[np.ndarray, frozenset[int]]] = {}
-        self._foreseen = Foreseen()
 
     def run(self) -> TimedResult:
         """Replay the whole trace, from an empty cache."""
@@ -107,30 +92,28 @@ class TimedReplay:
             seconds=self._link.clock(),
             stats=self._cache.stats,
             carried=self._link.carried,
-            foreseen=self._foreseen,
+            foreseen=Foreseen() if self._foresight is None else self._foresight.foreseen,
         )
 
     def _pass(self, one: Pass) -> None:
-        trace, foresight = self._trace, self._foresight
-        experts_BLK, weights_BLK = trace.experts_NLK[one.rows_B], trace.weights_NLK[one.rows_B] / np.float32(255)
+        foresight = self._foresight
         if foresight is not None:
             for request in one.begins:
                 foresight.begin(request)
-        for layer in range(experts_BLK.shape[1]):
-            ids_BK = experts_BLK[:, layer].astype(np.int64)
-            self._layer(Routing.of(layer, ids_BK, weights_BLK[:, layer], one.requests, experts=trace.num_experts))
+        for routing in routings(self._trace, one):
+            self._layer(one, routing)
         if foresight is not None:
             for request in one.ends:
                 foresight.end(request)
 
-    def _layer(self, routing: Routing) -> None:
+    def _layer(self, one: Pass, routing: Routing) -> None:
         layer, machine = routing.layer, self._machine
         self._link.pass_time(machine.layer_s)
         self._meter.routed(self._link.clock())
         used = np.flatnonzero(routing.counts_E)
-        self._judge(layer, routing.counts_E)
         if self._foresight is not None:
             self._foresight.observe(routing)
+        tell_gates(self._gates, self._trace, one, layer)
         planes = range(len(self._plane_bytes[layer]))
         chains = [tuple((layer, expert, plane) for plane in planes) for expert in used.tolist()]
         with self._cache.stream(chains) as batches:
@@ -147,27 +130,12 @@ class TimedReplay:
         if foresight is None or foresight.prefetcher is None:
             return
         target = (layer + 1) % len(self._plane_bytes)
-        absent_E = foresight.eviction.absent(target)
         read_s = self._link.seconds_for(sum(self._plane_bytes[target]))
         proposed = foresight.propose(layer, self._meter.slack(read_s, reading=reading))
         if proposed:
             self._cache.prefetch(
                 [(where, expert, plane) for where, expert in proposed for plane in range(len(self._plane_bytes[where]))]
             )
-        self._asked[target] = absent_E, frozenset(expert for where, expert in proposed if where == target)
-
-    def _judge(self, layer: int, counts_E: np.ndarray) -> None:
-        asked = self._asked.pop(layer, None)
-        if asked is None:
-            return
-        absent_E, proposed = asked
-        was = self._foreseen
-        self._foreseen = replace(
-            was,
-            needed=was.needed + int(np.count_nonzero(absent_E & (counts_E > 0))),
-            proposed=was.proposed + len(proposed),
-            useful=was.useful + sum(1 for expert in proposed if counts_E[expert]),
-        )
 
     def _locate(self, key: PlaneKey) -> PlaneExtent:
         layer, _, plane = key

@@ -142,6 +142,19 @@ class EamCollection:
         self._known_Ln = np.pad(self._known_Ln, ((0, 0), (0, more)))
 
 
+class Collections:
+    """Those of a model, by phase of requests. `capacity` is of each (None: by the size of the model)."""
+
+    def __init__(self, layers: int, experts: int, *, capacity: int | None = None) -> None:
+        self.prefill = EamCollection(layers, experts, capacity=capacity)
+        self.decode = EamCollection(layers, experts, capacity=capacity)
+
+    @property
+    def phases(self) -> dict[str, EamCollection]:
+        """The collections by the name of their phase."""
+        return {"prefill": self.prefill, "decode": self.decode}
+
+
 class Matcher:
     """Finds the entries most like a request under way, layer by layer as its tokens are routed.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from moestro.errors import TraceError
 from moestro.trace.checks import Checks
-from moestro.trace.collection import MOST_COUNT, EamCollection
+from moestro.trace.collection import MOST_COUNT, Collections
 from moestro.trace.npz import read_npz, write_npz
 
 COLLECTION_NAME = "requests.npz"
@@ -35,7 +35,7 @@ class _OtherModelError(TraceError):
     """The file is whole, but not for us: it stays where it is."""
 
 
-class CollectionFile:
+class CollectionFile(Collections):
     """The collections of a model, prefill and decode, and the file that they come from and go to.
 
     Requests' matrices are inserted into `prefill` and `decode`. `save` takes in what other processes have added to the
@@ -52,18 +52,12 @@ class CollectionFile:
     """
 
     def __init__(self, path: Path, *, model: str, layers: int, experts: int, capacity: int | None = None) -> None:
+        super().__init__(layers, experts, capacity=capacity)
         self.path, self.model, self._shape = path, model, (layers, experts)
-        self.prefill = EamCollection(layers, experts, capacity=capacity)
-        self.decode = EamCollection(layers, experts, capacity=capacity)
         self._met: dict[str, set[int]] = {phase: set() for phase in PHASES}
         self._saved_versions = (0, 0)
         self._merge(self._read_at_start())
         self._saved_versions = self._versions
-
-    @property
-    def phases(self) -> dict[str, EamCollection]:
-        """The collections by the name of their phase."""
-        return {"prefill": self.prefill, "decode": self.decode}
 
     @property
     def changed(self) -> bool:
@@ -85,7 +79,7 @@ class CollectionFile:
         except OSError as error:
             raise TraceError(
                 f"{self.path} cannot be written: {error.strerror or error}. What requests did is not kept beyond this "
-                "process; make the folder writable, or copy the store to where it is."
+                "process; make the folder writable, copy the store to where it is, or open it with learn off."
             ) from error
         self._saved_versions = self._versions
 

@@ -15,13 +15,15 @@ import numpy as np
 
 from moestro.errors import TraceError
 from moestro.trace.checks import WEIGHT_SCALE
-from moestro.trace.collection import new_id
-from moestro.trace.collection_file import CollectionFile
+from moestro.trace.collection import Collections, new_id
 from moestro.trace.eam import eam_of_rows
 from moestro.trace.trace import Trace
 
 _PUT_BY = 64
 """Most steps that wait to be looked at."""
+
+PUT_BY_ROWS = 256
+"""With so many rows or more they are looked at as well."""
 
 
 class StepRouting(NamedTuple):
@@ -56,13 +58,14 @@ class Recorder:
     Args:
         experts: of a layer (the most of any).
         collections: where the matrices of ended requests go (None: nowhere).
-        keep: whether all rows are kept for `trace`; else only requests in flight take memory, L * K bytes a token.
+        keep: whether all rows are kept for `trace`; else only counts of requests in flight are.
     """
 
-    def __init__(self, experts: int, *, collections: CollectionFile | None = None, keep: bool = False) -> None:
+    def __init__(self, experts: int, *, collections: Collections | None = None, keep: bool = False) -> None:
         self._experts, self._collections, self.keep = experts, collections, keep
         self._kind = np.uint8 if experts <= 256 else np.uint16
         self._steps = 0
+        self._rows = 0
         self._put_by: list[tuple[Sequence[Chunk], StepRouting]] = []
         self._running: dict[int, _Rows] = {}
         self._ended: dict[int, _Rows] = {}
@@ -71,7 +74,8 @@ class Recorder:
     def step(self, chunks: Sequence[Chunk], routing: StepRouting) -> None:
         """A forward pass went through. Arrays do not change any more; without `keep`, weights may."""
         self._put_by.append((chunks, routing))
-        if len(self._put_by) == _PUT_BY:
+        self._rows += routing.experts_LTK.shape[1]
+        if len(self._put_by) == _PUT_BY or self._rows >= PUT_BY_ROWS:
             self._catch_up()
 
     def take(self, chunks: Sequence[Chunk], routing: StepRouting) -> None:
@@ -83,9 +87,7 @@ class Recorder:
                 rows = self._running[chunk.request] = _Rows()
             first, last = last, last + len(chunk.token_ids)
             part = slice(first, last)
-            rows.experts.append(routing.experts_LTK[:, part].astype(self._kind))
-            if not chunk.decode:
-                rows.prompt += last - first
+            rows.add(routing.experts_LTK[:, part].astype(self._kind), decode=chunk.decode)
             if self.keep:
                 rows.weights.append(routing.weights_LTK[:, part])
                 rows.tokens.append((chunk.token_ids, self._steps, chunk.decode))
@@ -104,7 +106,7 @@ class Recorder:
         if rows is None:
             return
         if self._collections is not None:
-            self._collect(_joined(rows.experts), rows.prompt, self._collections)
+            self._collect(rows, self._collections)
         if self.keep:
             self._ended[request] = rows
 
@@ -135,13 +137,16 @@ class Recorder:
         for chunks, routing in self._put_by:
             self.take(chunks, routing)
         self._put_by.clear()
+        self._rows = 0
+        if not self.keep:
+            for rows in self._running.values():
+                rows.count(self._experts, keep=False)
 
-    def _collect(self, experts_NLK: np.ndarray, prompt: int, collections: CollectionFile) -> None:
+    def _collect(self, rows: _Rows, collections: Collections) -> None:
+        rows.count(self._experts, keep=self.keep)
         number = new_id()
-        phases = (experts_NLK[:prompt], experts_NLK[prompt:])
-        for collection, rows_NLK in zip((collections.prefill, collections.decode), phases, strict=True):
-            if len(rows_NLK):
-                collection.insert(eam_of_rows(rows_NLK, self._experts), id=number)
+        for phase, counts_LE in rows.counts.items():
+            collections.phases[phase].insert(counts_LE, id=number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +164,35 @@ class _Finished:
 class _Rows:
     """What came of one request so far, of each step: arrays [L, rows, ...], and (tokens, step, decode).
 
-    `prompt`: how many rows are the prompt's.
+    `prompt`: how many rows are the prompt's. `counts`: of each phase [L, E], as of the last `count`.
     """
 
-    __slots__ = ("experts", "lookahead", "prompt", "tokens", "weights")
+    __slots__ = ("_uncounted", "counts", "experts", "lookahead", "prompt", "tokens", "weights")
 
     def __init__(self) -> None:
         self.prompt = 0
+        self.counts: dict[str, np.ndarray] = {}
+        self._uncounted: dict[str, list[np.ndarray]] = {"prefill": [], "decode": []}
         self.experts: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
         self.lookahead: list[np.ndarray] = []
         self.tokens: list[tuple[Sequence[int], int, bool]] = []
+
+    def add(self, experts_LTK: np.ndarray, *, decode: bool) -> None:
+        """Rows of a step."""
+        self.experts.append(experts_LTK)
+        self._uncounted["decode" if decode else "prefill"].append(experts_LTK)
+        if not decode:
+            self.prompt += experts_LTK.shape[1]
+
+    def count(self, experts: int, *, keep: bool) -> None:
+        """Bring `counts` up to date, and forget the rows if they are not to be kept."""
+        for phase, parts in self._uncounted.items():
+            if parts:
+                self.counts[phase] = eam_of_rows(_joined(parts), experts) + self.counts.get(phase, 0)
+                parts.clear()
+        if not keep:
+            self.experts.clear()
 
     def finished(self) -> _Finished:
         experts_NLK, weights_NLK = _joined(self.experts), _joined(self.weights)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,27 +10,16 @@ from moestro.keys import PlaneKey
 from moestro.policy import Need
 from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.observation import RequestRows, Routing, Shape
+from routings import Free
 
 SHAPE = Shape(5, 20, 2)
 NEED = Need((9, 9, 9), 4096, urgent=True)
 
 
-class Free:
-    def __init__(self, keys: set[PlaneKey]) -> None:
-        self.keys = keys
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys
-
-    def __iter__(self) -> Iterator[PlaneKey]:
-        return iter(self.keys)
-
-    def nbytes(self, _key: PlaneKey) -> int:
-        return 4096
-
-
 class Fixed:
     """A policy whose worths a test sets."""
+
+    proportional = True
 
     def __init__(self) -> None:
         self.worth_LE = np.zeros((SHAPE.layers, SHAPE.experts))
@@ -79,7 +66,7 @@ def test_the_least_worth_that_may_leave_does(seed: int) -> None:
         eviction.observe(routing())
         for _ in range(int(random.integers(1, 12))):
             free = {key for key in held if random.random() < 0.7}
-            key = eviction.victim(NEED, Free(free))
+            key = eviction.victim(NEED, Free(*free))
             if not free:
                 assert key is None
                 break
@@ -91,6 +78,32 @@ def test_the_least_worth_that_may_leave_does(seed: int) -> None:
             assert policy.held == {one[:2] for one in held}
     for layer in range(5):
         assert eviction.absent(layer).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_where_planes_have_gains_the_plane_of_least_worth_leaves(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    policy = Fixed()
+    eviction = WorthEviction(policy, SHAPE)
+    policy.worth_LE = random.integers(0, 4, size=(5, 20)).astype(float)
+    gains_LEP = np.minimum.accumulate(random.integers(0, 3, size=(5, 20, 3)) / 2, axis=-1)
+    eviction.gains_LEP = gains_LEP
+    held = [(layer, expert, plane) for layer in range(5) for expert in range(20) for plane in range(3)]
+    for key in held:
+        eviction.on_load(key, 4096)
+    eviction.observe(routing())
+    left = []
+    while held:
+        victim = eviction.victim(NEED, Free(*held))
+        assert victim is not None
+        left.append(victim)
+        held.remove(victim)
+        eviction.on_evict(victim)
+    worth = [policy.worth_LE[layer, expert] * gains_LEP[layer, expert, plane] for layer, expert, plane in left]
+    assert worth == sorted(worth)
+    for (layer, expert, plane), later in zip(left, range(len(left)), strict=True):
+        assert all((layer, expert, above) in left[:later] for above in range(plane + 1, 3))
 
 
 def test_absent_are_experts_without_a_plane() -> None:

@@ -19,6 +19,8 @@ from moestro.policy.predictors.popularity import Rates
 from moestro.policy.predictors.successors import Successors
 from moestro.policy.predictors.trail import Trail
 
+_HERE = range(1)
+
 
 class EdgeMoE(Keeper):
     """Worth is sensitivity x P(used): given the layers before for the two layers to come, frequency for the others.
@@ -37,6 +39,10 @@ class EdgeMoE(Keeper):
         self._sensitivity_L = sensitivity_L
         self._lags = range(1, min(2, shape.layers - 1) + 1)
         self._first_J1 = np.arange(2)[:, None] * shape.experts
+        # The same for the layer that routes, with the next one and the one after it; from those of the next one.
+        self._pairs_J1 = np.arange(2)[:, None] * (3 * shape.experts)
+        # Of a layer to come: what the layer two before it said, per request.
+        self._said: tuple[int, np.ndarray] | None = None
         self._rates = Rates(shape)
         self._trail = Trail(shape)
         self._counts = Successors(2 * shape.layers, shape.experts)
@@ -45,10 +51,12 @@ class EdgeMoE(Keeper):
     def begin(self, request: int, /) -> None:
         """Nothing is known of it."""
         self._trail.begin(request)
+        self._said = None
 
     def end(self, request: int, /) -> None:
         """Forgets the request."""
         self._trail.end(request)
+        self._said = None
 
     def observe(self, routing: Routing, /) -> None:
         """O(K^2 + K E) per request."""
@@ -62,20 +70,30 @@ class EdgeMoE(Keeper):
             self._counts.add(places_NJK.reshape(len(known[1]), -1), known[1])
         self._trail.step(routing, rows)
         self._worth_LE[layer] = self._rates.of(layer) * self._sensitivity_L[layer]
-        for ahead in self._lags:
-            if layer + ahead < self.shape.layers:
-                self._worth_LE[layer + ahead] = self._chance(layer, ahead) * self._sensitivity_L[layer + ahead]
+        self._foresee(layer)
 
-    def _chance(self, layer: int, ahead: int) -> np.ndarray:
-        """[E] of the layer `ahead` of `layer`, from `layer` and, for the next one, the layer before too."""
-        target = layer + ahead
-        prior_E = self._rates.of(target)
-        lags = self._lags[ahead - 1 : target]
-        ids_RJK, weights_RJK = self._trail.last(self._trail.sources(target, lags))
-        if not weights_RJK.any():
-            return prior_E
-        places_RJK = ids_RJK + self._first(target, lags)
-        return any_of(self._counts.mean(places_RJK.reshape(len(ids_RJK), -1), prior_E))
+    def _foresee(self, layer: int) -> None:
+        """The two layers to come: the mean of what `layer` and, for the next one, the layer before it says."""
+        targets = slice(layer + 1, layer + 1 + len(self._lags))
+        said, self._said = self._said, None
+        priors = [self._rates.of(target) for target in range(self.shape.layers)[targets]]
+        if not priors:
+            return
+        chance_JE = np.stack(priors)
+        ids_R1K, weights_R1K = self._trail.last(self._trail.sources(layer, _HERE))
+        if weights_R1K.any():
+            requests, pairs = len(ids_R1K), len(priors)
+            places_RJK = ids_R1K + (self._pairs_J1[:pairs] + 2 * targets.start * self.shape.experts)
+            prior_NE = chance_JE if requests == 1 else np.tile(chance_JE, (requests, 1))
+            said_NE = self._counts.mean(places_RJK.reshape(requests * pairs, -1), prior_NE)
+            said_RJE = said_NE.reshape(requests, pairs, -1)
+            if said is not None and said[0] == targets.start:
+                said_RJE[:, 0] += said[1]
+                said_RJE[:, 0] *= 0.5
+            if pairs > 1:
+                self._said = targets.start + 1, said_RJE[:, 1]
+            chance_JE = any_of(said_RJE)
+        np.multiply(chance_JE, self._sensitivity_L[targets, None], out=self._worth_LE[targets])
 
     def _first(self, layer: int, lags: range) -> np.ndarray:
         """[J, 1] the place of expert 0 before, for pairs with `layer`."""

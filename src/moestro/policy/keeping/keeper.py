@@ -13,6 +13,8 @@ from moestro.policy.observation import Routing, Shape
 class Keeper:
     """A KeepPolicy that keeps `_worth_LE` up to date; nothing happens at its hooks unless it says so."""
 
+    proportional = False
+
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self._worth_LE = np.zeros((shape.layers, shape.experts))

@@ -9,6 +9,8 @@ from moestro.policy.observation import Routing
 class LFU(Keeper):
     """Worth is the number of visits that used the expert since the start; a prompt's count in part (see `shares`)."""
 
+    proportional = True
+
     def observe(self, routing: Routing, /) -> None:
         """O(K)."""
         ids_U, share = shares(routing)

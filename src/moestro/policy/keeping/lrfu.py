@@ -23,6 +23,8 @@ class LRFU(Keeper):
     for a quarter and for half of the experts.
     """
 
+    proportional = True
+
     def __init__(self, shape: Shape, *, half_life: float = 13.5) -> None:
         if not half_life > 0:
             raise RequestError(f"The half-life of lrfu is {half_life}; it must be a positive number of forward passes.")

@@ -31,9 +31,12 @@ class Value:
     """Worth = importance x sum over horizons of P(use within the horizon)."""
 
     name = "value"
+    proportional = True
 
     def __init__(self, shape: Shape, *, predictor: Predictor, importance_LE: np.ndarray | None = None) -> None:
         self._predictor, self._importance_LE = predictor, importance_LE
+        # Asked once: to look for a protocol's methods takes as long as half a forecast.
+        self._far = predictor if isinstance(predictor, LooksFar) else None
         self._worth_LE = np.zeros((shape.layers, shape.experts), dtype=np.float32)
 
     def begin(self, request: int) -> None:
@@ -52,8 +55,8 @@ class Value:
 
     def _outlook(self, layer: int) -> np.ndarray:
         """[E], the sum over horizons."""
-        if isinstance(self._predictor, LooksFar):
-            return np.asarray(self._predictor.outlook(layer).sum(0))
+        if self._far is not None:
+            return np.asarray(np.add.reduce(self._far.outlook(layer)))
         return np.asarray(np.stack([self._predictor.forecast(layer, horizon) for horizon in HORIZONS]).sum(0))
 
     def loaded(self, _layer: int, _expert: int) -> None:

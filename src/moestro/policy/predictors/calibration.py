@@ -1,6 +1,6 @@
 """Makes probabilities of scores: of experts forecast with .3, three in ten shall be used.
 
-Shapes: B bins, N forecasts of an expert each, E experts per layer.
+Shapes: B bins, N forecasts of an expert each, E experts per layer, H horizons.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from moestro.policy.observation import Routing, Shape
 from moestro.policy.predictors.base import Predictor
-from moestro.policy.predictors.flight import within
+from moestro.policy.predictors.flight import within, within_each
 from moestro.policy.predictors.gate import LooksAhead
 from moestro.policy.predictors.rehearsal import RANGES, Rehearsal
 from moestro.policy.predictors.successors import log_odds
@@ -150,8 +150,16 @@ class Calibrated:
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
+        return within(self._chance(layer), horizon)
+
+    def outlook(self, layer: int, /) -> np.ndarray:
+        """[H, E] float32: `forecast` for each of `HORIZONS`."""
+        return within_each(self._chance(layer))
+
+    def _chance(self, layer: int) -> np.ndarray:
+        """[E] of use in the next visit."""
         mapped = self._maps[self._rehearsal.range_of(layer)]
-        return within(mapped(self.inner.forecast(layer)), horizon)
+        return mapped(self.inner.forecast(layer))
 
     def reliability(self) -> list[Reliability]:
         """Of the raw forecasts: of the next layer, of a few layers ahead, of farther ones."""

@@ -1,18 +1,21 @@
 """Requests in flight: a place for each in arrays of state, and one forecast from those of all.
 
-Shapes: S places, R requests, N rows looked at, K experts per row, E experts per layer.
+Shapes: S places, R requests, N rows looked at, K experts per row, E experts per layer, H horizons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moestro.policy.observation import Routing
+from moestro.policy.predictors.net import HORIZONS
 
 # The state of a request that has not begun: what is forecast when none is in flight.
 NOBODY = 0
+_HORIZONS_H1 = np.array(HORIZONS, np.float32)[:, None]
 # Of a prompt's chunk so many rows, the last ones, are learnt from: bounds the work of a visit.
 LEARN_ROWS = 16
 
@@ -45,6 +48,11 @@ class Flight:
 
     def place(self, request: int) -> int:
         return self._place_of[request]
+
+    @property
+    def empty(self) -> bool:
+        """Whether no request is in flight."""
+        return not self._place_of
 
     @property
     def in_flight(self) -> np.ndarray:
@@ -104,11 +112,11 @@ def rows_of(routing: Routing, flight: Flight) -> Rows:
     return Rows(np.repeat(places_R, counts_R), ids_NK, weights_NK, places_R, last_R, decode=False)
 
 
-def any_of(chance_RE: np.ndarray) -> np.ndarray:
-    """[E] that at least one of R requests uses it, each on its own."""
+def any_of(chance_RE: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """[E], or whatever shape follows R: that at least one of R requests uses it, each on its own."""
     if len(chance_RE) == 1:
         return np.asarray(chance_RE[0])
-    return np.asarray(1 - np.prod(1 - chance_RE, axis=0))
+    return np.asarray(1 - np.prod(1 - np.asarray(chance_RE), axis=0))
 
 
 def within(chance_E: np.ndarray, horizon: int) -> np.ndarray:
@@ -117,3 +125,9 @@ def within(chance_E: np.ndarray, horizon: int) -> np.ndarray:
     if horizon > 1:
         chance_E = 1 - (1 - chance_E) ** horizon
     return np.asarray(np.minimum(np.maximum(chance_E, 0), 1), np.float32)
+
+
+def within_each(chance_E: np.ndarray) -> np.ndarray:
+    """[H, E] `within` each of `HORIZONS`."""
+    unused_E = 1 - np.minimum(np.maximum(chance_E, 0), 1).astype(np.float32)
+    return np.asarray(1 - unused_E**_HORIZONS_H1)

@@ -15,40 +15,50 @@ DECAYS = (0.0, 0.5, 0.8, 0.92, 0.97, 0.99)
 NEIGHBOURS = (-3, -2, -1, 1, 2)
 """Layers whose latest routing helps to foresee a layer's; those behind it speak of the token before."""
 
-OWN = len(DECAYS) + 2
-_RECENCY, _WEIGHT = len(DECAYS), len(DECAYS) + 1
-_FADE = 0.25
+AVERAGES = len(DECAYS)
+RECENCY, WEIGHT = AVERAGES, AVERAGES + 1
+OWN = AVERAGES + 2
+_ONE, _FADE = np.array(1, np.float32), np.array(0.25, np.float32)
 _DECAYS_A = np.array(DECAYS, dtype=np.float32)
-_GAINS_A = (1 - _DECAYS_A) * np.where(_DECAYS_A >= 0.9, np.float32(4), np.float32(1))
+GAINS = (1 - _DECAYS_A) * np.where(_DECAYS_A >= 0.9, np.float32(4), np.float32(1))
+"""What a use adds to each average."""
 _BLOCK = 64
 
 
 class History:
     """One request's. `own_LFE`: decayed averages of use (the slow ones times 4, so that all have a like spread),
-    1 / (1 + visits since the last use / 4), and the router weights of the latest visit, normalised."""
+    1 / (1 + visits since the last use / 4), and the router weights of the latest visit, normalised.
+
+    S of the features are averages that last longer than a visit.
+    """
 
     def __init__(self, shape: Shape) -> None:
         self.own_LFE = np.zeros((shape.layers, OWN, shape.experts), dtype=np.float32)
-        layers = np.arange(shape.layers)[:, None]
-        self._neighbours_LN = (layers + np.array(NEIGHBOURS)) % shape.layers
+        self._decays_SE = np.repeat(_DECAYS_A[1:, None], shape.experts, axis=1)
+        self._gained_SE = np.empty_like(self._decays_SE)
 
     def copy_from(self, other: History) -> None:
         """Go on from what another request did."""
         self.own_LFE[:] = other.own_LFE
 
-    def visit(self, layer: int, experts_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+    def step(self, layer: int, experts_K: np.ndarray, weights_K: np.ndarray) -> None:
+        """One row of the request went through the layer; its weights are normalised."""
+        own_FE = self.own_LFE[layer]
+        last_E, slow_SE, recency_E, weight_E = own_FE[0], own_FE[1:RECENCY], own_FE[RECENCY], own_FE[WEIGHT]
+        last_E.fill(0)
+        last_E[experts_K] = 1
+        slow_SE *= self._decays_SE
+        slow_SE += np.dot(GAINS[1:, None], last_E[None], out=self._gained_SE)
+        recency_E /= _ONE + _FADE * recency_E
+        recency_E[experts_K] = 1
+        weight_E.fill(0)
+        weight_E[experts_K] = weights_K
+
+    def steps(self, layer: int, experts_TK: np.ndarray, weights_TK: np.ndarray) -> None:
         """Rows of the request went through the layer, one after another."""
         own_FE = self.own_LFE[layer]
-        if len(experts_TK) == 1:
-            _step(own_FE, experts_TK[0], _normalised(weights_TK[0]))
-            return
         uses_NE, weights_NE = dense_rows(experts_TK, weights_TK, own_FE.shape[1])
         own_FE[:] = histories(uses_NE, weights_NE, own_FE)[-1]
-
-    def inputs(self, layer: int) -> np.ndarray:
-        """[D], see `input_size`."""
-        own_FE = self.own_LFE
-        return np.concatenate((own_FE[layer].ravel(), own_FE[self._neighbours_LN[layer], _WEIGHT].ravel()))
 
 
 def input_size(experts: int) -> int:
@@ -69,25 +79,15 @@ def histories(uses_NE: np.ndarray, weights_NE: np.ndarray, start_FE: np.ndarray)
     """[N, F, E]: the own history after each of N visits of a layer, from `start_FE` on."""
     visits, experts = uses_NE.shape
     out_NFE = np.empty((visits, OWN, experts), dtype=np.float32)
-    for index, (decay, gain) in enumerate(zip(_DECAYS_A, _GAINS_A, strict=True)):
+    for index, (decay, gain) in enumerate(zip(_DECAYS_A, GAINS, strict=True)):
         out_NFE[:, index] = _averages(uses_NE * gain, float(decay), start_FE[index])
-    out_NFE[:, _RECENCY] = _recencies(uses_NE, start_FE[_RECENCY])
-    out_NFE[:, _WEIGHT] = weights_NE
+    out_NFE[:, RECENCY] = _recencies(uses_NE, start_FE[RECENCY])
+    out_NFE[:, WEIGHT] = weights_NE
     return out_NFE
 
 
-def _step(own_FE: np.ndarray, experts_K: np.ndarray, weights_K: np.ndarray) -> None:
-    averages_AE = own_FE[:_RECENCY]
-    averages_AE *= _DECAYS_A[:, None]
-    averages_AE[:, experts_K] += _GAINS_A[:, None]
-    recency_E = own_FE[_RECENCY]
-    recency_E /= 1 + _FADE * recency_E
-    recency_E[experts_K] = 1
-    own_FE[_WEIGHT] = 0
-    own_FE[_WEIGHT, experts_K] = weights_K
-
-
 def _normalised(weights: np.ndarray) -> np.ndarray:
+    """Router weights of a row, or of rows: adding up to 1."""
     weights = weights.astype(np.float32)
     return np.asarray(weights / np.maximum(weights.sum(-1, keepdims=True), np.float32(1e-20)))
 

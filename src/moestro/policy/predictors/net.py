@@ -1,9 +1,10 @@
 """Small nets, one per layer, from a request's history to probabilities of use within several horizons.
 
 After ProMoE's predictor of two linear layers (arXiv 2410.22134), with inputs from routing alone: no hidden states. An
-expert's own history also goes to its outputs directly.
+expert's own history also goes to its outputs directly: logits = relu(inputs @ inner + inner_bias) @ outer + sum over F
+of own x the expert's own features (the first F x E inputs) + bias. `folded` computes them.
 
-Shapes: R requests, L MoE layers, E experts, F own features, D inputs, W width, H horizons.
+Shapes: L MoE layers, E experts, F own features, D inputs, W width, H horizons.
 """
 
 from __future__ import annotations
@@ -30,27 +31,6 @@ class Nets:
     outer_LWHE: np.ndarray
     own_LHFE: np.ndarray
     bias_LHE: np.ndarray
-
-    def __call__(self, layer: int, inputs_RD: np.ndarray) -> np.ndarray:
-        """Probabilities [R, H, E]."""
-        requests = len(inputs_RD)
-        bias_HE = self.bias_LHE[layer]
-        horizons, experts = bias_HE.shape
-        inner_RW: np.ndarray = inputs_RD @ self.inner_LDW[layer]
-        inner_RW += self.inner_bias_LW[layer]
-        np.maximum(inner_RW, 0, out=inner_RW)
-        width = inner_RW.shape[1]
-        logits_RX: np.ndarray = inner_RW @ self.outer_LWHE[layer].reshape(width, -1)
-        logits_RHE = logits_RX.reshape(requests, horizons, experts)
-        own_RFE = inputs_RD[:, : OWN * experts].reshape(requests, 1, OWN, experts)
-        logits_RHE += (own_RFE * self.own_LHFE[layer]).sum(2)
-        logits_RHE += bias_HE
-        np.negative(logits_RHE, out=logits_RHE)
-        np.clip(logits_RHE, -30, 30, out=logits_RHE)
-        np.exp(logits_RHE, out=logits_RHE)
-        logits_RHE += 1
-        np.reciprocal(logits_RHE, out=logits_RHE)
-        return logits_RHE
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, to be kept in a file."""

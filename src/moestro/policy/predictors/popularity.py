@@ -21,15 +21,18 @@ class Rates:
 
     def __init__(self, shape: Shape, *, strength: float = 8.0) -> None:
         self._sum_LE = np.full((shape.layers, shape.experts), strength * shape.picks / shape.experts)
-        self._rows_L = np.full(shape.layers, strength)
+        self._rows_L = [strength] * shape.layers
+        self._known_L: list[np.ndarray | None] = [None] * shape.layers
 
     def add(self, routing: Routing) -> None:
         """A prompt's rows together count as the few that other predictors learn from."""
         rows = len(routing.experts_TK)
         if rows == 0:
             return
+        self._known_L[routing.layer] = None
         if rows == 1:
-            self._sum_LE[routing.layer, routing.experts_TK[0]] += 1
+            sum_E = self._sum_LE[routing.layer]
+            sum_E[routing.experts_TK[0]] += 1
             self._rows_L[routing.layer] += 1
             self._forget(routing.layer)
             return
@@ -45,12 +48,15 @@ class Rates:
             self._rows_L[layer] *= 0.5
 
     def of(self, layer: int) -> np.ndarray:
-        """[E] in (0, 1), float64; they add up to K."""
-        return np.asarray(np.minimum(self._sum_LE[layer] / self._rows_L[layer], _MOST))
+        """[E] in (0, 1), float64; they add up to K. To be read only: the same until the layer's next visit."""
+        known_E = self._known_L[layer]
+        if known_E is None:
+            known_E = self._known_L[layer] = np.minimum(self._sum_LE[layer] / self._rows_L[layer], _MOST)
+        return known_E
 
     def all(self) -> np.ndarray:
         """[L, E]"""
-        return np.asarray(self._sum_LE / self._rows_L[:, None])
+        return np.asarray(self._sum_LE / np.array(self._rows_L)[:, None])
 
 
 class Popularity:

@@ -7,51 +7,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from moestro.policy.observation import Routing, Shape
-from moestro.policy.predictors.flight import Rows, any_of, within
-from moestro.policy.predictors.popularity import Rates
-from moestro.policy.predictors.successors import Successors, chance_of
-from moestro.policy.predictors.trail import Trail
+from moestro.policy.observation import Shape
+from moestro.policy.predictors.flight import Rows
+from moestro.policy.predictors.successors import Successors, odds_of_any
+from moestro.policy.predictors.witness import Witness
 
 # The layer itself, in the pass before.
 _SAME = range(1)
 
 
-class PreviousToken:
+class PreviousToken(Witness):
     """Naive Bayes over the experts of the request's last row at the same layer.
 
     `trust` is how much of their evidence counts: independent witnesses would be believed wholly (K), one voice 1.
     """
 
     def __init__(self, shape: Shape, *, trust: float = 0.5) -> None:
+        super().__init__(shape)
         self._experts = shape.experts
         self._factor = trust * shape.picks
-        self._rates = Rates(shape)
-        self._trail = Trail(shape)
         self._counts = Successors(shape.layers, shape.experts)
 
-    def begin(self, request: int, /) -> None:
-        """Nothing is known of it yet: popularity."""
-        self._trail.begin(request)
-
-    def end(self, request: int, /) -> None:
-        """Forgets the request."""
-        self._trail.end(request)
-
-    def observe(self, routing: Routing, /) -> None:
-        """O(R K^2)."""
-        self._rates.add(routing)
-        rows = self._trail.rows(routing)
-        self._learn(routing.layer, rows)
-        self._trail.step(routing, rows)
-
-    def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
-        """[E] float32."""
+    def odds(self, layer: int, /) -> np.ndarray:
+        """[E] log-odds that the next visit uses an expert."""
         prior_E = self._rates.of(layer)
         ids_R1K, weights_R1K = self._trail.last(self._trail.sources(layer, _SAME))
         before_RK = ids_R1K[:, 0] + layer * self._experts
-        odds_RE = self._counts.log_odds(before_RK, self._factor * weights_R1K[:, 0], prior_E)
-        return within(any_of(chance_of(odds_RE)), horizon)
+        return odds_of_any(self._counts.log_odds(before_RK, self._factor * weights_R1K[:, 0], prior_E))
 
     def _learn(self, layer: int, rows: Rows) -> None:
         first = layer * self._experts

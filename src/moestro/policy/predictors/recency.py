@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from moestro.policy.observation import Routing, Shape
-from moestro.policy.predictors.flight import NOBODY, Flight, any_of, grown, within
+from moestro.policy.predictors.flight import Flight, any_of, grown, within
 from moestro.policy.predictors.popularity import Rates
 
 
@@ -24,7 +24,6 @@ class Recency:
         self._rates = Rates(shape)
         self._flight = Flight()
         self._share_SLE = np.zeros((1, shape.layers, shape.experts), np.float32)
-        self._share_SLE[NOBODY] = self._rates.all()
 
     def begin(self, request: int, /) -> None:
         """O(L E)."""
@@ -39,7 +38,6 @@ class Recency:
     def observe(self, routing: Routing, /) -> None:
         """O(R E)."""
         self._rates.add(routing)
-        self._share_SLE[NOBODY, routing.layer] = self._rates.of(routing.layer)
         for rows in routing.requests:
             count = rows.last - rows.first
             share_E = self._share_SLE[self._flight.place(rows.request), routing.layer]
@@ -54,4 +52,6 @@ class Recency:
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32."""
+        if self._flight.empty:
+            return within(self._rates.of(layer), horizon)
         return within(any_of(self._share_SLE[self._flight.in_flight, layer]), horizon)

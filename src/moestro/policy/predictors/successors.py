@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from moestro.policy.predictors.flight import any_of
+
 # A row of counts is halved when it was counted so often: half the weight is on the last few thousand.
 _FORGET_AT = 4096.0
 # After so many additions it is looked which rows those are.
@@ -24,6 +26,13 @@ def log_odds(chance: np.ndarray) -> np.ndarray:
 def chance_of(odds: np.ndarray) -> np.ndarray:
     """The probability of log-odds."""
     return np.asarray(1 / (1 + np.exp(-odds)))
+
+
+def odds_of_any(odds_RE: np.ndarray) -> np.ndarray:
+    """[E] log-odds that at least one of R requests uses it, each on its own, of those for each."""
+    if len(odds_RE) == 1:
+        return np.asarray(odds_RE[0])
+    return log_odds(any_of(chance_of(odds_RE)))
 
 
 class Successors:
@@ -45,13 +54,14 @@ class Successors:
             self._counts_ME = np.zeros((rows + 1, experts), np.float32)
             self._total_M = np.zeros(rows + 1, np.float32)
             self._next = 1
+        self._counts_X = self._counts_ME.reshape(-1)
 
     def add(self, before_NJ: np.ndarray, after_NK: np.ndarray) -> None:
         """Row n used the experts `after` when the places `before` had been used."""
         if self._number_P is not None:
             before_NJ = self._numbers(before_NJ)
         if len(before_NJ) == 1:
-            self._counts_ME[before_NJ[0][:, None], after_NK[0]] += 1
+            self._counts_X[(before_NJ[0] * self._counts_ME.shape[1])[:, None] + after_NK[0]] += 1
             self._total_M[before_NJ[0]] += 1
         else:
             np.add.at(self._counts_ME, (before_NJ[:, :, None], after_NK[:, None, :]), 1)
@@ -77,12 +87,16 @@ class Successors:
         return np.asarray(counts_NJE)
 
     def mean(self, before_NJ: np.ndarray, prior_E: np.ndarray, *, strength: float = 4.0) -> np.ndarray:
-        """[N, E] `chances` averaged over the places before."""
+        """[N, E] `chances` averaged over the places before; the prior may differ between rows."""
         if self._number_P is not None:
             before_NJ = self._number_P[before_NJ]
-        share_NJ = 1 / (before_NJ.shape[1] * (self._total_M[before_NJ] + np.float32(strength)))
-        counted_NE = np.matmul(share_NJ[:, None, :], self._counts_ME[before_NJ])[:, 0]
-        return np.asarray(counted_NE + (strength * share_NJ.sum(1))[:, None] * prior_E)
+        share_NJ = self._total_M.take(before_NJ)
+        share_NJ += np.float32(strength)
+        share_NJ *= np.float32(before_NJ.shape[1])
+        np.reciprocal(share_NJ, out=share_NJ)
+        mean_NE: np.ndarray = np.matmul(share_NJ[:, None], self._counts_ME.take(before_NJ, 0))[:, 0]
+        mean_NE += (np.float32(strength) * np.add.reduce(share_NJ, 1))[:, None] * prior_E
+        return mean_NE
 
     def log_odds(
         self, before_NJ: np.ndarray, weights_NJ: np.ndarray, prior_E: np.ndarray, *, strength: float = 4.0
@@ -93,13 +107,16 @@ class Successors:
         """
         if self._number_P is not None:
             before_NJ = self._number_P[before_NJ]
-        used_NJE = self._counts_ME[before_NJ]
-        used_NJE += (strength * prior_E).astype(np.float32)
-        others_NJE = (self._total_M[before_NJ] + np.float32(strength))[:, :, None] - used_NJE
-        np.divide(used_NJE, others_NJE, out=used_NJE)
+        prior_E = prior_E.astype(np.float32)
+        used_NJE: np.ndarray = self._counts_ME.take(before_NJ, 0)
+        used_NJE += np.float32(strength) * prior_E
+        total_NJ = self._total_M.take(before_NJ)
+        total_NJ += np.float32(strength)
+        used_NJE /= total_NJ[:, :, None] - used_NJE
         np.log(used_NJE, out=used_NJE)
-        said_NE = np.matmul(weights_NJ[:, None, :], used_NJE)[:, 0]
-        return np.asarray(said_NE + (1 - weights_NJ.sum(1))[:, None] * np.log(prior_E / (1 - prior_E)))
+        said_NE: np.ndarray = np.matmul(weights_NJ[:, None], used_NJE)[:, 0]
+        said_NE += (1 - np.add.reduce(weights_NJ, 1))[:, None] * np.log(prior_E / (1 - prior_E))
+        return said_NE
 
     def _numbers(self, before_NJ: np.ndarray) -> np.ndarray:
         assert self._number_P is not None

@@ -1,0 +1,66 @@
+"""Policies that choose the level of each token and expert, found here by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moestro.errors import RequestError
+from moestro.policy.levels.base import LevelAsk, LevelPolicy, LevelTable
+from moestro.policy.levels.fixed import Fixed
+from moestro.policy.levels.gate import Gate, check_named
+from moestro.policy.levels.ledger import Ledger
+from moestro.policy.levels.quality import EXACT, QUALITIES, parse_quality
+from moestro.policy.levels.sensitivity import Sensitivity
+
+LEVEL_POLICIES: dict[str, Callable[[LevelTable], LevelPolicy]] = {
+    "fixed": Fixed,
+    "gate": Gate,
+    "ledger": Ledger,
+    "sensitivity": Sensitivity,
+}
+_MEASURED = ("ledger", "sensitivity")
+
+
+def choose_level_policy(name: str, *, measured: bool, store: str) -> str:
+    """The name that `auto` stands for: the ledger where the model's sensitivities were `measured`, else the gate.
+
+    Raises:
+        RequestError: there is no such policy, or it needs what packing has not measured.
+    """
+    if name == "auto":
+        return "ledger" if measured else "gate"
+    if name not in LEVEL_POLICIES:
+        raise RequestError(
+            f"There is no level policy {name!r}; choose one of: {', '.join(['auto', *sorted(LEVEL_POLICIES)])}."
+        )
+    if name in _MEASURED and not measured:
+        raise RequestError(
+            f"The level policy {name!r} needs the layers' sensitivities, which {store} does not have: it was packed "
+            "without calibration. Pack the model again without --no-calibration, or use the level policy 'gate'."
+        )
+    return name
+
+
+def budget_of(policy: str, quality: str) -> float:
+    """Nats per token that a request of this quality may lose under a level policy, 0 for exact.
+
+    Raises:
+        RequestError: there is no such quality, or the policy has no notion of it.
+    """
+    nats = parse_quality(quality)
+    if policy == "gate":
+        check_named(policy, nats)
+    return nats
+
+
+__all__ = [
+    "EXACT",
+    "LEVEL_POLICIES",
+    "QUALITIES",
+    "LevelAsk",
+    "LevelPolicy",
+    "LevelTable",
+    "budget_of",
+    "choose_level_policy",
+    "parse_quality",
+]
