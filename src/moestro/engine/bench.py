@@ -199,9 +199,8 @@ class _Bench:
             self._text_ids = _ids_of(llm, Path(self._what.text), self._what.prompt_tokens)
         return llm
 
-    def _prompts(self, llm: LLM, number: int) -> list[list[int]]:
+    def _prompts(self, number: int) -> list[list[int]]:
         what, vocabulary = self._what, int(self._subject.skeleton.config.vocab_size)
-        del llm
         if self._text_ids:
             places = len(self._text_ids) // what.prompt_tokens
             starts = [
@@ -215,7 +214,7 @@ class _Bench:
         what = self._what
         streams = [
             llm.stream(prompt, self._sampling(number * what.concurrency + one))
-            for one, prompt in enumerate(self._prompts(llm, number))
+            for one, prompt in enumerate(self._prompts(number))
         ]
         try:
             stats, started = llm.stats(), time.perf_counter()
