@@ -26,6 +26,7 @@ from moestro.runtime.kv import KVPool
 from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
 from moestro.runtime.native import NativeForward
+from moestro.runtime.replay import Replay
 from moestro.spans import Event, Part, Spans
 from moestro.trace import Recorder, StepRouting
 
@@ -57,6 +58,7 @@ class ModelRunner:
         self.recorder: Recorder | None = None
         self._history: History | None = None
         self._lookahead: Lookahead | None = None
+        self._replay: Replay | None = None
         self.native = native
         self.kv = kv
         self.planes = experts.planes
@@ -86,6 +88,8 @@ class ModelRunner:
         self.spans.begin(Part.POLICY)
         if self._experts.foresight is not None:
             self._experts.foresight.step(batch.request_rows)
+        if self._replay is not None:
+            self._replay.begin(batch.segments)
         if self._experts.levels is not None:
             self._experts.levels.step(batch)
         self.spans.end(Event.BEGIN)
@@ -176,9 +180,12 @@ class ModelRunner:
         Raises:
             PlaneReadError: a plane could not be read; the error names the requests that needed it.
         """
+        layer = self._layer_of[id(module)]
+        if self._replay is not None:
+            index_TK, weights_TK = map(torch.from_numpy, self._replay.layer(layer))
         if self.recorder is not None:
             self._routed.append((index_TK.numpy(), plain(weights_TK).float().numpy()))
-        return self._experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK, self.batch.requests_of)
+        return self._experts(layer, hidden_TH, index_TK, weights_TK, self.batch.requests_of)
 
     def remember(self, history: History) -> None:
         """Have the history told of requests, from now on."""
@@ -193,6 +200,12 @@ class ModelRunner:
         """
         assert self.native is None, "lookahead needs the general path"
         self._lookahead = Lookahead(self._model, ahead=layers)
+
+    def replay_routing(self, replay: Replay) -> None:
+        """Take experts and weights from `replay` from now on, whatever the routers say: for measurements only."""
+        self._replay = replay
+        if self.native is not None:
+            self.native.replay_routing(replay)
 
     def _forget_routing(self) -> None:
         self._routed.clear()
