@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from memory.plane_file import PAGE, PlaneFile
 from moestro.keys import PlaneKey
@@ -29,13 +30,14 @@ class Disk:
         self.reads: list[int] = []
         self.begun = threading.Semaphore(0)
 
-    def read_at(self, descriptor: int, destination: memoryview, offset: int) -> int:
-        self.reads.append(offset)
+    def read_at(self, descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
+        offsets = list(accumulate(map(len, destinations[:-1]), initial=offset))
+        self.reads += offsets
         self.begun.release()
         self.open.wait()
-        if offset in self.broken:
+        if self.broken.intersection(offsets):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
 
 class Bench:

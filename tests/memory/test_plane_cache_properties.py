@@ -8,7 +8,9 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,21 +70,23 @@ class Disk:
         self.reads: Counter[PlaneKey] = Counter()
         self.lock = threading.Lock()
 
-    def read_at(self, descriptor: int, destination: memoryview, offset: int) -> int:
-        key = self.key_at[offset]
+    def read_at(self, descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
+        keys = [self.key_at[start] for start in accumulate(map(len, destinations[:-1]), initial=offset)]
+        fails = not self.broken.isdisjoint(keys)
         with self.lock:
-            assert key not in self.reading, "read twice at once"
-            self.reading.add(key)
-            self.reads[key] += 1
+            assert self.reading.isdisjoint(keys), "read twice at once"
+            self.reading.update(keys)
+            # What fails together is read again, one by one.
+            self.reads.update(() if fails and len(keys) > 1 else keys)
             delay = self.chance.choice([0, 0, 0.0005, 0.002]) if self.slow else 0
         time.sleep(delay)
         try:
-            if key in self.broken:
+            if fails:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return preadv(descriptor, destination, offset)
+            return preadv(descriptor, destinations, offset)
         finally:
             with self.lock:
-                self.reading.remove(key)
+                self.reading.difference_update(keys)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
@@ -19,12 +20,14 @@ from moestro.keys import PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.plane_stream import PlaneStream
 from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes
-from moestro.memory.transfer import Read, Ticket
+from moestro.memory.tickets import Read, Ticket
 from moestro.policy.base import EvictionPolicy, Need
 
 
 class Transfers(Protocol):
     """What carries out reads: `TransferEngine`, or a link of a simulator with its own clock."""
+
+    def together(self) -> AbstractContextManager[object]: ...
 
     def submit(self, read: Read, /, *, urgent: bool, on_done: Callable[[Ticket], None] | None) -> Ticket: ...
 
@@ -109,11 +112,12 @@ class PlaneCache:
                 return 0
             wanted = dict.fromkeys(keys)
             issued = 0
-            for key in wanted:
-                if key not in self._planes.by_key:
-                    if self._issue(key, self._locate(key), urgent=False, keep=wanted) is None:
-                        break
-                    issued += 1
+            with self._engine.together():
+                for key in wanted:
+                    if key not in self._planes.by_key:
+                        if self._issue(key, self._locate(key), urgent=False, keep=wanted) is None:
+                            break
+                        issued += 1
             self._stats.prefetches += issued
             return issued
 

@@ -145,14 +145,15 @@ class PlaneStream:
 
     def _complete(self, chain: WantedChain) -> bool:
         """Lease the rest of the head chain, queueing reads of what is not there; False when room is wanting."""
-        while len(chain.leased) < len(chain.keys):
-            key = chain.keys[len(chain.leased)]
-            plane = self._cache._planes.by_key.get(key) or self._issue(key)
-            if plane is None:
-                return False
-            chain.leased.append(plane)
-            self._lease(chain, plane)
-        return True
+        with self._cache._engine.together():  # planes of an expert lie one after another on disk
+            while len(chain.leased) < len(chain.keys):
+                key = chain.keys[len(chain.leased)]
+                plane = self._cache._planes.by_key.get(key) or self._issue(key)
+                if plane is None:
+                    return False
+                chain.leased.append(plane)
+                self._lease(chain, plane)
+            return True
 
     def _issue(self, key: PlaneKey) -> HeldPlane | None:
         cache = self._cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena, Slot
-from moestro.memory.transfer import Ticket
+from moestro.memory.tickets import Ticket
 
 Chain = tuple[PlaneKey, ...]
 """The planes of one expert that are needed together, base first."""
