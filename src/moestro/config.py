@@ -34,6 +34,7 @@ class RuntimeOptions:
     policy: str = option("auto", "Which experts are kept: auto is value where routing has been learned, else lrfu.")
     predictor: str = option("auto", "What foresees experts: auto is learned where it has been, else none.")
     prefetch: str = option("on", "Read experts ahead of the router when that pays, if there is a predictor (on, off).")
+    order: str = option("auto", "In which order a layer's experts are read: auto (hebf), arrival, hebf or johnson.")
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:

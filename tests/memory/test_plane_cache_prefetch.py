@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from memory.cache_bench import Bench, experts_of, plane
-from memory.plane_file import PAGE
+from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
 from moestro.keys import PlaneKey
 from moestro.policy import LRU, Evictable, Need
@@ -130,3 +130,36 @@ def test_a_failed_prefetch_is_said_counted_and_tried_again_on_demand(
     assert bench.arena.used_bytes == 0
     with pytest.raises(PlaneReadError):
         bench.run(1)
+
+
+def test_prefetches_that_the_router_did_not_choose_give_their_slots_back(make: Callable[..., Bench]) -> None:
+    bench = make(8)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(expert) for expert in (0, 2, 4, 6)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([(plane(4),), (plane(9),)]) as batches:
+        assert bench.arena.used_bytes == 3 * 2 * PAGE  # 0 has begun, 4 was chosen, 9 is asked for
+        bench.disk.open.set()
+        assert experts_of(batches, (4, 9)) == [4, 9]
+    bench.settle()
+    assert bench.read_experts() == [0, 4, 9]
+    stats = bench.cache.stats
+    assert (stats.prefetches, stats.cancelled_prefetches, stats.late_prefetches) == (4, 2, 1)
+    assert (stats.wasted_prefetches, stats.bytes_read) == (0, 3 * 2 * PAGE)
+
+
+def test_prefetches_for_other_layers_stay_queued(uniform_planes: PlaneFile) -> None:
+    bench = Bench(uniform_planes, 8)
+    elsewhere = (1, 3, 0)
+    extents = {elsewhere: uniform_planes.extents[plane(3)]}
+    bench.cache._locate = lambda key: extents.get(key) or uniform_planes.locate(key)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(0), plane(5), elsewhere])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([(plane(1),)]) as batches:
+        bench.disk.open.set()
+        assert experts_of(batches, (1,)) == [1]
+    bench.settle()
+    assert bench.read_experts() == [0, 1, 3]
+    assert bench.cache.stats.cancelled_prefetches == 1
+    bench.engine.close()

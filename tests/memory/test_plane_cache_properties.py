@@ -23,7 +23,7 @@ from moestro.memory.arena import Arena, least_bytes_for
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
-from moestro.memory.planes import Chain
+from moestro.memory.planes import Chain, MissingChain
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU, Evictable, Need
 
@@ -125,6 +125,7 @@ STEPS = st.builds(Step, SOME, st.sampled_from([99, 99, 99, 1, 3]), SOME, st.bool
     broken=st.sets(st.sampled_from(KEYS), max_size=2),
     slow=st.booleans(),
     at_random=st.booleans(),
+    arranged=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_whatever_happens(
@@ -136,6 +137,7 @@ def test_whatever_happens(
     broken: set[PlaneKey],
     slow: bool,
     at_random: bool,
+    arranged: bool,
     seed: int,
 ) -> None:
     chance = random.Random(seed)
@@ -149,6 +151,9 @@ def test_whatever_happens(
     cache = PlaneCache(arena=arena, buffer=buffer, engine=engine, policy=policy, locate=chain_planes.locate)
     asked = 0
 
+    def arrange(missing: list[MissingChain]) -> list[int]:
+        return chance.sample(range(len(missing)), len(missing))
+
     def check_bytes(chain: Chain, offsets: tuple[int, ...]) -> None:
         for key, offset in zip(chain, offsets, strict=True):
             content = chain_planes.contents[key]
@@ -157,7 +162,9 @@ def test_whatever_happens(
     def run(step: Step, whole_before: set[Chain]) -> None:
         seen: list[Chain] = []
         try:
-            with cache.stream(step.chains) as batches:
+            with cache.stream(step.chains, arrange=arrange if arranged else None) as batches:
+                queued = [one for one in cache._loading.values() if not one.ticket.urgent]  # type: ignore[union-attr]
+                assert not (step.chains and queued), "nothing that was not chosen is still waiting"
                 for number, batch in enumerate(batches):
                     assert batch
                     arrived = [(step.chains[index], offsets) for index, offsets in batch]

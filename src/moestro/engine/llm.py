@@ -22,6 +22,7 @@ from moestro.engine.tokenizer import end_token_ids, load_tokenizer
 from moestro.errors import RequestError
 from moestro.memory.budget import peak_resident_bytes
 from moestro.policy.choice import check_names
+from moestro.policy.order import make_load_order
 from moestro.runtime.open import OpenModel, open_model
 from moestro.runtime.subject import Subject
 from moestro.store.locate import locate, locate_shapes
@@ -155,10 +156,12 @@ class LLM:
             evictions=planes.evictions,
             prefetches=planes.prefetches,
             late_prefetches=planes.late_prefetches,
+            cancelled_prefetches=planes.cancelled_prefetches,
             wasted_prefetches=planes.wasted_prefetches,
             wasted_bytes=planes.wasted_bytes,
             bytes_read=planes.bytes_read,
             stall_s=planes.stall_seconds,
+            slowest_read_s=self._open.transfers.stats.slowest_seconds,
             compute_s=runner.forward_s - planes.stall_seconds,
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),
@@ -255,6 +258,7 @@ class LLM:
 def _check_before_packing(model: str, options: RuntimeOptions) -> None:
     """Packing can take long: what can be told from the config and the options is told before it."""
     check_names(options.policy, options.predictor, more=("auto",))
+    make_load_order(options.order)
     if not has_manifest(locate_shapes(model)):
         Subject.open(model).plan(options).require_fit()
 

@@ -40,7 +40,8 @@ class Delta:
 class Stats:
     """Counts since the model was opened. Sizes in bytes, times in seconds.
 
-    `stall_s` is time in which nothing could be computed because planes had not arrived; `compute_s` is time in forward
+    `stall_s` is time in which nothing could be computed because planes had not arrived, `slowest_read_s` the
+    longest that the disk took over a request; `compute_s` is time in forward
     passes without it, of which `expert_s` went into experts. `path` says how they run: "native" (a compiled call per
     layer) or "general" (transformers' own layers, with moestro's attention and experts).
     """
@@ -50,10 +51,12 @@ class Stats:
     evictions: int
     prefetches: int
     late_prefetches: int
+    cancelled_prefetches: int
     wasted_prefetches: int
     wasted_bytes: int
     bytes_read: int
     stall_s: float
+    slowest_read_s: float
     compute_s: float
     expert_s: float
     peak_rss_bytes: int

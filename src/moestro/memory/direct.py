@@ -19,7 +19,7 @@ from moestro.memory.pages import PAGE
 ReadAt = Callable[[int, Sequence[memoryview], int], int]
 """(file descriptor, destinations one after another, offset in the file) -> bytes read, 0 at the end; raises OSError."""
 
-_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def preadv(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
@@ -58,7 +58,7 @@ class FileReader:
         try:
             self._fill(opened, offset, destination)
         except OSError as error:
-            if not opened.direct or error.errno not in _REFUSED:
+            if not opened.direct or error.errno not in REFUSED:
                 raise
             opened = self._fall_back(file, opened)
             self._fill(opened, offset, destination)
@@ -115,7 +115,7 @@ class FileReader:
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in REFUSED:
                 raise
             return None
         return _OpenFile(descriptor, True, os.fstat(descriptor).st_dev)

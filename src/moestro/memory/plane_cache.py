@@ -19,7 +19,7 @@ from typing import Protocol
 from moestro.keys import PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.plane_stream import PlaneStream
-from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes
+from moestro.memory.planes import NEVER, Arrange, CacheStats, Chain, EvictableView, HeldPlane, Planes
 from moestro.memory.tickets import Read, Ticket
 from moestro.policy.base import EvictionPolicy, Need
 
@@ -85,7 +85,7 @@ class PlaneCache:
         with self._lock:
             return {plane.key for plane in self._planes.by_key.values() if plane.ticket is None}
 
-    def stream(self, chains: Sequence[Chain]) -> PlaneStream:
+    def stream(self, chains: Sequence[Chain], *, arrange: Arrange | None = None) -> PlaneStream:
         """Lease chains in batches: `with cache.stream(chains) as batches: for batch in batches: ...`.
 
         A batch is a list of (index in `chains`, byte offsets of the chain's planes in the buffer). Every distinct chain
@@ -94,7 +94,7 @@ class PlaneCache:
         or the end. Of a chain that is resident in part only the rest is read.
         Raises PlaneReadError when a plane cannot be read; the cache then is as good as before.
         """
-        return PlaneStream(self, chains)
+        return PlaneStream(self, chains, arrange)
 
     def count_hits(self, chains: int) -> None:
         """Count chains that a consumer used without asking, because nothing has been dropped since it last had them."""
@@ -210,6 +210,12 @@ class PlaneCache:
             plane.leases == 0 and plane.key not in keep and self._cancel(plane)
             for plane in reversed(tuple(self._loading.values()))
         )
+
+    def _cancel_unwanted(self, layers: Container[int]) -> None:
+        """Take back the prefetches of these layers that have not begun and that no stream has asked for."""
+        for plane in tuple(self._loading.values()):
+            if plane.step == NEVER and plane.key[0] in layers and self._cancel(plane):
+                self._stats.cancelled_prefetches += 1
 
     def _cancel(self, plane: HeldPlane) -> bool:
         if plane.ticket is None or not self._engine.cancel(plane.ticket):

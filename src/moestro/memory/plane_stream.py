@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
-from moestro.memory.planes import Chain, HeldPlane, WantedChain
+from moestro.memory.planes import Arrange, Chain, HeldPlane, MissingChain, WantedChain
 
 if TYPE_CHECKING:
     from moestro.memory.plane_cache import PlaneCache
@@ -25,9 +25,10 @@ class PlaneStream:
     held in part, and there is always one that can be finished without the slots of another.
     """
 
-    def __init__(self, cache: PlaneCache, chains: Sequence[Chain]) -> None:
+    def __init__(self, cache: PlaneCache, chains: Sequence[Chain], arrange: Arrange | None) -> None:
         self._cache = cache
         self._chains = chains
+        self._arrange = arrange
         self.pending: deque[WantedChain] = deque()  # not all planes have a slot
         self.loading: dict[HeldPlane, list[WantedChain]] = {}  # leased, on the way, with the chains that wait for it
         self._kept: set[PlaneKey] = set()  # planes of pending chains: the last to make room for others
@@ -121,6 +122,16 @@ class PlaneStream:
                 kept.update(keys)
         cache._stats.hits += len(self._ready)
         cache._stats.misses += len(distinct) - len(self._ready)
+        if cache._loading:
+            cache._cancel_unwanted({keys[0][0] for keys in distinct})
+        if self._arrange is not None and len(self.pending) > 1:
+            order = self._arrange([MissingChain(chain.index, self._missing_bytes(chain)) for chain in self.pending])
+            assert len(order) == len(self.pending)
+            self.pending = deque([self.pending[position] for position in order])
+
+    def _missing_bytes(self, chain: WantedChain) -> int:
+        cache = self._cache
+        return sum(cache._locate(key).nbytes for key in chain.keys if key not in cache._planes.by_key)
 
     def _lease(self, chain: WantedChain, plane: HeldPlane) -> None:
         """Keep a plane of `chain.leased` in place."""

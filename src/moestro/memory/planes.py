@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from moestro.keys import PlaneKey
@@ -13,12 +13,25 @@ Chain = tuple[PlaneKey, ...]
 """The planes of one expert that are needed together, base first."""
 
 
+@dataclass(frozen=True, slots=True)
+class MissingChain:
+    """A chain that a stream has to wait for: its index among those asked for, and the bytes that have to be read."""
+
+    index: int
+    nbytes: int
+
+
+Arrange = Callable[[Sequence[MissingChain]], list[int]]
+"""The positions of missing chains in the order in which they are to be read, each once."""
+
+
 @dataclass(slots=True)
 class CacheStats:
     """Counts since the cache was made.
 
     `hits` + `misses` is the number of distinct chains that streams asked for; a chain of which a plane is missing is a
-    miss. `late_prefetches`: planes whose read was under way when they were asked for. `evictions`: planes that left to
+    miss. `late_prefetches`: planes whose read was under way when they were asked for; `cancelled_prefetches`: those
+    whose read had not begun when their layer asked for other experts. `evictions`: planes that left to
     make room; `wasted_prefetches`: of these, the prefetched ones that nothing had asked for. `stall_seconds`: time a
     consumer waited for data with no chain at hand. `bytes_read` counts the bytes of planes that arrived,
     `wasted_bytes` those of wasted prefetches.
@@ -28,6 +41,7 @@ class CacheStats:
     misses: int = 0
     late_prefetches: int = 0
     prefetches: int = 0
+    cancelled_prefetches: int = 0
     wasted_prefetches: int = 0
     failed_prefetches: int = 0
     evictions: int = 0

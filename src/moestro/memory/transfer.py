@@ -194,7 +194,7 @@ class TransferEngine:
         reads = [ticket.read for ticket in tickets]
         destinations = [read.destination for read in reads]
         together = len(reads) > 1 and self._reader.read_together(reads[0].file, reads[0].offset, destinations)
-        errors = [None] * len(reads) if together else [self._read_one(read) for read in reads]
+        errors = [None if together else self._read_one(read) for read in reads]
         end = time.perf_counter()
         with self._work_or_end:
             self._running -= 1

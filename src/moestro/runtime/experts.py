@@ -26,6 +26,7 @@ from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_
 from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.narrow import plain
+from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.slots import SlotViews
 from moestro.store.layout import Layout
 
@@ -66,6 +67,7 @@ class RoutedExperts:
         seconds: time spent here so far, waiting for planes included.
         chains: of each layer, the planes of each expert.
         foresight: is told of every layer whose planes are asked for, if there is one.
+        order: says in which order they are read; None: as they are asked for.
         known: by layer, experts that can be computed where they lie, as of the last `forget_moved`; None where not.
     """
 
@@ -78,6 +80,7 @@ class RoutedExperts:
         self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
         self.seconds = 0.0
         self.foresight: LayerForesight | None = None
+        self.order: ReadOrder | None = None
         self.known = tuple(one.known if whole else None for one in layers)
         self._layers = tuple(layers)
         self.chains = tuple(tuple(one) for one in chains)
@@ -151,15 +154,22 @@ class RoutedExperts:
         compute, foresight = self._layers[layer].compute, self.foresight
         if foresight is not None:
             foresight.routed(layer, index_TK.numpy(), weights_TK.numpy(), rows.counts_E)
+        wanted, order = [chains[expert] for expert in used], self.order
+        arrange = None if order is None else order.of(wanted, rows.counts_E, rows=len(index_TK))
         try:
-            with self.planes.stream([chains[expert] for expert in used]) as batches:
+            with self.planes.stream(wanted, arrange=arrange) as batches:
                 reading = batches.reading
                 if foresight is not None:
                     foresight.asked(layer, reading=reading)
                 for batch in batches:
                     if foresight is not None:
                         foresight.served(reading=reading)
-                    compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
+                    arrived = [(used[index], offsets) for index, offsets in batch]
+                    if order is not None:
+                        order.computing()
+                    compute(arrived, rows, hidden_TH, out_PH)
+                    if order is not None:
+                        order.computed([expert for expert, _ in arrived], rows.counts_E)
         except PlaneReadError as error:
             if error.key is not None:
                 error.requests = owners(rows.rows_of(error.key[1]))

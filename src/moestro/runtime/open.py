@@ -15,6 +15,7 @@ from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
 from moestro.memory.arena import Arena
 from moestro.memory.budget import format_bytes, machine_bytes, resident_bytes
+from moestro.memory.disk_profile import load_profile
 from moestro.memory.heap import return_large_blocks
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
@@ -30,8 +31,10 @@ from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
+from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
 from moestro.store.layout import Layout
+from moestro.store.locate import cache_folder
 from moestro.store.reader import Store
 
 
@@ -139,7 +142,7 @@ def _assemble(
         most = max(layer.num_experts for layer in store.layers)
         shape = Shape(len(store.layers), most, max(probed.experts_per_token))
         foresight = make_foresight(chosen, store.path, shape)
-    transfers = TransferEngine()
+    transfers = _transfers(store)
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
     arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
@@ -164,6 +167,7 @@ def _assemble(
         arena=arena_buffer.tensor,
         whole=whole,
     )
+    experts.order = ReadOrder(options.order, transfers)
     if foresight is not None:
         experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers)
     native = None
@@ -186,6 +190,12 @@ def _assemble(
         buffers=(dense_buffer, arena_buffer, kv_buffer),
         chosen=chosen,
     )
+
+
+def _transfers(store: Store) -> TransferEngine:
+    """As the disk was found to like it, if it has ever been measured; never measured here."""
+    known = load_profile(store.path, cache_folder())
+    return TransferEngine() if known is None else TransferEngine(known.threads, request_bytes=known.request_bytes)
 
 
 def _check_layers(store: Store, skeleton: Skeleton) -> None:
