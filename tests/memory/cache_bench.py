@@ -46,7 +46,8 @@ class Bench:
     def __init__(self, planes: PlaneFile, slots: int, policy: LRU | None = None) -> None:
         self.planes = planes
         self.disk = Disk()
-        self.engine = TransferEngine(threads=1, read_at=self.disk.read_at)
+        # Every plane in a request of its own.
+        self.engine = TransferEngine(threads=1, request_bytes=2 * PAGE, read_at=self.disk.read_at)
         self.buffer = HostBuffer(max(slots, 1) * 2 * PAGE)
         self.arena = Arena(slots * 2 * PAGE, 4 * PAGE, [2 * PAGE])
         self.cache = PlaneCache(
@@ -54,7 +55,7 @@ class Bench:
             buffer=self.buffer,
             engine=self.engine,
             policy=LRU() if policy is None else policy,
-            locate=planes.locate,
+            locate=lambda key: planes.locate((0, *key[1:])),  # as many layers as one likes, of the same bytes
         )
 
     def run(self, *experts: int) -> list[int]:

@@ -136,7 +136,8 @@ class _Reader:
             view, mine = memory.view(number * block, block), offsets[number::threads]
             place = 0
             try:
-                while time.perf_counter() < start + seconds and (self.direct or place < len(mine)):
+                # At least one, and of the page cache nothing twice.
+                while place == 0 or (time.perf_counter() < start + seconds and (self.direct or place < len(mine))):
                     done[number] += os.preadv(self._descriptor, [view], mine[place % len(mine)])
                     place += 1
             except OSError as error:
