@@ -47,6 +47,7 @@ class RuntimeOptions:
         "auto",
         "How it is given up: ledger, gate, sensitivity, fixed; auto is ledger where errors are known, else gate.",
     )
+    order: str = option("auto", "In which order a layer's experts are read: auto (hebf), arrival, hebf or johnson.")
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:

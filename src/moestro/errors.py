@@ -37,6 +37,10 @@ class TraceError(MoestroError):
     """A trace of routing, or a collection of them, is missing, damaged, of another model or not valid."""
 
 
+class DiskError(MoestroError):
+    """A disk cannot be measured where that was asked for."""
+
+
 class RequestError(MoestroError):
     """A request cannot be served as asked: prompt too long, bad sampling parameter, ..."""
 

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from memory.plane_file import PAGE, PlaneFile
 from moestro.keys import PlaneKey
@@ -29,13 +30,14 @@ class Disk:
         self.reads: list[int] = []
         self.begun = threading.Semaphore(0)
 
-    def read_at(self, descriptor: int, destination: memoryview, offset: int) -> int:
-        self.reads.append(offset)
+    def read_at(self, descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
+        offsets = list(accumulate(map(len, destinations[:-1]), initial=offset))
+        self.reads += offsets
         self.begun.release()
         self.open.wait()
-        if offset in self.broken:
+        if self.broken.intersection(offsets):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
 
 class Bench:
@@ -44,7 +46,8 @@ class Bench:
     def __init__(self, planes: PlaneFile, slots: int, policy: LRU | None = None) -> None:
         self.planes = planes
         self.disk = Disk()
-        self.engine = TransferEngine(threads=1, read_at=self.disk.read_at)
+        # Every plane in a request of its own.
+        self.engine = TransferEngine(threads=1, request_bytes=2 * PAGE, read_at=self.disk.read_at)
         self.buffer = HostBuffer(max(slots, 1) * 2 * PAGE)
         self.arena = Arena(slots * 2 * PAGE, 4 * PAGE, [2 * PAGE])
         self.cache = PlaneCache(
@@ -52,7 +55,7 @@ class Bench:
             buffer=self.buffer,
             engine=self.engine,
             policy=LRU() if policy is None else policy,
-            locate=planes.locate,
+            locate=lambda key: planes.locate((0, *key[1:])),  # as many layers as one likes, of the same bytes
         )
 
     def run(self, *experts: int) -> list[int]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,10 @@ def refuse_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", refusing)
 
 
-def refuse_at_read(descriptor: int, destination: memoryview, offset: int) -> int:
+def refuse_at_read(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
     if direct_flag(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")
-    return preadv(descriptor, destination, offset)
+    return preadv(descriptor, destinations, offset)
 
 
 def direct_flag(descriptor: int) -> bool:
@@ -62,9 +63,9 @@ def test_reads_are_direct_where_the_file_system_allows(uniform_planes: PlaneFile
         allowed = False
     seen: list[bool] = []
 
-    def watching(descriptor: int, destination: memoryview, offset: int) -> int:
+    def watching(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
         seen.append(direct_flag(descriptor))
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
     reader = FileReader(watching)
     read_plane(reader, uniform_planes, 1, buffer)
@@ -126,9 +127,9 @@ def test_buffered_reads_leave_nothing_in_the_page_cache(
 def test_short_reads_go_on(mixed_planes: PlaneFile, buffer: HostBuffer, step: int) -> None:
     offsets: list[int] = []
 
-    def short(descriptor: int, destination: memoryview, offset: int) -> int:
+    def short(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
         offsets.append(offset)
-        return min(preadv(descriptor, destination, offset), step)
+        return min(preadv(descriptor, destinations, offset), step)
 
     reader = FileReader(short)
     assert read_plane(reader, mixed_planes, 2, buffer) == mixed_planes.contents[(0, 2, 0)]
@@ -141,10 +142,10 @@ def test_short_reads_go_on(mixed_planes: PlaneFile, buffer: HostBuffer, step: in
 def test_interrupted_reads_go_on(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
     interruptions = [InterruptedError(errno.EINTR, "Interrupted"), InterruptedError(errno.EINTR, "Interrupted")]
 
-    def interrupted(descriptor: int, destination: memoryview, offset: int) -> int:
+    def interrupted(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
         if interruptions:
             raise interruptions.pop()
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
     reader = FileReader(interrupted)
     assert read_plane(reader, uniform_planes, 2, buffer) == uniform_planes.contents[(0, 2, 0)]
@@ -170,10 +171,10 @@ def test_a_missing_file(tmp_path: Path, buffer: HostBuffer) -> None:
 def test_a_disk_error_comes_through_and_the_next_read_works(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
     errors = [OSError(errno.EIO, "Input/output error")]
 
-    def failing(descriptor: int, destination: memoryview, offset: int) -> int:
+    def failing(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
         if errors:
             raise errors.pop()
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
     reader = FileReader(failing)
     with pytest.raises(OSError, match="Input/output"):

@@ -46,7 +46,7 @@ def test_a_late_prefetch_is_a_miss_made_urgent_and_read_once(make: Callable[...,
         bench.disk.open.set()
         assert experts_of(batches, (2, 3, 0)) == [0, 2, 3]
     bench.settle()
-    assert bench.read_experts() == [0, 2, 3, 1]
+    assert bench.read_experts() == [0, 2, 3]
     stats = bench.cache.stats
     assert (stats.hits, stats.misses, stats.late_prefetches, stats.prefetches) == (0, 3, 2, 3)
 
@@ -73,7 +73,7 @@ def test_a_prefetch_never_evicts_what_it_prefetches(make: Callable[..., Bench]) 
 def test_demand_takes_slots_from_prefetches_that_have_not_begun(make: Callable[..., Bench]) -> None:
     bench = make(3)
     bench.disk.open.clear()
-    bench.cache.prefetch([plane(0), plane(1), plane(2)])
+    bench.cache.prefetch([(1, 0, 0), (1, 1, 0), (1, 2, 0)])
     bench.disk.begun.acquire()
     with bench.cache.stream([(plane(5),), (plane(6),)]) as batches:
         bench.disk.open.set()
@@ -84,7 +84,7 @@ def test_demand_takes_slots_from_prefetches_that_have_not_begun(make: Callable[.
 def test_the_prefetch_queued_last_is_taken_back_first(make: Callable[..., Bench]) -> None:
     bench = make(3)
     bench.disk.open.clear()
-    bench.cache.prefetch([plane(0), plane(1), plane(2)])
+    bench.cache.prefetch([(1, 0, 0), (1, 1, 0), (1, 2, 0)])
     bench.disk.begun.acquire()
     with bench.cache.stream([(plane(5),)]) as batches:
         bench.disk.open.set()
@@ -130,3 +130,32 @@ def test_a_failed_prefetch_is_said_counted_and_tried_again_on_demand(
     assert bench.arena.used_bytes == 0
     with pytest.raises(PlaneReadError):
         bench.run(1)
+
+
+def test_prefetches_that_the_router_did_not_choose_give_their_slots_back(make: Callable[..., Bench]) -> None:
+    bench = make(8)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(expert) for expert in (0, 2, 4, 6)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([(plane(4),), (plane(9),)]) as batches:
+        assert bench.arena.used_bytes == 3 * 2 * PAGE  # 0 has begun, 4 was chosen, 9 is asked for
+        bench.disk.open.set()
+        assert experts_of(batches, (4, 9)) == [4, 9]
+    bench.settle()
+    assert bench.read_experts() == [0, 4, 9]
+    stats = bench.cache.stats
+    assert (stats.prefetches, stats.cancelled_prefetches, stats.late_prefetches) == (4, 2, 1)
+    assert (stats.wasted_prefetches, stats.bytes_read) == (0, 3 * 2 * PAGE)
+
+
+def test_prefetches_for_other_layers_stay_queued(make: Callable[..., Bench]) -> None:
+    bench = make(8)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(0), plane(5), (1, 3, 0)])
+    bench.disk.begun.acquire()
+    with bench.cache.stream([(plane(1),)]) as batches:
+        bench.disk.open.set()
+        assert experts_of(batches, (1,)) == [1]
+    bench.settle()
+    assert bench.read_experts() == [0, 1, 3]
+    assert bench.cache.stats.cancelled_prefetches == 1

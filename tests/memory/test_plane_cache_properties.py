@@ -8,7 +8,9 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from moestro.memory.arena import Arena, least_bytes_for
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
-from moestro.memory.planes import Chain
+from moestro.memory.planes import Chain, MissingChain
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU, Evictable, Need
 
@@ -68,21 +70,23 @@ class Disk:
         self.reads: Counter[PlaneKey] = Counter()
         self.lock = threading.Lock()
 
-    def read_at(self, descriptor: int, destination: memoryview, offset: int) -> int:
-        key = self.key_at[offset]
+    def read_at(self, descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
+        keys = [self.key_at[start] for start in accumulate(map(len, destinations[:-1]), initial=offset)]
+        fails = not self.broken.isdisjoint(keys)
         with self.lock:
-            assert key not in self.reading, "read twice at once"
-            self.reading.add(key)
-            self.reads[key] += 1
+            assert self.reading.isdisjoint(keys), "read twice at once"
+            self.reading.update(keys)
+            # What fails together is read again, one by one.
+            self.reads.update(() if fails and len(keys) > 1 else keys)
             delay = self.chance.choice([0, 0, 0.0005, 0.002]) if self.slow else 0
         time.sleep(delay)
         try:
-            if key in self.broken:
+            if fails:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return preadv(descriptor, destination, offset)
+            return preadv(descriptor, destinations, offset)
         finally:
             with self.lock:
-                self.reading.remove(key)
+                self.reading.difference_update(keys)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ STEPS = st.builds(Step, SOME, st.sampled_from([99, 99, 99, 1, 3]), SOME, st.bool
     broken=st.sets(st.sampled_from(KEYS), max_size=2),
     slow=st.booleans(),
     at_random=st.booleans(),
+    arranged=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_whatever_happens(
@@ -132,6 +137,7 @@ def test_whatever_happens(
     broken: set[PlaneKey],
     slow: bool,
     at_random: bool,
+    arranged: bool,
     seed: int,
 ) -> None:
     chance = random.Random(seed)
@@ -145,6 +151,9 @@ def test_whatever_happens(
     cache = PlaneCache(arena=arena, buffer=buffer, engine=engine, policy=policy, locate=chain_planes.locate)
     asked = 0
 
+    def arrange(missing: list[MissingChain]) -> list[int]:
+        return chance.sample(range(len(missing)), len(missing))
+
     def check_bytes(chain: Chain, offsets: tuple[int, ...]) -> None:
         for key, offset in zip(chain, offsets, strict=True):
             content = chain_planes.contents[key]
@@ -153,7 +162,8 @@ def test_whatever_happens(
     def run(step: Step, whole_before: set[Chain]) -> None:
         seen: list[Chain] = []
         try:
-            with cache.stream(step.chains) as batches:
+            with cache.stream(step.chains, arrange=arrange if arranged else None) as batches:
+                assert not (step.chains and engine._queue._speculative), "what was not chosen still waits"
                 for number, batch in enumerate(batches):
                     assert batch
                     arrived = [(step.chains[index], offsets) for index, offsets in batch]

@@ -26,7 +26,7 @@ class Shelf:
     def __init__(self, planes: PlaneFile, pages: int) -> None:
         self.planes = planes
         self.disk = Disk()
-        self.engine = TransferEngine(threads=1, read_at=self.disk.read_at)
+        self.engine = TransferEngine(threads=1, request_bytes=4 * PAGE, read_at=self.disk.read_at)
         self.buffer = HostBuffer(pages * PAGE)
         self.arena = Arena(pages * PAGE, 4 * PAGE, [PAGE, 2 * PAGE])
         self.cache = PlaneCache(
@@ -183,5 +183,5 @@ def test_an_abandoned_stream_frees_chains_that_are_half_there(shelf: Shelf) -> N
         shelf.disk.begun.acquire()
     shelf.disk.open.set()
     until(lambda: not shelf.cache._loading)
-    assert shelf.reads() == [(0, 0, 0)]
+    assert shelf.reads() == list(chain(0))  # in one request, which had begun
     assert not any(held.leases for held in shelf.cache._planes.by_key.values())

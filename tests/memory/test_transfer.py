@@ -4,7 +4,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
-from moestro.memory.transfer import Read, Ticket, TransferEngine
+from moestro.memory.tickets import Read, Ticket
+from moestro.memory.transfer import TransferEngine
 
 
 class Gate:
@@ -24,11 +25,11 @@ class Gate:
         self.offsets: list[int] = []
         self.reading = threading.Semaphore(0)
 
-    def read_at(self, descriptor: int, destination: memoryview, offset: int) -> int:
+    def read_at(self, descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
         self.offsets.append(offset)
         self.reading.release()
         self.open.wait()
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def gate() -> Gate:
 
 @pytest.fixture
 def gated(gate: Gate) -> Iterator[TransferEngine]:
-    engine = TransferEngine(threads=1, read_at=gate.read_at)
+    engine = TransferEngine(threads=1, request_bytes=2 * PAGE, read_at=gate.read_at)
     yield engine
     gate.open.set()
     engine.close()
@@ -160,10 +161,10 @@ def test_a_queued_read_can_be_cancelled_a_begun_one_cannot(
 def test_an_unreadable_block_fails_its_read_only(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
     bad = uniform_planes.extents[(0, 3, 0)]
 
-    def failing(descriptor: int, destination: memoryview, offset: int) -> int:
-        if offset == bad.offset:
+    def failing(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
+        if offset <= bad.offset < offset + sum(map(len, destinations)):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
     engine = TransferEngine(read_at=failing)
     tickets = [engine.submit(read_of(uniform_planes, expert, buffer), urgent=True) for expert in range(6)]
@@ -213,10 +214,10 @@ def test_what_is_no_whole_file_is_named(buffer: HostBuffer, tmp_path: Path, kind
 def test_a_thread_survives_surprises(uniform_planes: PlaneFile, buffer: HostBuffer, surprise: BaseException) -> None:
     surprises = [surprise]
 
-    def surprising(descriptor: int, destination: memoryview, offset: int) -> int:
+    def surprising(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
         if surprises:
             raise surprises.pop()
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
     engine = TransferEngine(threads=1, read_at=surprising)
     with pytest.raises(PlaneReadError, match=type(surprise).__name__):
@@ -290,11 +291,11 @@ def test_what_is_not_aligned_is_a_bug(uniform_planes: PlaneFile, buffer: HostBuf
 
 
 def test_busy_seconds_are_wall_time_not_thread_time(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
-    def slow(descriptor: int, destination: memoryview, offset: int) -> int:
+    def slow(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
         time.sleep(0.05)
-        return preadv(descriptor, destination, offset)
+        return preadv(descriptor, destinations, offset)
 
-    engine = TransferEngine(threads=4, read_at=slow)
+    engine = TransferEngine(threads=4, request_bytes=2 * PAGE, read_at=slow)
     start = time.perf_counter()
     tickets = [engine.submit(read_of(uniform_planes, expert, buffer), urgent=True) for expert in range(8)]
     for ticket in tickets:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moestro.memory.transfer import Read, Ticket
+from moestro.memory.tickets import Read, Ticket
 from moestro.simulate.link import VirtualLink
 
 

@@ -12,6 +12,7 @@ import moestro
 from moestro.cli.bench import bench
 from moestro.cli.boundary import DebugFlag, guarded, say
 from moestro.cli.demo import demo
+from moestro.cli.doctor import doctor
 from moestro.cli.eval import evaluate
 from moestro.cli.generate import generate
 from moestro.cli.inspect import inspect
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (generate, pack, inspect, plan, bench, demo, simulate):
+for _command in (generate, pack, inspect, plan, bench, demo, simulate, doctor):
     app.command()(guarded(spread_options(_command)))
 app.command("eval")(guarded(spread_options(evaluate)))
 

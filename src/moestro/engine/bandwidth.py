@@ -22,7 +22,8 @@ from moestro import _native
 from moestro.kernels import make_kernels
 from moestro.kernels.base import MatrixSpec
 from moestro.memory.pages import PAGE, HostBuffer
-from moestro.memory.transfer import Read, Ticket, TransferEngine
+from moestro.memory.tickets import Read, Ticket
+from moestro.memory.transfer import TransferEngine
 from moestro.quant.groups import group_size
 from moestro.quant.random_codes import random_regions
 from moestro.runtime.level import cut

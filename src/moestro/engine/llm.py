@@ -26,6 +26,7 @@ from moestro.errors import RequestError
 from moestro.memory.budget import peak_resident_bytes
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
+from moestro.policy.order import make_load_order
 from moestro.runtime.open import OpenModel, open_model
 from moestro.runtime.subject import Subject
 from moestro.spans import Clock, Part, Timeline
@@ -211,6 +212,7 @@ class LLM:
             evictions=planes.evictions,
             prefetches=planes.prefetches,
             late_prefetches=planes.late_prefetches,
+            cancelled_prefetches=planes.cancelled_prefetches,
             wasted_prefetches=planes.wasted_prefetches,
             wasted_bytes=planes.wasted_bytes,
             prefetch_recall=foreseen.recall,
@@ -221,6 +223,7 @@ class LLM:
             late_prefetch_stall_s=planes.late_stall_seconds,
             wall_s=self._spans.wall_seconds,
             time_s={part.name.lower(): seconds for part, seconds in zip(Part, self._spans.seconds, strict=True)},
+            slowest_read_s=self._open.transfers.stats.slowest_seconds,
             compute_s=runner.forward_s - planes.stall_seconds,
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),
@@ -315,6 +318,7 @@ def _check_before_packing(model: str, options: RuntimeOptions) -> None:
     """Packing can take long: what can be told from the config and the options is told before it."""
     check_names(options.policy, options.predictor, more=("auto",))
     parse_quality(options.quality)
+    make_load_order(options.order)
     if not has_manifest(locate_shapes(model)):
         Subject.open(model).plan(options).require_fit()
 

@@ -42,12 +42,13 @@ class Stats:
 
     `stall_s` is time in which nothing could be computed because planes had not arrived: `demand_stall_s` until planes
     came that were asked for when they were needed, `late_prefetch_stall_s` until some came that had been asked for
-    ahead, too late. `compute_s` is time in forward passes without it, of which `expert_s` went into experts. Of the
-    experts that layers needed and that were not in memory, `prefetch_recall` is the share that had been asked for
-    ahead, in time or late; of those asked for ahead, `prefetch_precision` is the share that was needed at once (0 where
-    there were none). `path` says how passes run: "native" (a compiled call per layer) or "general" (transformers' own
-    layers, with moestro's attention and experts). `levels_applied` counts the experts of rows that need not be exact,
-    by the level that was chosen for them ("0": left out).
+    ahead, too late; `slowest_read_s` is the longest that the disk took over a request. `compute_s` is time in forward
+    passes without it, of which `expert_s` went into experts. Of the experts that layers needed and that were not in
+    memory, `prefetch_recall` is the share that had been asked for ahead, in time or late; of those asked for ahead,
+    `prefetch_precision` is the share that was needed at once (0 where there were none). `path` says how passes run:
+    "native" (a compiled call per layer) or "general" (transformers' own layers, with moestro's attention and experts).
+    `levels_applied` counts the experts of rows that need not be exact, by the level that was chosen for them ("0":
+    left out).
 
     `wall_s` is the time within `generate`, `stream` and others that generate; `time_s` says where it went, and adds up
     to it: "dense" (attention and all matrices but routed experts), "experts", waiting for planes asked for when they
@@ -61,6 +62,7 @@ class Stats:
     evictions: int
     prefetches: int
     late_prefetches: int
+    cancelled_prefetches: int
     wasted_prefetches: int
     wasted_bytes: int
     prefetch_recall: float
@@ -71,6 +73,7 @@ class Stats:
     late_prefetch_stall_s: float
     wall_s: float
     time_s: dict[str, float]
+    slowest_read_s: float
     compute_s: float
     expert_s: float
     peak_rss_bytes: int

@@ -10,21 +10,21 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moestro.memory.pages import PAGE
 
-ReadAt = Callable[[int, memoryview, int], int]
-"""(file descriptor, destination, offset in the file) -> bytes read, 0 at the end; raises OSError."""
+ReadAt = Callable[[int, Sequence[memoryview], int], int]
+"""(file descriptor, destinations one after another, offset in the file) -> bytes read, 0 at the end; raises OSError."""
 
-_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
-def preadv(descriptor: int, destination: memoryview, offset: int) -> int:
+def preadv(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
     """One system call; it lets go of the interpreter lock while the disk works."""
-    return os.preadv(descriptor, [destination], offset)
+    return os.preadv(descriptor, destinations, offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,27 @@ class FileReader:
         try:
             self._fill(opened, offset, destination)
         except OSError as error:
-            if not opened.direct or error.errno not in _REFUSED:
+            if not opened.direct or error.errno not in REFUSED:
                 raise
             opened = self._fall_back(file, opened)
             self._fill(opened, offset, destination)
         if not opened.direct:
             os.posix_fadvise(opened.descriptor, offset, len(destination), os.POSIX_FADV_DONTNEED)
+
+    def read_together(self, file: Path, offset: int, destinations: Sequence[memoryview]) -> bool:
+        """Fill these, one after another, from `offset` on in one system call; aligned as in `read`.
+
+        False when that did not work out, for whatever reason: what `read` does with each of them will tell.
+        """
+        try:
+            opened = self._open(file)
+            count = self._read_at(opened.descriptor, destinations, offset)
+        except Exception:
+            return False
+        wanted = sum(map(len, destinations))
+        if not opened.direct:
+            os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
+        return count == wanted
 
     def close(self) -> None:
         """Close all files; no read may be under way."""
@@ -77,7 +92,7 @@ class FileReader:
         filled, wanted = 0, len(destination)
         while filled < wanted:
             try:
-                count = self._read_at(opened.descriptor, destination[filled:], offset + filled)
+                count = self._read_at(opened.descriptor, [destination[filled:]], offset + filled)
             except InterruptedError:
                 continue
             # A direct read may only go on from a whole page: at the end of a file it stops inside of one.
@@ -100,7 +115,7 @@ class FileReader:
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in REFUSED:
                 raise
             return None
         return _OpenFile(descriptor, True, os.fstat(descriptor).st_dev)

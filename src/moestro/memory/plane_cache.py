@@ -12,19 +12,22 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
 from moestro.keys import PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.plane_stream import PlaneStream
-from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes, Watch
-from moestro.memory.transfer import Read, Ticket
+from moestro.memory.planes import NEVER, Arrange, CacheStats, Chain, EvictableView, HeldPlane, Planes, Watch
+from moestro.memory.tickets import Read, Ticket
 from moestro.policy.base import EvictionPolicy, Need
 
 
 class Transfers(Protocol):
     """What carries out reads: `TransferEngine`, or a link of a simulator with its own clock."""
+
+    def together(self) -> AbstractContextManager[object]: ...
 
     def submit(self, read: Read, /, *, urgent: bool, on_done: Callable[[Ticket], None] | None) -> Ticket: ...
 
@@ -83,7 +86,7 @@ class PlaneCache:
         with self._lock:
             return {plane.key for plane in self._planes.by_key.values() if plane.ticket is None}
 
-    def stream(self, chains: Sequence[Chain]) -> PlaneStream:
+    def stream(self, chains: Sequence[Chain], *, arrange: Arrange | None = None) -> PlaneStream:
         """Lease chains in batches: `with cache.stream(chains) as batches: for batch in batches: ...`.
 
         A batch is a list of (index in `chains`, byte offsets of the chain's planes in the buffer). Every distinct chain
@@ -92,7 +95,7 @@ class PlaneCache:
         or the end. Of a chain that is resident in part only the rest is read.
         Raises PlaneReadError when a plane cannot be read; the cache then is as good as before.
         """
-        return PlaneStream(self, chains)
+        return PlaneStream(self, chains, arrange)
 
     def held(self, chains: Sequence[Chain]) -> list[int]:
         """How many planes of each chain, from its first on, are in memory or on their way there."""
@@ -116,11 +119,12 @@ class PlaneCache:
                 return 0
             wanted = dict.fromkeys(keys)
             issued = 0
-            for key in wanted:
-                if key not in self._planes.by_key:
-                    if self._issue(key, self._locate(key), urgent=False, keep=wanted) is None:
-                        break
-                    issued += 1
+            with self._engine.together():
+                for key in wanted:
+                    if key not in self._planes.by_key:
+                        if self._issue(key, self._locate(key), urgent=False, keep=wanted) is None:
+                            break
+                        issued += 1
             self._stats.prefetches += issued
             return issued
 
@@ -219,6 +223,12 @@ class PlaneCache:
             plane.leases == 0 and plane.key not in keep and self._cancel(plane)
             for plane in reversed(tuple(self._loading.values()))
         )
+
+    def _cancel_unwanted(self, layers: Container[int]) -> None:
+        """Take back the prefetches of these layers that have not begun and that no stream has asked for."""
+        for plane in tuple(self._loading.values()):
+            if plane.step == NEVER and plane.key[0] in layers and self._cancel(plane):
+                self._stats.cancelled_prefetches += 1
 
     def _cancel(self, plane: HeldPlane) -> bool:
         if plane.ticket is None or not self._engine.cancel(plane.ticket):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
-from moestro.memory.planes import Chain, HeldPlane, WantedChain
+from moestro.memory.planes import Arrange, Chain, HeldPlane, MissingChain, WantedChain
 
 if TYPE_CHECKING:
     from moestro.memory.plane_cache import PlaneCache
-    from moestro.memory.transfer import Ticket
+    from moestro.memory.tickets import Ticket
 
 
 class PlaneStream:
@@ -26,9 +26,10 @@ class PlaneStream:
     held in part, and there is always one that can be finished without the slots of another.
     """
 
-    def __init__(self, cache: PlaneCache, chains: Sequence[Chain]) -> None:
+    def __init__(self, cache: PlaneCache, chains: Sequence[Chain], arrange: Arrange | None) -> None:
         self._cache = cache
         self._chains = chains
+        self._arrange = arrange
         self.pending: deque[WantedChain] = deque()  # not all planes have a slot
         self.loading: dict[HeldPlane, list[WantedChain]] = {}  # leased, on the way, with the chains that wait for it
         self._kept: set[PlaneKey] = set()  # planes of pending chains: the last to make room for others
@@ -126,6 +127,16 @@ class PlaneStream:
                 kept.update(keys)
         cache._stats.hits += len(self._ready)
         cache._stats.misses += len(distinct) - len(self._ready)
+        if cache._loading:
+            cache._cancel_unwanted({keys[0][0] for keys in distinct})
+        if self._arrange is not None and len(self.pending) > 1:
+            order = self._arrange([MissingChain(chain.index, self._missing_bytes(chain)) for chain in self.pending])
+            assert len(order) == len(self.pending)
+            self.pending = deque([self.pending[position] for position in order])
+
+    def _missing_bytes(self, chain: WantedChain) -> int:
+        cache = self._cache
+        return sum(cache._locate(key).nbytes for key in chain.keys if key not in cache._planes.by_key)
 
     def _lease(self, chain: WantedChain, plane: HeldPlane) -> None:
         """Keep a plane of `chain.leased` in place."""
@@ -150,14 +161,15 @@ class PlaneStream:
 
     def _complete(self, chain: WantedChain) -> bool:
         """Lease the rest of the head chain, queueing reads of what is not there; False when room is wanting."""
-        while len(chain.leased) < len(chain.keys):
-            key = chain.keys[len(chain.leased)]
-            plane = self._cache._planes.by_key.get(key) or self._issue(key)
-            if plane is None:
-                return False
-            chain.leased.append(plane)
-            self._lease(chain, plane)
-        return True
+        with self._cache._engine.together():  # planes of an expert lie one after another on disk
+            while len(chain.leased) < len(chain.keys):
+                key = chain.keys[len(chain.leased)]
+                plane = self._cache._planes.by_key.get(key) or self._issue(key)
+                if plane is None:
+                    return False
+                chain.leased.append(plane)
+                self._lease(chain, plane)
+            return True
 
     def _issue(self, key: PlaneKey) -> HeldPlane | None:
         cache = self._cache

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena, Slot
-from moestro.memory.transfer import Ticket
+from moestro.memory.tickets import Ticket
 
 Chain = tuple[PlaneKey, ...]
 """The planes of one expert that are needed together, base first."""
+
+
+@dataclass(frozen=True, slots=True)
+class MissingChain:
+    """A chain that a stream has to wait for: its index among those asked for, and the bytes that have to be read."""
+
+    index: int
+    nbytes: int
+
+
+Arrange = Callable[[Sequence[MissingChain]], list[int]]
+"""The positions of missing chains in the order in which they are to be read, each once."""
 
 
 @dataclass(slots=True)
@@ -19,7 +31,8 @@ class CacheStats:
     """Counts since the cache was made.
 
     `hits` + `misses` is the number of distinct chains that streams asked for; a chain of which a plane is missing is a
-    miss. `late_prefetches`: planes whose read was under way when they were asked for. `evictions`: planes that left to
+    miss. `late_prefetches`: planes whose read was under way when they were asked for; `cancelled_prefetches`: those
+    whose read had not begun when their layer asked for other experts. `evictions`: planes that left to
     make room; `wasted_prefetches`: of these, the prefetched ones that nothing had asked for. `stall_seconds`: time a
     consumer waited for data with no chain at hand; `late_stall_seconds`: of it, waits that ended with the arrival of a
     plane whose read had been begun ahead. `bytes_read` counts the bytes of planes that arrived, `wasted_bytes` those of
@@ -30,6 +43,7 @@ class CacheStats:
     misses: int = 0
     late_prefetches: int = 0
     prefetches: int = 0
+    cancelled_prefetches: int = 0
     wasted_prefetches: int = 0
     failed_prefetches: int = 0
     evictions: int = 0

@@ -1,20 +1,19 @@
 """Moves planes from disk into memory with a few threads; what a computation waits for goes first.
 
 Bytes go straight to their destination and are checked there. One or two reads at a time are enough for the disks we
-measured; a second thread also reads while the first one checks.
+measured; a second thread also reads while the first one checks. Planes that lie one after another on disk and wait
+together are read in one request: small reads cost the disk and the processor as much as large ones.
 """
 
 from __future__ import annotations
 
-import ctypes
-import enum
 import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -22,89 +21,58 @@ import xxhash
 from moestro.errors import PlaneReadError
 from moestro.memory.direct import FileReader, ReadAt, preadv
 from moestro.memory.pages import PAGE
+from moestro.memory.tickets import Read, State, Ticket, TicketQueue
+
+THREADS = 2
+REQUEST_BYTES = 4 << 20
+"""What serves the disks that we measured, where nothing is known of this one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Fill `destination` with `nbytes` from `offset` of `file`; offset, size and address are multiples of 4096.
+@dataclass(slots=True)
+class TransferStats:
+    """Of all reads so far, in `requests` to the disk (one may carry several reads).
 
-    `checksum` is the xxh3_64 of the bytes (None: not checked); `label` begins errors: "Plane 0 of ...".
+    `busy_seconds`: at least one was running; `check_seconds`: checking, summed over threads; `slowest_seconds`: the
+    request that took longest.
     """
 
-    file: Path
-    offset: int
-    nbytes: int
-    destination: memoryview
-    checksum: int | None
-    label: str
-
-    def address(self) -> int:
-        """Address of the first byte of the destination."""
-        return ctypes.addressof(ctypes.c_char.from_buffer(self.destination))
-
-
-@dataclass(frozen=True, slots=True)
-class TransferStats:
-    """Of all reads so far. `busy_seconds`: at least one was running; `check_seconds`: checking, summed over threads."""
-
     reads: int = 0
+    requests: int = 0
     failed: int = 0
     bytes_read: int = 0
     busy_seconds: float = 0.0
     check_seconds: float = 0.0
-
-
-class _State(enum.Enum):
-    QUEUED = 0
-    RUNNING = 1
-    DONE = 2
-
-
-class Ticket:
-    """A read that was submitted. `submitted`, `begun` and `ended` are when, by the engine's clock (0: not yet)."""
-
-    def __init__(self, read: Read, *, urgent: bool) -> None:
-        self.read = read
-        self.urgent = urgent
-        self.error: PlaneReadError | None = None
-        self.submitted = self.begun = self.ended = 0.0
-        self._state = _State.QUEUED
-        self._callbacks: list[Callable[[Ticket], None]] = []
-        self._finished = threading.Event()
-
-    def done(self) -> bool:
-        """Whether it was carried out, failed or was cancelled."""
-        return self._finished.is_set()
-
-    def wait(self) -> None:
-        """Block until done; raises PlaneReadError when it failed."""
-        self._finished.wait()
-        if self.error is not None:
-            raise self.error
+    slowest_seconds: float = 0.0
 
 
 class TransferEngine:
-    """`threads` threads, started by the first read. `read_at` is the system call (tests make it slow or fail).
+    """`threads` threads, started by the first read; a request carries up to `request_bytes`, or one larger read.
 
-    `clock` tells seconds; waiting and the times of tickets go by it.
+    `read_at` is the system call (tests make it slow or fail). `clock` tells seconds; waiting and the times of tickets
+    go by it.
     """
 
     def __init__(
-        self, threads: int = 2, *, read_at: ReadAt = preadv, clock: Callable[[], float] = time.perf_counter
+        self,
+        threads: int = THREADS,
+        *,
+        request_bytes: int = REQUEST_BYTES,
+        read_at: ReadAt = preadv,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         assert threads > 0, threads
         self._reader = FileReader(read_at)
         self._clock = clock
-        self._thread_count = threads
+        self._thread_count, self._request_bytes = threads, request_bytes
         self._threads: list[threading.Thread] = []
         self._process = os.getpid()
-        self._work_or_end = threading.Condition(threading.Lock())
-        self._urgent: deque[Ticket] = deque()
-        self._speculative: deque[Ticket] = deque()
+        self._work_or_end = threading.Condition(threading.RLock())
+        self._queue = TicketQueue()
         self._in_flight: dict[tuple[Path, int, int], Ticket] = {}
         self._closed = False
-        self._reads = self._failed = self._bytes_read = self._running = 0
-        self._busy_seconds = self._busy_since = self._check_seconds = 0.0
+        self._stats = TransferStats()
+        self._running = 0  # requests
+        self._busy_since = 0.0
 
     @property
     def reader(self) -> FileReader:
@@ -118,9 +86,14 @@ class TransferEngine:
 
     @property
     def stats(self) -> TransferStats:
+        """A copy of the counters."""
         with self._work_or_end:
-            busy = self._busy_seconds + (time.perf_counter() - self._busy_since if self._running else 0.0)
-            return TransferStats(self._reads, self._failed, self._bytes_read, busy, self._check_seconds)
+            running = time.perf_counter() - self._busy_since if self._running else 0.0
+            return replace(self._stats, busy_seconds=self._stats.busy_seconds + running)
+
+    def together(self) -> AbstractContextManager[object]:
+        """While it is open nothing is taken from the queue, so that neighbours submitted meanwhile share a request."""
+        return self._work_or_end
 
     def submit(self, read: Read, *, urgent: bool, on_done: Callable[[Ticket], None] | None = None) -> Ticket:
         """Queue a read: urgent ones before the others, first come first served among equals.
@@ -138,21 +111,23 @@ class TransferEngine:
                 raise RuntimeError("the TransferEngine is closed")
             ticket = self._ticket_for(read, urgent)
             if on_done is not None:
-                ticket._callbacks.append(on_done)
+                ticket.callbacks.append(on_done)
             return ticket
 
     def promote(self, ticket: Ticket) -> None:
         """Make a queued read urgent: a computation waits for it by now."""
         with self._work_or_end:
-            self._promote(ticket)
+            if ticket.state is State.QUEUED:
+                self._queue.promote(ticket)
+            ticket.urgent = True
 
     def cancel(self, ticket: Ticket) -> bool:
         """Drop a read that has not begun: True, and its `on_done` is never called. Else False and nothing changes."""
         with self._work_or_end:
-            if ticket._state is not _State.QUEUED:
+            if ticket.state is not State.QUEUED:
                 return False
-            (self._urgent if ticket.urgent else self._speculative).remove(ticket)
-            ticket.error = self._unread(ticket.read, "it was cancelled before its read began")
+            self._queue.remove(ticket)
+            ticket.error = ticket.read.failed("it was cancelled before its read began")
             self._leave(ticket)
             return True
 
@@ -169,14 +144,12 @@ class TransferEngine:
         """Finish the reads that have begun, fail those that wait, and end the threads."""
         with self._work_or_end:
             self._closed = True
-            dropped = [*self._urgent, *self._speculative]
+            dropped = self._queue.clear()
             for ticket in dropped:
-                ticket._state = _State.DONE
-            self._urgent.clear()
-            self._speculative.clear()
+                ticket.state = State.DONE
             self._work_or_end.notify_all()
         for ticket in dropped:
-            self._finish(ticket, self._unread(ticket.read, "the transfer engine was closed before its read began"))
+            self._finish(ticket, ticket.read.failed("the transfer engine was closed before its read began"))
         for thread in self._threads:
             thread.join()
         self._reader.close()
@@ -187,11 +160,11 @@ class TransferEngine:
         if ticket is not None:
             assert ticket.read.address() == read.address(), f"{read.label} is in flight to another destination"
             if urgent:
-                self._promote(ticket)
+                self.promote(ticket)
             return ticket
         ticket = self._in_flight[extent] = Ticket(read, urgent=urgent)
         ticket.submitted = self._clock()
-        (self._urgent if urgent else self._speculative).append(ticket)
+        self._queue.push(ticket)
         if len(self._threads) < self._thread_count:
             self._start_thread()
         self._work_or_end.notify()
@@ -203,78 +176,86 @@ class TransferEngine:
         self._threads.append(thread)
         thread.start()
 
-    def _promote(self, ticket: Ticket) -> None:
-        if ticket._state is _State.QUEUED and not ticket.urgent:
-            self._speculative.remove(ticket)
-            self._urgent.append(ticket)
-        ticket.urgent = True
-
     def _work(self) -> None:
-        while (ticket := self._next()) is not None:
-            error: PlaneReadError | None = None
-            try:
-                self._carry_out(ticket.read)
-            except PlaneReadError as unread:
-                error = unread
-            except BaseException as unforeseen:  # whatever happens, who waits for the ticket must hear of it
-                error = self._unread(ticket.read, f"{type(unforeseen).__name__}: {unforeseen}")
-                error.__cause__ = unforeseen
-            self._finish(ticket, error)
+        while tickets := self._next():
+            unread = self._read(tickets)
+            for ticket, error in zip(tickets, unread, strict=True):
+                self._finish(ticket, error or self._check(ticket.read))
 
-    def _next(self) -> Ticket | None:
+    def _next(self) -> list[Ticket]:
+        """The tickets of the next request; none when all is over."""
         with self._work_or_end:
-            while not self._urgent and not self._speculative:
+            while not self._queue:
                 if self._closed:
-                    return None
+                    return []
                 self._work_or_end.wait()
-            ticket = (self._urgent or self._speculative).popleft()
-            ticket._state = _State.RUNNING
-            ticket.begun = self._clock()
+            tickets = self._queue.take(self._request_bytes)
+            for ticket in tickets:
+                ticket.state = State.RUNNING
+                ticket.begun = self._clock()
             if self._running == 0:
                 self._busy_since = time.perf_counter()
             self._running += 1
-            return ticket
+            return tickets
 
-    def _carry_out(self, read: Read) -> None:
+    def _read(self, tickets: Sequence[Ticket]) -> list[PlaneReadError | None]:
+        """Fill the destinations, in one request if that works; of each ticket what went wrong."""
+        start = time.perf_counter()
+        reads = [ticket.read for ticket in tickets]
+        destinations = [read.destination for read in reads]
+        together = len(reads) > 1 and self._reader.read_together(reads[0].file, reads[0].offset, destinations)
+        errors = [None if together else self._read_one(read) for read in reads]
+        end = time.perf_counter()
+        with self._work_or_end:
+            self._running -= 1
+            if self._running == 0:
+                self._stats.busy_seconds += end - self._busy_since
+            self._stats.requests += 1 if together else len(reads)
+            self._stats.slowest_seconds = max(self._stats.slowest_seconds, end - start)
+        return errors
+
+    def _read_one(self, read: Read) -> PlaneReadError | None:
         try:
             self._reader.read(read.file, read.offset, read.destination)
         except (OSError, EOFError) as error:
-            raise self._unread(read, str(error)) from error
+            return _because(read, str(error), error)
+        except BaseException as unforeseen:  # whatever happens, who waits for the ticket must hear of it
+            return _because(read, f"{type(unforeseen).__name__}: {unforeseen}", unforeseen)
+        return None
+
+    def _check(self, read: Read) -> PlaneReadError | None:
         if read.checksum is None:
-            return
+            return None
         start = time.perf_counter()
         actual = xxhash.xxh3_64_intdigest(read.destination)
         with self._work_or_end:
-            self._check_seconds += time.perf_counter() - start
-        if actual != read.checksum:
-            raise self._unread(read, f"its checksum is {actual:016x}, expected {read.checksum:016x}")
+            self._stats.check_seconds += time.perf_counter() - start
+        if actual == read.checksum:
+            return None
+        return read.failed(f"its checksum is {actual:016x}, expected {read.checksum:016x}")
 
     def _finish(self, ticket: Ticket, error: PlaneReadError | None) -> None:
         with self._work_or_end:
-            if ticket._state is _State.RUNNING:
-                self._running -= 1
-                if self._running == 0:
-                    self._busy_seconds += time.perf_counter() - self._busy_since
-                self._reads += 1
-                self._bytes_read += 0 if error else ticket.read.nbytes
             ticket.ended = self._clock()
-            self._failed += error is not None
+            if ticket.state is State.RUNNING:
+                self._stats.reads += 1
+                self._stats.bytes_read += 0 if error else ticket.read.nbytes
+            self._stats.failed += error is not None
             ticket.error = error
             self._leave(ticket)
-        for callback in ticket._callbacks:
+        for callback in ticket.callbacks:
             try:
                 callback(ticket)
             except BaseException:  # a bug in the caller must not take the thread, and all later reads, with it
                 logging.getLogger("moestro").exception("The callback of the read of %s failed.", ticket.read.label)
 
     def _leave(self, ticket: Ticket) -> None:
-        ticket._state = _State.DONE
+        ticket.state = State.DONE
         del self._in_flight[(ticket.read.file, ticket.read.offset, ticket.read.nbytes)]
-        ticket._finished.set()
+        ticket.finished.set()
 
-    @staticmethod
-    def _unread(read: Read, reason: str) -> PlaneReadError:
-        return PlaneReadError(
-            f"{read.label} ({read.nbytes} bytes at offset {read.offset} of {read.file}) could not be read:"
-            f" {reason}. Check the disk, then pack the store again if `moestro inspect --verify` finds it damaged."
-        )
+
+def _because(read: Read, reason: str, cause: BaseException) -> PlaneReadError:
+    error = read.failed(reason)
+    error.__cause__ = cause
+    return error

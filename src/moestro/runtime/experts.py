@@ -28,6 +28,7 @@ from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.levels import LayerLevels
 from moestro.runtime.narrow import plain
+from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.slots import SlotViews
 from moestro.spans import Event, Part, Spans
 from moestro.store.layout import Layout
@@ -71,6 +72,7 @@ class RoutedExperts:
         foresight: is told of every layer whose planes are asked for, if there is one.
         levels: chooses the levels of rows that need not be exact, if there is one.
         spans: where the time of all this goes; the whole model's, once it is open.
+        order: says in which order they are read; None: as they are asked for.
         known: by layer, experts that can be computed where they lie, as of the last `forget_moved`; None where not.
     """
 
@@ -90,6 +92,7 @@ class RoutedExperts:
         self.foresight: LayerForesight | None = None
         self.levels: LayerLevels | None = None
         self.spans = Spans()
+        self.order: ReadOrder | None = None
         self._level = level
         self.known = tuple(one.known for one in layers)
         self._layers = tuple(layers)
@@ -169,8 +172,10 @@ class RoutedExperts:
         out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
         compute, foresight = self._layers[layer].compute, self.foresight
         spans.begin(Part.POLICY)
+        order, counts_E = self.order, rows.counts_E
+        arrange = None if order is None else order.of(wanted, counts_E, rows=len(index_TK))
         try:
-            with self.planes.stream(wanted) as batches:
+            with self.planes.stream(wanted, arrange=arrange) as batches:
                 reading = batches.reading
                 if foresight is not None:
                     foresight.asked(layer, hidden_TH, reading=reading)
@@ -179,7 +184,11 @@ class RoutedExperts:
                         foresight.served(reading=reading)
                     spans.end(Event.ASK, layer, len(wanted))
                     spans.begin(Part.EXPERTS)
+                    if order is not None:
+                        order.computing()
                     compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
+                    if order is not None:
+                        order.computed([rows.expert_of(used[index]) for index, _ in batch], counts_E)
                     spans.end(Event.EXPERTS, layer, len(batch))
                     spans.begin(Part.POLICY)
         except PlaneReadError as error:

@@ -16,6 +16,7 @@ from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
 from moestro.memory.arena import Arena
 from moestro.memory.budget import format_bytes, machine_bytes, resident_bytes
+from moestro.memory.disk_profile import load_profile
 from moestro.memory.heap import return_large_blocks
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
@@ -36,9 +37,11 @@ from moestro.runtime.lookahead import Gates
 from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
+from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
 from moestro.spans import Clock, Spans
 from moestro.store.layout import Layout
+from moestro.store.locate import cache_folder
 from moestro.store.reader import Store
 
 
@@ -162,7 +165,7 @@ def _assemble(
         shape = Shape(len(store.layers), most, max(probed.experts_per_token))
         history = open_history(options, chosen, store, shape)
         foresight = make_foresight(chosen, store.path, shape, history)
-    transfers = TransferEngine(clock=spans.clock)
+    transfers = _transfers(store, spans.clock)
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
     arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
@@ -189,6 +192,7 @@ def _assemble(
         whole=whole,
     )
     experts.spans = spans
+    experts.order = ReadOrder(options.order, transfers)
     if foresight is not None:
         if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
             gates = Gates(skeleton.model, picks=max(probed.experts_per_token))
@@ -242,6 +246,14 @@ def level_policy_of(store: Store, options: RuntimeOptions) -> str:
     policy = choose_level_policy(options.level_policy, measured=measured, store=str(store.path))
     budget_of(policy, options.quality)
     return policy
+
+
+def _transfers(store: Store, clock: Clock) -> TransferEngine:
+    """As the disk was found to like it, if it has ever been measured; never measured here."""
+    known = load_profile(store.path, cache_folder())
+    if known is None:
+        return TransferEngine(clock=clock)
+    return TransferEngine(known.threads, request_bytes=known.request_bytes, clock=clock)
 
 
 def _check_layers(store: Store, skeleton: Skeleton) -> None:

@@ -6,9 +6,10 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from moestro.memory.transfer import Read, Ticket
+from moestro.memory.tickets import Read, Ticket
 
 Done = Callable[[Ticket], None]
 
@@ -71,6 +72,10 @@ class VirtualLink:
         (self._urgent if urgent else self._speculative).append(transfer)
         self._start()
         return transfer.ticket
+
+    def together(self) -> AbstractContextManager[object]:
+        """Reads that are submitted together take as long as one after another."""
+        return nullcontext()
 
     def promote(self, ticket: Ticket) -> None:
         """A computation waits for it by now."""

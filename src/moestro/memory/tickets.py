@@ -1,0 +1,124 @@
+"""Reads on their way: what is to be read, what became of it, and the queue they wait in."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moestro.errors import PlaneReadError
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Fill `destination` with `nbytes` from `offset` of `file`; offset, size and address are multiples of 4096.
+
+    `checksum` is the xxh3_64 of the bytes (None: not checked); `label` begins errors: "Plane 0 of ...".
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    destination: memoryview
+    checksum: int | None
+    label: str
+
+    def address(self) -> int:
+        """Address of the first byte of the destination."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.destination))
+
+    def failed(self, reason: str) -> PlaneReadError:
+        """The error that says why it has not been carried out."""
+        return PlaneReadError(
+            f"{self.label} ({self.nbytes} bytes at offset {self.offset} of {self.file}) could not be read:"
+            f" {reason}. Check the disk, then pack the store again if `moestro inspect --verify` finds it damaged."
+        )
+
+
+class State(enum.Enum):
+    """Of a ticket."""
+
+    QUEUED = 0
+    RUNNING = 1
+    DONE = 2
+
+
+class Ticket:
+    """A read that was submitted. `submitted`, `begun` and `ended` are when, by the engine's clock (0: not yet)."""
+
+    def __init__(self, read: Read, *, urgent: bool) -> None:
+        self.read = read
+        self.urgent = urgent
+        self.error: PlaneReadError | None = None
+        self.submitted = self.begun = self.ended = 0.0
+        self.state = State.QUEUED
+        self.callbacks: list[Callable[[Ticket], None]] = []
+        self.finished = threading.Event()
+
+    def done(self) -> bool:
+        """Whether it was carried out, failed or was cancelled."""
+        return self.finished.is_set()
+
+    def wait(self) -> None:
+        """Block until done; raises PlaneReadError when it failed."""
+        self.finished.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class TicketQueue:
+    """Urgent tickets before the others, first come first served among equals. Not safe to use from several threads."""
+
+    def __init__(self) -> None:
+        # By where their bytes begin, in the order in which they came.
+        self._urgent: dict[tuple[Path, int], Ticket] = {}
+        self._speculative: dict[tuple[Path, int], Ticket] = {}
+
+    def __len__(self) -> int:
+        return len(self._urgent) + len(self._speculative)
+
+    def push(self, ticket: Ticket) -> None:
+        self._of(ticket)[_begin(ticket)] = ticket
+
+    def remove(self, ticket: Ticket) -> None:
+        del self._of(ticket)[_begin(ticket)]
+
+    def promote(self, ticket: Ticket) -> None:
+        """Make it urgent, behind those that are."""
+        if not ticket.urgent:
+            self.remove(ticket)
+            ticket.urgent = True
+            self.push(ticket)
+
+    def take(self, most_bytes: int) -> list[Ticket]:
+        """The next ticket, and those after it on disk that are as urgent, as long as they have `most_bytes` together.
+
+        Only of equal urgency: a computation does not wait for the bytes of a neighbour that nobody has asked for.
+        """
+        queue = self._urgent or self._speculative
+        ticket: Ticket | None = next(iter(queue.values()))
+        taken: list[Ticket] = []
+        total = 0
+        while ticket is not None and (not taken or total + ticket.read.nbytes <= most_bytes):
+            del queue[_begin(ticket)]
+            taken.append(ticket)
+            total += ticket.read.nbytes
+            ticket = queue.get((ticket.read.file, ticket.read.offset + ticket.read.nbytes))
+        return taken
+
+    def clear(self) -> list[Ticket]:
+        """All of them, which leave."""
+        tickets = [*self._urgent.values(), *self._speculative.values()]
+        self._urgent.clear()
+        self._speculative.clear()
+        return tickets
+
+    def _of(self, ticket: Ticket) -> dict[tuple[Path, int], Ticket]:
+        return self._urgent if ticket.urgent else self._speculative
+
+
+def _begin(ticket: Ticket) -> tuple[Path, int]:
+    return ticket.read.file, ticket.read.offset
