@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from moestro.memory.tickets import Read, State, Ticket, TicketQueue
 THREADS = 2
 REQUEST_BYTES = 4 << 20
 """What serves the disks that we measured, where nothing is known of this one."""
+
+_HAND_OVER_S = 0.001
 
 
 @dataclass(slots=True)
@@ -66,7 +68,10 @@ class TransferEngine:
         self._thread_count, self._request_bytes = threads, request_bytes
         self._threads: list[threading.Thread] = []
         self._process = os.getpid()
-        self._work_or_end = threading.Condition(threading.RLock())
+        lock = threading.RLock()
+        self._work_or_end, self._taken = threading.Condition(lock), threading.Condition(lock)
+        self._idle = 0  # threads that wait for work
+        self._held = 0  # callers within `together`: the lock's holder
         self._queue = TicketQueue()
         self._in_flight: dict[tuple[Path, int, int], Ticket] = {}
         self._closed = False
@@ -91,9 +96,23 @@ class TransferEngine:
             running = time.perf_counter() - self._busy_since if self._running else 0.0
             return replace(self._stats, busy_seconds=self._stats.busy_seconds + running)
 
-    def together(self) -> AbstractContextManager[object]:
-        """While it is open nothing is taken from the queue, so that neighbours submitted meanwhile share a request."""
-        return self._work_or_end
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """While it is open nothing is taken from the queue, so that neighbours submitted meanwhile share a request.
+
+        At its end a thread that has nothing to do begins the request before the caller goes on. It would have to wait
+        for the interpreter lock otherwise, up to 5 ms, while the caller asks for more and the disk does nothing
+        (measured: 1.6 ms a layer).
+        """
+        with self._work_or_end:
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+            if self._idle and self._queue and not self._held:
+                self._work_or_end.notify()
+                self._taken.wait(_HAND_OVER_S)
 
     def submit(self, read: Read, *, urgent: bool, on_done: Callable[[Ticket], None] | None = None) -> Ticket:
         """Queue a read: urgent ones before the others, first come first served among equals.
@@ -167,7 +186,8 @@ class TransferEngine:
         self._queue.push(ticket)
         if len(self._threads) < self._thread_count:
             self._start_thread()
-        self._work_or_end.notify()
+        if not self._held:
+            self._work_or_end.notify()
         return ticket
 
     def _start_thread(self) -> None:
@@ -188,8 +208,13 @@ class TransferEngine:
             while not self._queue:
                 if self._closed:
                     return []
+                self._idle += 1
                 self._work_or_end.wait()
+                self._idle -= 1
             tickets = self._queue.take(self._request_bytes)
+            self._taken.notify()
+            if self._queue:
+                self._work_or_end.notify()
             for ticket in tickets:
                 ticket.state = State.RUNNING
                 ticket.begun = self._clock()
