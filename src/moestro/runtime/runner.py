@@ -79,8 +79,7 @@ class ModelRunner:
         self._batch = batch
         if self._experts.foresight is not None:
             self._experts.foresight.step(batch.request_rows)
-        if self._experts.levels is not None:
-            self._experts.levels.step(batch)
+        self._experts.step(batch)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
