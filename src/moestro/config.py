@@ -45,7 +45,7 @@ class RuntimeOptions:
     )
     level_policy: str = option(
         "auto",
-        "How it is given up: ledger, gate, sensitivity, learned, fixed; auto is ledger where errors are known, else gate.",
+        "How it is given up: ledger, gate, sensitivity, learned, fixed; auto: ledger if errors are known, else gate.",
     )
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
@@ -167,7 +167,14 @@ class PackOptions:
         return () if self.is_raw else _parse_levels(self.levels)
 
     def _check_raw(self) -> None:
-        fixed = {"exact_level": (), "encoding": (), "dense_bits": (16,), "calibration": (), "calibrate": (), "bit_router": ()}
+        fixed = {
+            "exact_level": (),
+            "encoding": (),
+            "dense_bits": (16,),
+            "calibration": (),
+            "calibrate": (),
+            "bit_router": (),
+        }
         defaults = {one.name: one.default for one in fields(self)}
         for name, harmless in fixed.items():
             value = getattr(self, name)

@@ -46,9 +46,7 @@ class BitRouter:
         return sum(array.nbytes for array in self.arrays().values())
 
 
-def array_shapes(
-    *, layers: int, width: int, hidden: int, experts: int, levels: int
-) -> dict[str, tuple[int, ...]]:
+def array_shapes(*, layers: int, width: int, hidden: int, experts: int, levels: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the arrays of a router for a model whose experts have so many `levels` of bits."""
     outputs = experts * levels
     return {

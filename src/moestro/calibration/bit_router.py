@@ -3,8 +3,8 @@
 The loss of a batch is KL(exact || chosen) + price x bytes, per token, the bytes in units of one exact expert, where
 each (token, expert) takes one level, drawn by Gumbel-softmax with a straight-through gradient. The price is drawn anew
 for each batch, evenly in its logarithm over the range of the qualities: so one net serves all of them. Where a batch's
-levels are drawn, no more (token, expert) pairs of a layer than the level's capacity may have it: the surplus, those that
-want it least, take what they want next (D2MoE, arXiv 2504.15299: .3, .4 and .3 of the tokens at 2, 3 and 4 bits).
+levels are drawn, a level's capacity is the most (token, expert) pairs of a layer that may have it: the surplus, those
+that want it least, take what they want next (D2MoE, arXiv 2504.15299: .3, .4 and .3 of the tokens at 2, 3 and 4 bits).
 
 The net starts as what packing has measured: the layer's sensitivity times the expert's error at the level. What a
 quality's price is is found on text that the training has not seen.
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,9 +184,7 @@ def _loss(
         wanted_TV = model.log_probs(ids_BN, None)
     spent: list[torch.Tensor] = []
 
-    def choose(
-        layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def choose(layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         cost_TKD = nets.costs(layer, hidden_TH.detach(), index_TK, weights_TK.detach(), price)
         noise_TKD = -torch.empty_like(cost_TKD).exponential_(generator=generator).log()
         wish_TKD = noise_TKD - cost_TKD / nets.temperature
@@ -224,9 +220,7 @@ def _drawn(wish_TKD: torch.Tensor, limits: Sequence[float] | None) -> torch.Tens
     return wish_PD.argmax(-1).view(wish_TKD.shape[:2])
 
 
-def find_prices(
-    model: LevelsModel, nets: _Nets, table: LevelTable, held_PN: torch.Tensor
-) -> dict[str, float]:
+def find_prices(model: LevelsModel, nets: _Nets, table: LevelTable, held_PN: torch.Tensor) -> dict[str, float]:
     """For each quality the price at which text of `held_PN` loses, on the average, what the quality says."""
     lowest, highest = price_range(model, table)
     prices = np.geomspace(lowest, highest, _GRID)
@@ -241,12 +235,8 @@ def find_prices(
     }
 
 
-def _lost(
-    model: LevelsModel, nets: _Nets, held_PN: torch.Tensor, wanted_TV: torch.Tensor, price: float
-) -> float:
-    def choose(
-        layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor:
+def _lost(model: LevelsModel, nets: _Nets, held_PN: torch.Tensor, wanted_TV: torch.Tensor, price: float) -> float:
+    def choose(layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         cost_TKD = nets.costs(layer, hidden_TH, index_TK, weights_TK, price)
         return functional.one_hot(cost_TKD.argmin(-1), cost_TKD.shape[-1]).float()
 

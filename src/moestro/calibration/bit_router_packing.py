@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 from moestro.bit_router import BIT_ROUTER_FILE, load_bit_router, save_bit_router
 from moestro.calibration.bit_router import BitRouterTraining, train_bit_router
 from moestro.calibration.levels_model import LevelsModel
 from moestro.calibration.text import load_tokenizer, make_windows, read_text
 from moestro.errors import PackError, StoreError
+from moestro.hf.skeleton import build_skeleton, config_from_dict
 from moestro.kernels import make_kernels
 from moestro.policy.levels import LevelTable
 from moestro.runtime.levels import level_table
 from moestro.runtime.open import layouts_of
 from moestro.runtime.probe import probe
-from moestro.hf.skeleton import build_skeleton, config_from_dict
 from moestro.store.reader import Store
 from moestro.store.workers import worker_count
 
@@ -48,9 +47,7 @@ def add_bit_router(
             f"{store.path} has no tokenizer that can be loaded, so no bit router can be trained. Put the model's "
             "tokenizer files beside the checkpoint and pack it again, or leave --bit-router out."
         )
-    windows = make_windows(
-        read_text(text), tokenizer, context=_CONTEXT, vocabulary=model.vocabulary, tokens=_TOKENS
-    )
+    windows = make_windows(read_text(text), tokenizer, context=_CONTEXT, vocabulary=model.vocabulary, tokens=_TOKENS)
     router = train_bit_router(model, table, windows.sequences, training, progress=progress)
     try:
         save_bit_router(store.path / BIT_ROUTER_FILE, router)

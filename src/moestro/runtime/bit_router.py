@@ -17,7 +17,6 @@ from moestro.kernels.base import Kernels
 from moestro.policy.levels import BY_NET
 from moestro.store.reader import Store
 
-
 _PER_OUTPUT = 12
 """Bytes of an output for each row of a step, with the copies that are made of it."""
 

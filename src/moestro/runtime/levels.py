@@ -2,7 +2,8 @@
 
 Levels are numbers, as policies know them: 0 leaves an expert out, the highest is the exact one.
 
-Shapes: T rows of a step, H hidden width, K experts per row, L MoE layers, E experts per layer, D levels, 0 among them, P planes.
+Shapes: T rows of a step, H hidden width, K experts per row, L MoE layers, E experts per layer, D levels, 0 among them,
+P planes.
 """
 
 from __future__ import annotations
