@@ -4,8 +4,8 @@
         [--rounds 5] [--prompt 128] [--tokens 64] [--threads 2] [--level 4] [--out docs/benchmarks/decode-speed.json]
 
 The models are random ones of the same shape, so that nobody's quality is compared:
-    python benchmarks/random_checkpoint.py olmoe-1b-7b CHECKPOINT
-    python benchmarks/random_store.py CHECKPOINT STORE --dense-bits 8
+    python benchmarks/random_checkpoint.py olmoe-1b-7b CONFIG --config-only
+    moestro pack --random CONFIG STORE --dense-bits 8
     python benchmarks/peers/gguf_olmoe.py FILE
 Each round runs every contender once, in a process of its own, the order turned by one from round to round; a process
 warms up first (moestro: prompts that use all experts; llama-bench: its own warm-up). Reported are medians over rounds,

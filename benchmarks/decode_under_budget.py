@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from cgroup import Cgroup
+
 PROMPT_IDS = [17, 905, 33, 2048, 411, 7, 1500, 88, 3021, 256, 640, 19, 2777, 1203, 54, 3999]
-CGROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def main() -> None:
@@ -66,33 +65,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _child(task: dict[str, Any], limit: int | None = None) -> dict[str, Any]:
     command = [sys.executable, __file__, "-", "--child", json.dumps(task)]
-    with _Cgroup(limit) as enter:
+    with Cgroup(limit) as enter:
         done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=enter, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-class _Cgroup:
-    """A memory cgroup of `limit` bytes for one process, where one can be made."""
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._folder = CGROUPS / f"moestro-benchmark-{os.getpid()}"
-
-    def __enter__(self) -> Callable[[], None] | None:
-        if self._limit is None or not os.access(CGROUPS, os.W_OK):
-            return None
-        self._folder.mkdir()
-        (self._folder / "memory.limit_in_bytes").write_text(str(self._limit))
-        return lambda: _write_pid(self._folder)
-
-    def __exit__(self, *_: object) -> None:
-        if self._folder.exists():
-            self._folder.rmdir()
-
-
-def _write_pid(folder: Path) -> None:
-    (folder / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _plan(model: str, context: int, share: float) -> dict[str, int]:

@@ -84,6 +84,10 @@ class PublishedPrefetcher:
     def __init__(self, shape: Shape, policy: Variant, *, decay: bool) -> None:
         self._shape, self._policy, self._decay = shape, policy, decay
 
+    def target(self, layer: int) -> int:
+        """Of which layer outcomes are counted."""
+        return (layer + 1) % self._shape.layers
+
     def judge(self, layer: int, counts_E: np.ndarray) -> None:
         """Outcomes change nothing."""
 

@@ -128,6 +128,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         tidy(axes, f"{count} experts of each layer in memory", "time per token, LRU without prefetch = 1", "")
+        axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(links), frameon=False)
     save_figure(figure, path)
 
 

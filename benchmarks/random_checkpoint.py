@@ -1,6 +1,8 @@
-"""Write a random bf16 checkpoint with the shape of a published model, shard by shard, for benchmarks that need bytes.
+"""Write a random bf16 checkpoint with the shape of a published model, shard by shard, for tools that need one.
 
-    python benchmarks/random_checkpoint.py olmoe-1b-7b FOLDER [--layers N]
+    python benchmarks/random_checkpoint.py olmoe-1b-7b FOLDER [--layers N] [--config-only]
+
+With `--config-only`, what `moestro pack --random FOLDER STORE` needs: a store of moestro needs no checkpoint.
 
 Random weights route almost uniformly, which is the worst case for every cache. The tokenizer is the built-in model's.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import GptOssConfig, OlmoeConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from moestro.hf.skeleton import build_skeleton
 from moestro.store.locate import locate_source
@@ -32,6 +34,20 @@ SHAPES: dict[str, PreTrainedConfig] = {
         norm_topk_prob=False,
         max_position_embeddings=4096,
         eos_token_id=0,
+        dtype="bfloat16",
+    ),
+    "gpt-oss-20b": GptOssConfig(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        max_position_embeddings=131072,
+        eos_token_id=200002,
         dtype="bfloat16",
     ),
     "qwen3-30b-a3b": Qwen3MoeConfig(
@@ -57,11 +73,15 @@ def main() -> None:
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="fewer layers than the published model has")
+    parser.add_argument("--config-only", action="store_true")
     arguments = parser.parse_args()
     config = SHAPES[arguments.shape]
     if arguments.layers:
         config.num_hidden_layers = arguments.layers
-    write(config, arguments.folder)
+    if arguments.config_only:
+        config.save_pretrained(arguments.folder)
+    else:
+        write(config, arguments.folder)
 
 
 def write(config: PreTrainedConfig, folder: Path) -> None:

@@ -124,6 +124,32 @@ class SimulateOptions:
                 raise TraceError(f"{name} is {chosen!r}, expected {' or '.join(known)}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What `bench` measures. Environment twins: `MOESTRO_PROMPT_TOKENS`, `MOESTRO_REPEAT`, ...
+
+    Raises:
+        RequestError: a value is not valid.
+    """
+
+    prompt_tokens: int = option(128, "Tokens of each prompt.")
+    gen_tokens: int = option(64, "Tokens that are decoded, and measured, after each prompt.")
+    repeat: int = option(3, "Runs that are measured; medians are reported.")
+    warmup: int = option(1, "Runs before these, which fill the cache.")
+    concurrency: int = option(1, "Requests at once.")
+    text: str = option("", "UTF-8 file that prompts are cut from (empty: random token ids).")
+    cold: bool = option(False, "Open the model anew for each run, with its files evicted from the page cache.")
+    replay_routing: str = option("", "Trace whose routing replaces that of the model, which then writes nonsense.")
+    seed: int = option(0, "Seed of random prompts and of sampling.")
+
+    def __post_init__(self) -> None:
+        check_types(self, RequestError)
+        least = {"prompt_tokens": 1, "gen_tokens": 1, "repeat": 1, "warmup": 0, "concurrency": 1, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise RequestError(f"{name} is {getattr(self, name)}, expected a whole number of at least {bound}.")
+
+
 LEVELS = (2, 3, 4, 8)
 """Bits that an expert can be quantised to; each level builds on those before it."""
 

@@ -136,6 +136,8 @@ def test_bad_texts(store: Path, text: Path, tmp_path: Path) -> None:
         (["--window", "2000"], "window is 2000"),
         (["--memory", "1MiB"], "too little"),
         (["--policy", "belady"], "lru"),
+        (["--quality", "best"], "balanced"),
+        (["--level-policy", "best"], "ledger"),
         (["--reference", "no-such-model"], "no-such-model"),
     ],
 )

@@ -33,6 +33,8 @@ STATS_KEYS = {
     "stall_s",
     "demand_stall_s",
     "late_prefetch_stall_s",
+    "wall_s",
+    "time_s",
     "compute_s",
     "expert_s",
     "peak_rss_bytes",

@@ -25,7 +25,7 @@ def helps() -> str:
 
 def test_every_field_has_a_flag() -> None:
     classes = (RuntimeOptions, SamplingParams, PackOptions)
-    fields = [field for one in classes for field in dataclasses.fields(one)]
+    fields = [field for one in classes for field in dataclasses.fields(one) if field.metadata.get("flag", True)]
     assert [flag.name for flag in FLAGS] == [field.name for field in fields]
     assert all(flag.type in (bool, int, float, str) for flag in FLAGS)
 
@@ -65,6 +65,9 @@ OTHER = {
     "policy": "other",
     "predictor": "other",
     "prefetch": "off",
+    "learn": "off",
+    "quality": "fast",
+    "level_policy": "gate",
     "auto_pack": False,
     "max_tokens": 11,
     "temperature": 0.25,

@@ -42,9 +42,9 @@ def store(checkpoint: Path) -> Path:
     return pack_raw(checkpoint, checkpoint.parent / "store").path
 
 
-def _measure(store: Path, raw: Path | None = None, memory: str = "100MiB") -> Evaluation:
+def _measure(store: Path, raw: Path | None = None, memory: str = "100MiB", *, one_by_one: bool = False) -> Evaluation:
     options = RuntimeOptions(memory=memory)
-    return evaluate(store, TEXTS, reference_path=raw, options=options, window=WINDOW)
+    return evaluate(store, TEXTS, reference_path=raw, options=options, window=WINDOW, one_by_one=one_by_one)
 
 
 def _expected(checkpoint: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +107,14 @@ def test_chunks_of_a_window_do_not_matter(store: Path, raw: Path, monkeypatch: p
     assert chunked.tokens == whole.tokens
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-12)
     assert chunked.kl_to_raw == pytest.approx(whole.kl_to_raw, rel=1e-9)
+
+
+def test_tokens_fed_one_by_one_are_scored_the_same(store: Path, raw: Path) -> None:
+    whole, single = _measure(store, raw), _measure(store, raw, one_by_one=True)
+    assert single.tokens == whole.tokens
+    # The logits are the same, bit for bit; the sums over them are taken in other groups.
+    assert single.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert single.kl_to_raw == pytest.approx(whole.kl_to_raw, rel=1e-9)
 
 
 def test_without_a_reference_there_is_no_divergence(store: Path, raw: Path) -> None:

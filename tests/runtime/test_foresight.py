@@ -120,7 +120,9 @@ def test_gates_see_what_a_trace_with_lookahead_has(folder: Path, monkeypatch: py
 
 
 def test_gates_that_are_not_found_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moestro.runtime.lookahead.is_experts_module", lambda module: isinstance(module, torch.nn.SiLU))
+    monkeypatch.setattr(
+        "moestro.runtime.lookahead.is_experts_module", lambda module: isinstance(module, torch.nn.Embedding)
+    )
     with (
         pytest.raises(UnsupportedModelError, match="Choose a predictor without 'gate'"),
         open_store(folder, share=0.4, predictor="ensemble+gate"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moestro.errors import PackError
+from moestro.store.assets import has_tokenizer
 from moestro.store.calibration_facts import CalibrationText
 from moestro.store.checksum import checksum
 
@@ -26,11 +27,6 @@ MOST_WINDOWS = 256
 
 LEAST_WINDOW = 8
 """Shorter pieces say nothing about a model's usual states."""
-
-_VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model"),
-)
 
 _PROBE_PIECES = 4
 _PROBE_TOKENS = 128
@@ -82,8 +78,8 @@ def read_text(name: str) -> TextFile:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint folder, None where it has none or it cannot be loaded."""
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        return None  # transformers would make an empty one
+    if not has_tokenizer(folder):
+        return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError):

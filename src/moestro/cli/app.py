@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import moestro
+from moestro.cli.bench import bench
 from moestro.cli.boundary import DebugFlag, guarded, say
 from moestro.cli.demo import demo
 from moestro.cli.eval import evaluate
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (generate, pack, inspect, plan, demo, simulate):
+for _command in (generate, pack, inspect, plan, bench, demo, simulate):
     app.command()(guarded(spread_options(_command)))
 app.command("eval")(guarded(spread_options(evaluate)))
 

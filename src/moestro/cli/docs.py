@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from moestro.cli.options import flags_of
-from moestro.config import PackOptions, RuntimeOptions, SamplingParams, SimulateOptions
+from moestro.config import BenchOptions, PackOptions, RuntimeOptions, SamplingParams, SimulateOptions
 
 _HEAD = """\
 # Options
@@ -20,12 +20,14 @@ _SECTIONS = (
     (
         "How a model is opened",
         RuntimeOptions,
-        "`generate` and `trace record` (all), `plan` (memory, context, max-sequences, threads, level), "
-        "`eval` (memory, level, quality, level-policy, threads, policy, auto-pack) and `demo` (level)",
+        "`generate` and `trace record` (all), `bench` (all but max-sequences and learn), `plan` (memory, context, "
+        "max-sequences, threads, level), `eval` (memory, level, quality, level-policy, threads, policy, auto-pack) and "
+        "`demo` (level)",
     ),
     ("How tokens are picked", SamplingParams, "`generate` and `trace record`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),
     ("What is simulated", SimulateOptions, "`simulate`"),
+    ("What is measured", BenchOptions, "`bench`"),
 )
 
 

@@ -1,14 +1,16 @@
-"""`moestro generate`: answer one prompt."""
+"""`moestro generate`: answer one prompt, or a file of them."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moestro.cli.arguments import AsJson, Model
+from moestro.cli.batch import answer_batch
 from moestro.cli.boundary import say
 from moestro.cli.console import print_json
 from moestro.cli.opening import open_llm
@@ -34,17 +36,38 @@ def generate(
     picture: Annotated[
         Path | None, typer.Option(help="Write a PNG of which experts each layer used.", show_default=False)
     ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(help="Write where the time went, for chrome://tracing or ui.perfetto.dev.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer each line of --prompt-file, a JSON object, with a line of this file; goes on where it ends.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Answer a prompt; the text streams to standard output, everything else goes to standard error."""
+    if out is not None:
+        _refuse_with_out(prompt=prompt, picture=picture)
+        lines, name = _read_prompt(None, prompt_file), str(prompt_file)
+        answer_batch(model, options, sampling, lines, out, name=name, chat=chat, timeline=timeline, as_json=as_json)
+        return
     text = _read_prompt(prompt, prompt_file)
     if picture is not None:
         check_picture_path(picture)
+    if timeline is not None:
+        from moestro.engine.timeline import check_timeline_path
+
+        check_timeline_path(timeline)
     unused = [name for name in ("top_p", "top_k", "seed") if getattr(sampling, name) != getattr(SamplingParams(), name)]
     if sampling.temperature == 0 and unused:
         say("note", f"{', '.join(unused)} changes nothing at temperature 0, which takes the likeliest token.")
     with open_llm(model, options) as llm:
         whole = llm.chat_prompt([{"role": "user", "content": text}]) if chat else text
-        completion = _answer(llm, whole, sampling, show=not as_json)
+        with nullcontext() if timeline is None else llm.timeline(timeline):
+            completion = _answer(llm, whole, sampling, show=not as_json)
         stats = llm.stats()
         if picture is not None:
             tokens = completion.prompt_tokens + len(completion.token_ids)
@@ -53,6 +76,14 @@ def generate(
         print_json(to_json(completion, stats))
     else:
         sys.stderr.write(summary(completion, stats) + "\n")
+
+
+def _refuse_with_out(**flags: object) -> None:
+    given = [f"--{name}" for name, value in flags.items() if value is not None]
+    if given:
+        raise RequestError(
+            f"{' and '.join(given)} cannot be given with --out, which answers the lines of --prompt-file."
+        )
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

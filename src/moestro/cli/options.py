@@ -22,6 +22,7 @@ _PANELS = {
     "SamplingParams": "How tokens are picked",
     "PackOptions": "How the store is made",
     "SimulateOptions": "What is simulated",
+    "BenchOptions": "What is measured",
 }
 
 

@@ -12,6 +12,7 @@ from moestro.engine.sequence import Sequence
 from moestro.errors import PlaneReadError, RequestError
 from moestro.policy.levels import EXACT, budget_of
 from moestro.runtime.runner import ModelRunner
+from moestro.spans import Event, Part
 
 
 class Engine:
@@ -66,6 +67,10 @@ class Engine:
 
         A plane that cannot be read ends the requests that need it, with `error` set; the others go on.
         """
+        with self._runner.spans.within(Part.PYTHON, Event.STEP):
+            return self._step()
+
+    def _step(self) -> list[Sequence]:
         batch, sampled = self._scheduler.next_step()
         try:
             logits_SV = self._runner.forward(batch)
@@ -74,8 +79,10 @@ class Engine:
             self._retire()
             return failed
         self._scheduler.commit(batch)
+        self._runner.spans.begin(Part.PYTHON)
         for sequence, logits_V in zip(sampled, logits_SV, strict=True):
             sequence.append(sequence.sampler.pick(logits_V), self._end_ids)
+        self._runner.spans.end(Event.SAMPLE, len(sampled))
         self._retire()
         return sampled
 

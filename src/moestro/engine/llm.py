@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as List
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +20,15 @@ from moestro.engine.detokenize import Detokenizer
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
 from moestro.engine.sequence import Sequence
-from moestro.engine.tokenizer import end_token_ids, load_tokenizer
+from moestro.engine.timeline import check_timeline_path, write_timeline
+from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_tokenizer
 from moestro.errors import RequestError
 from moestro.memory.budget import peak_resident_bytes
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
 from moestro.runtime.open import OpenModel, open_model
 from moestro.runtime.subject import Subject
+from moestro.spans import Clock, Part, Timeline
 from moestro.store.locate import locate, locate_shapes
 from moestro.store.manifest import has_manifest
 from moestro.store.pack import PackProgress
@@ -38,7 +42,7 @@ class LLM:
 
     `model` is a store, a checkpoint folder, a Hugging Face id or the name of the built-in model; what is not a store is
     packed once into a cache folder. Options are the fields of `RuntimeOptions`: `LLM("path", memory="512MiB")`.
-    Not thread-safe.
+    Not thread-safe. `clock` is what `Stats.time_s` and timelines go by, in seconds.
 
     Raises:
         MoestroError: one of its subclasses, with what to do about it.
@@ -50,6 +54,7 @@ class LLM:
         *,
         options: RuntimeOptions | None = None,
         progress: Callable[[PackProgress], None] | None = None,
+        clock: Clock = time.perf_counter,
         **settings: Any,
     ) -> None:
         started = time.perf_counter()
@@ -61,7 +66,8 @@ class LLM:
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
         self._closed_stats: Stats | None = None
-        self._model = open_model(store, self.options)
+        self._model = open_model(store, self.options, clock=clock)
+        self._spans = self._model.runner.spans
         self.plan = self._model.plan
         config = self._model.skeleton.config
         self._engine_of_model = Engine(
@@ -93,16 +99,68 @@ class LLM:
         batch = [prompts] if single else list(prompts)
         params = _params_for(batch, sampling)  # type: ignore[arg-type]
         sequences: list[Sequence] = []
+        with self._spans.within(Part.PYTHON):
+            try:
+                for prompt, one in zip(batch, params, strict=True):
+                    sequences.append(self._engine.submit(self._encode(prompt), one))  # type: ignore[arg-type]
+                while any(sequence.finish_reason is None for sequence in sequences):
+                    self._engine.step()
+            finally:
+                for sequence in sequences:
+                    self._engine.cancel(sequence)
+            _raise_error(sequences)
+            return [self._complete(sequence, self._decode(sequence)) for sequence in sequences]
+
+    def complete_each(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, Completion]]:
+        """Answer any number of requests, each as soon as it is done: (its number, its answer).
+
+        The next requests are taken when fewer wait than can be in flight at once. Closing the iterator cancels those
+        that are not answered.
+
+        Raises:
+            RequestError: a request is not valid; those before it may have been answered.
+            PlaneReadError: a plane could not be read. Who needed it, and who was not answered yet, is lost.
+        """
+        coming, running = enumerate(requests), dict[int, Sequence]()
         try:
-            for prompt, one in zip(batch, params, strict=True):
-                sequences.append(self._engine.submit(self._encode(prompt), one))  # type: ignore[arg-type]
-            while any(sequence.finish_reason is None for sequence in sequences):
-                self._engine.step()
+            while True:
+                with self._spans.within(Part.PYTHON):
+                    room = 2 * self.options.max_sequences - len(running)
+                    for number, (prompt, sampling) in islice(coming, room):
+                        running[number] = self._engine.submit(self._encode(prompt), sampling)
+                    if running:
+                        self._engine.step()
+                    done = [number for number, one in running.items() if one.finish_reason is not None]
+                    ended = {number: running.pop(number) for number in done}
+                    _raise_error([*ended.values()])
+                    answers = [(number, self._complete(one, self._decode(one))) for number, one in ended.items()]
+                if not running and not answers:
+                    return
+                yield from answers
         finally:
-            for sequence in sequences:
+            for sequence in running.values():
                 self._engine.cancel(sequence)
-        _raise_error(sequences)
-        return [self._complete(sequence, self._decode(sequence)) for sequence in sequences]
+
+    @contextmanager
+    def timeline(self, path: str | Path) -> Iterator[None]:
+        """Write what is done within to `path`, for chrome://tracing or ui.perfetto.dev: `with llm.timeline("t.json"):`.
+
+        At most 200,000 events are kept, in up to 16 MB beside the memory given; what comes after them is left out, and
+        that is said. The file is written at the end, after reads under way, also when an error ends it.
+
+        Raises:
+            RequestError: it could not be written there.
+        """
+        check_timeline_path(Path(path))
+        planes, spans = self._open.runner.planes, self._spans
+        planes.settle()
+        recorded = spans.timeline = Timeline(spans.clock())
+        try:
+            yield
+        finally:
+            planes.settle()
+            spans.timeline = None
+            write_timeline(Path(path), recorded)
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta]:
         """Answer one prompt piece by piece. Closing the iterator cancels the request.
@@ -110,18 +168,20 @@ class LLM:
         Raises:
             RequestError, PlaneReadError: as `generate`.
         """
-        sequence = self._engine.submit(self._encode(prompt), sampling or SamplingParams())
+        with self._spans.within(Part.PYTHON):
+            sequence = self._engine.submit(self._encode(prompt), sampling or SamplingParams())
         detokenizer = Detokenizer(self.tokenizer)
         shown = 0
         try:
             while True:
-                # Another stream's or batch's steps may have brought tokens, or the end, in the meantime.
-                if sequence.finish_reason is None and shown == len(sequence.token_ids):
-                    self._engine.step()
-                _raise_error([sequence])
-                new_ids = sequence.token_ids[shown:]
-                shown = len(sequence.token_ids)
-                text = "".join(detokenizer.push(token) for token in new_ids)
+                with self._spans.within(Part.PYTHON):
+                    # Another stream's or batch's steps may have brought tokens, or the end, in the meantime.
+                    if sequence.finish_reason is None and shown == len(sequence.token_ids):
+                        self._engine.step()
+                    _raise_error([sequence])
+                    new_ids = sequence.token_ids[shown:]
+                    shown = len(sequence.token_ids)
+                    text = "".join(detokenizer.push(token) for token in new_ids)
                 if sequence.finish_reason is not None:
                     break
                 if new_ids:
@@ -137,15 +197,7 @@ class LLM:
         Raises:
             RequestError: the model has no chat template, or it does not take these messages.
         """
-        if not self.tokenizer.chat_template:
-            raise RequestError(f"{self._open.store.path} has no chat template. Give the prompt as plain text instead.")
-        try:
-            conversation = [dict(message) for message in messages]
-            # Ids, not text: templates write special tokens themselves, and encoding text would add them once more.
-            token_ids = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # templates are programs of the model's authors and raise what they like
-            raise RequestError(f"The model's chat template does not take these messages: {error}") from error
-        return list(cast(list[int], token_ids))
+        return chat_ids(self.tokenizer, messages, model=str(self._open.store.path))
 
     def stats(self) -> Stats:
         """What was placed where, and what happened since the model was opened."""
@@ -167,6 +219,8 @@ class LLM:
             stall_s=planes.stall_seconds,
             demand_stall_s=planes.stall_seconds - planes.late_stall_seconds,
             late_prefetch_stall_s=planes.late_stall_seconds,
+            wall_s=self._spans.wall_seconds,
+            time_s={part.name.lower(): seconds for part, seconds in zip(Part, self._spans.seconds, strict=True)},
             compute_s=runner.forward_s - planes.stall_seconds,
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),
@@ -227,12 +281,7 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(f"The prompt is not valid Unicode text ({error.reason}).") from error
-        token_ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        return token_ids
+        return encode(self.tokenizer, prompt)
 
     def _decode(self, sequence: Sequence) -> str:
         detokenizer = Detokenizer(self.tokenizer)

@@ -48,6 +48,12 @@ class Stats:
     there were none). `path` says how passes run: "native" (a compiled call per layer) or "general" (transformers' own
     layers, with moestro's attention and experts). `levels_applied` counts the experts of rows that need not be exact,
     by the level that was chosen for them ("0": left out).
+
+    `wall_s` is the time within `generate`, `stream` and others that generate; `time_s` says where it went, and adds up
+    to it: "dense" (attention and all matrices but routed experts), "experts", waiting for planes asked for when they
+    were needed, while their read was queued ("demand_queue") and while it went on ("demand_read"), the same for those
+    asked for ahead, too late ("late_queue", "late_read"), "policy" (observing, choosing levels, victims and what is
+    read ahead, the plane cache's own work) and "python" (all between: steps, sampling, text).
     """
 
     hits: int
@@ -63,6 +69,8 @@ class Stats:
     stall_s: float
     demand_stall_s: float
     late_prefetch_stall_s: float
+    wall_s: float
+    time_s: dict[str, float]
     compute_s: float
     expert_s: float
     peak_rss_bytes: int

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from moestro.errors import StoreError
+from moestro.errors import RequestError, StoreError
 from moestro.store.reader import Store
 
 
@@ -29,6 +31,33 @@ def load_tokenizer(store: Store) -> PreTrainedTokenizerBase:
             "tokenizer files (tokenizer.json, tokenizer_config.json) beside the checkpoint and pack it again."
         )
     return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of a text. Raises RequestError when it is not valid Unicode."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"The prompt is not valid Unicode text ({error.reason}).") from error
+    token_ids: list[int] = tokenizer(prompt)["input_ids"]
+    return token_ids
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, model: str) -> list[int]:
+    """The prompt that the chat template of `model` makes of `messages`.
+
+    Raises:
+        RequestError: it has none, or it does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise RequestError(f"{model} has no chat template. Give the prompt as plain text instead.")
+    try:
+        conversation = [dict(message) for message in messages]
+        # Ids, not text: templates write special tokens themselves, and encoding text would add them once more.
+        token_ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates are programs of the model's authors and raise what they like
+        raise RequestError(f"The model's chat template does not take these messages: {error}") from error
+    return list(cast(list[int], token_ids))
 
 
 def end_token_ids(store: Store, config: PreTrainedConfig) -> frozenset[int]:

@@ -18,7 +18,7 @@ from typing import Protocol
 from moestro.keys import PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.plane_stream import PlaneStream
-from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes
+from moestro.memory.planes import NEVER, CacheStats, Chain, EvictableView, HeldPlane, Planes, Watch
 from moestro.memory.transfer import Read, Ticket
 from moestro.policy.base import EvictionPolicy, Need
 
@@ -66,6 +66,7 @@ class PlaneCache:
         self._step = 0  # streams so far
         self.drops = 0
         """How many planes have lost their slots so far."""
+        self.watch: Watch | None = None
         self._stats = CacheStats()
         self._loaded: Counter[int] = Counter()  # bytes loaded of late, by slot class
         self._lock = threading.Lock()
@@ -122,6 +123,12 @@ class PlaneCache:
                     issued += 1
             self._stats.prefetches += issued
             return issued
+
+    def settle(self) -> None:
+        """Wait until no read is queued or under way."""
+        with self._lock:
+            while self._loading:
+                self._changed.wait()
 
     def clear(self) -> None:
         """Forget every plane; waits for reads that have begun. No stream may be open. Not counted as evictions."""
@@ -228,6 +235,9 @@ class PlaneCache:
 
     def _arrived(self, plane: HeldPlane, ticket: Ticket) -> None:
         """A read ended, well or not. Called in a thread of the engine."""
+        if self.watch is not None:
+            nbytes = plane.nbytes if ticket.error is None else 0
+            self.watch.read(plane.key, nbytes, ticket.submitted, ticket.begun, ticket.ended, ahead=plane.ahead)
         with self._lock:
             plane.ticket = None
             del self._loading[plane.key]
@@ -240,5 +250,5 @@ class PlaneCache:
                     self._stats.failed_prefetches += 1
                     logging.getLogger("moestro").warning("A prefetch failed. %s", ticket.error)
             for stream in waiting:
-                stream.arrived(plane, ticket.error)
+                stream.arrived(plane, ticket)
             self._changed.notify_all()

@@ -16,6 +16,7 @@ from moestro.memory.planes import Chain, HeldPlane, WantedChain
 
 if TYPE_CHECKING:
     from moestro.memory.plane_cache import PlaneCache
+    from moestro.memory.transfer import Ticket
 
 
 class PlaneStream:
@@ -36,6 +37,7 @@ class PlaneStream:
         self._handed_out: list[WantedChain] = []
         self._error: PlaneReadError | None = None
         self._late = False  # whether what ended the last wait was read ahead
+        self._begun = 0.0  # when its read began
 
     def __enter__(self) -> PlaneStream:
         with self._cache._lock:
@@ -77,12 +79,13 @@ class PlaneStream:
             self._ready = []
             return [(chain.index, chain.offsets()) for chain in batch]
 
-    def arrived(self, plane: HeldPlane, error: PlaneReadError | None) -> None:
+    def arrived(self, plane: HeldPlane, ticket: Ticket) -> None:
         """The read of a plane in `loading` ended. The cache's lock is held."""
         waiting = self.loading.pop(plane)
-        if error is not None:
-            error.key = plane.key
-            self._error = error
+        self._begun = ticket.begun
+        if ticket.error is not None:
+            ticket.error.key = plane.key
+            self._error = ticket.error
             return
         for chain in waiting:
             chain.missing -= 1
@@ -176,10 +179,12 @@ class PlaneStream:
                 cache._engine.wait(cache._changed)
             if self.pending:
                 self._issue_pending()
-        waited = cache._engine.clock() - start
-        cache._stats.stall_seconds += waited
+        end = cache._engine.clock()
+        cache._stats.stall_seconds += end - start
         if self._late:
-            cache._stats.late_stall_seconds += waited
+            cache._stats.late_stall_seconds += end - start
+        if cache.watch is not None:
+            cache.watch.waited(start, self._begun, end, late=self._late)
 
     def _start_over(self) -> None:
         """Give the head chain an arena without anything else in it, its own planes included.

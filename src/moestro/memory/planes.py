@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from moestro.keys import PlaneKey
 from moestro.memory.arena import Arena, Slot
@@ -36,6 +37,17 @@ class CacheStats:
     wasted_bytes: int = 0
     stall_seconds: float = 0.0
     late_stall_seconds: float = 0.0
+
+
+class Watch(Protocol):
+    """Is told, in seconds of the transfer engine's clock, of waits, by the thread that waited and with the cache's lock
+    held, and of reads, by the thread that read."""
+
+    def waited(self, start: float, begun: float, end: float, /, *, late: bool) -> None:
+        """For a read that began at `begun`, and was queued ahead of the demand if `late`."""
+
+    def read(self, key: PlaneKey, nbytes: int, submitted: float, begun: float, ended: float, /, *, ahead: bool) -> None:
+        """A plane; 0 bytes where it could not be read."""
 
 
 NEVER = -1

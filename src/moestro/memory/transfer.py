@@ -61,12 +61,13 @@ class _State(enum.Enum):
 
 
 class Ticket:
-    """A read that was submitted."""
+    """A read that was submitted. `submitted`, `begun` and `ended` are when, by the engine's clock (0: not yet)."""
 
     def __init__(self, read: Read, *, urgent: bool) -> None:
         self.read = read
         self.urgent = urgent
         self.error: PlaneReadError | None = None
+        self.submitted = self.begun = self.ended = 0.0
         self._state = _State.QUEUED
         self._callbacks: list[Callable[[Ticket], None]] = []
         self._finished = threading.Event()
@@ -83,11 +84,17 @@ class Ticket:
 
 
 class TransferEngine:
-    """`threads` threads, started by the first read. `read_at` is the system call (tests make it slow or fail)."""
+    """`threads` threads, started by the first read. `read_at` is the system call (tests make it slow or fail).
 
-    def __init__(self, threads: int = 2, *, read_at: ReadAt = preadv) -> None:
+    `clock` tells seconds; waiting and the times of tickets go by it.
+    """
+
+    def __init__(
+        self, threads: int = 2, *, read_at: ReadAt = preadv, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         assert threads > 0, threads
         self._reader = FileReader(read_at)
+        self._clock = clock
         self._thread_count = threads
         self._threads: list[threading.Thread] = []
         self._process = os.getpid()
@@ -149,10 +156,9 @@ class TransferEngine:
             self._leave(ticket)
             return True
 
-    @staticmethod
-    def clock() -> float:
+    def clock(self) -> float:
         """Seconds by which waiting is measured."""
-        return time.perf_counter()
+        return self._clock()
 
     @staticmethod
     def wait(changed: threading.Condition) -> None:
@@ -184,6 +190,7 @@ class TransferEngine:
                 self._promote(ticket)
             return ticket
         ticket = self._in_flight[extent] = Ticket(read, urgent=urgent)
+        ticket.submitted = self._clock()
         (self._urgent if urgent else self._speculative).append(ticket)
         if len(self._threads) < self._thread_count:
             self._start_thread()
@@ -222,6 +229,7 @@ class TransferEngine:
                 self._work_or_end.wait()
             ticket = (self._urgent or self._speculative).popleft()
             ticket._state = _State.RUNNING
+            ticket.begun = self._clock()
             if self._running == 0:
                 self._busy_since = time.perf_counter()
             self._running += 1
@@ -249,6 +257,7 @@ class TransferEngine:
                     self._busy_seconds += time.perf_counter() - self._busy_since
                 self._reads += 1
                 self._bytes_read += 0 if error else ticket.read.nbytes
+            ticket.ended = self._clock()
             self._failed += error is not None
             ticket.error = error
             self._leave(ticket)

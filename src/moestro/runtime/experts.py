@@ -30,6 +30,7 @@ from moestro.runtime.grouping import Grouping
 from moestro.runtime.levels import LayerLevels
 from moestro.runtime.narrow import plain
 from moestro.runtime.slots import SlotViews
+from moestro.spans import Event, Part, Spans
 from moestro.store.layout import Layout
 
 Arrived = Sequence[tuple[int, tuple[int, ...]]]
@@ -70,6 +71,7 @@ class RoutedExperts:
         chains: of each layer, the planes of each expert.
         foresight: is told of every layer whose planes are asked for, if there is one.
         levels: chooses the levels of rows that need not be exact, if there is one.
+        spans: where the time of all this goes; the whole model's, once it is open.
         known: by layer, experts that can be computed where they lie, as of the last `forget_moved`; None where not.
     """
 
@@ -88,6 +90,7 @@ class RoutedExperts:
         self.seconds = 0.0
         self.foresight: LayerForesight | None = None
         self.levels: LayerLevels | None = None
+        self.spans = Spans()
         self._level = level
         self.known = tuple(one.known for one in layers)
         self._layers = tuple(layers)
@@ -108,11 +111,12 @@ class RoutedExperts:
         """
         started = time.perf_counter()
         try:
-            hidden_TH, index_TK = hidden_TH.contiguous(), index_TK.to(torch.int64).contiguous()
-            weights_TK = plain(weights_TK).to(torch.float32).contiguous()
-            self.forget_moved()
-            sum_TH = self._from_known(layer, hidden_TH, index_TK, weights_TK)
-            return self._streamed(layer, hidden_TH, index_TK, weights_TK, owners) if sum_TH is None else sum_TH
+            with self.spans.within(Part.PYTHON, Event.LAYER, layer, len(index_TK)):
+                hidden_TH, index_TK = hidden_TH.contiguous(), index_TK.to(torch.int64).contiguous()
+                weights_TK = plain(weights_TK).to(torch.float32).contiguous()
+                self.forget_moved()
+                sum_TH = self._from_known(layer, hidden_TH, index_TK, weights_TK)
+                return self._streamed(layer, hidden_TH, index_TK, weights_TK, owners) if sum_TH is None else sum_TH
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -149,7 +153,10 @@ class RoutedExperts:
             return None
         sum_TH, out_PH = torch.empty_like(hidden_TH), torch.empty(rows * picks, hidden_TH.shape[1])
         inputs = (hidden_TH.data_ptr(), index_TK.data_ptr(), weights_TK.data_ptr())
-        if not known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr()):
+        self.spans.begin(Part.EXPERTS)
+        computed = known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr())
+        self.spans.end(Event.KNOWN if computed else None, layer, rows)
+        if not computed:
             return None
         self.count_known(layer, index_TK.numpy()[None])
         return sum_TH
@@ -162,12 +169,16 @@ class RoutedExperts:
         weights_TK: torch.Tensor,
         owners: Callable[[np.ndarray], frozenset[int]],
     ) -> torch.Tensor:
+        spans = self.spans
+        spans.begin(Part.POLICY)
         rows, wanted = self._grouped(layer, hidden_TH, index_TK.numpy(), weights_TK.numpy())
+        spans.end(Event.CHOOSE, layer)
         self.counts_LE[layer, : len(rows.counts_E)] += rows.counts_E
         used = rows.used
         shape = (index_TK.numel(), hidden_TH.shape[1])
         out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
         compute, foresight = self._layers[layer].compute, self.foresight
+        spans.begin(Part.POLICY)
         try:
             with self.planes.stream(wanted) as batches:
                 reading = batches.reading
@@ -176,12 +187,20 @@ class RoutedExperts:
                 for batch in batches:
                     if foresight is not None:
                         foresight.served(reading=reading)
+                    spans.end(Event.ASK, layer, len(wanted))
+                    spans.begin(Part.EXPERTS)
                     compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
+                    spans.end(Event.EXPERTS, layer, len(batch))
+                    spans.begin(Part.POLICY)
         except PlaneReadError as error:
             if error.key is not None:
                 error.requests = owners(rows.rows_of_expert(error.key[1]))
             raise
-        return combine(out_PH, weights_TK)
+        spans.end(Event.ASK, layer, 0)
+        spans.begin(Part.EXPERTS)
+        sum_TH = combine(out_PH, weights_TK)
+        spans.end(Event.COMBINE, layer)
+        return sum_TH
 
     def _grouped(
         self, layer: int, hidden_TH: torch.Tensor, index_TK: np.ndarray, weights_TK: np.ndarray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -38,6 +39,7 @@ from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.runner import ModelRunner
+from moestro.spans import Clock, Spans
 from moestro.store.layout import Layout
 from moestro.store.reader import Store
 
@@ -103,11 +105,18 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int) -> ModelShape:
     )
 
 
-def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> OpenModel:
+def open_model(
+    store: Store,
+    options: RuntimeOptions,
+    *,
+    native: bool = True,
+    logit_rows: int = 0,
+    clock: Clock = time.perf_counter,
+) -> OpenModel:
     """Open `store` within the memory that `options` give.
 
     With `native` False every family runs on the general path, which tests compare with. `logit_rows`: how many rows of
-    a step can get logits (0: the last one of each sequence).
+    a step can get logits (0: the last one of each sequence). `clock` is what time is attributed by.
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -136,7 +145,7 @@ def open_model(store: Store, options: RuntimeOptions, *, native: bool = True, lo
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
     blueprint = describe(skeleton, probed) if native else None
-    return _assemble(store, skeleton, plan, probed, blueprint, options, level_policy, router, kernels)
+    return _assemble(store, skeleton, plan, probed, blueprint, options, level_policy, router, kernels, Spans(clock))
 
 
 def _assemble(
@@ -149,6 +158,7 @@ def _assemble(
     level_policy: str,
     router: BitRouter | None,
     kernels: Kernels,
+    spans: Spans,
 ) -> OpenModel:
     chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
     whole = plan.arena_bytes >= plan.whole_arena_bytes
@@ -160,7 +170,7 @@ def _assemble(
         shape = Shape(len(store.layers), most, max(probed.experts_per_token))
         history = open_history(options, chosen, store, shape)
         foresight = make_foresight(chosen, store.path, shape, history)
-    transfers = TransferEngine()
+    transfers = TransferEngine(clock=spans.clock)
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
     arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
@@ -175,6 +185,7 @@ def _assemble(
         policy=LRU() if foresight is None else foresight.eviction,
         locate=store.plane,
     )
+    planes.watch = spans
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
     experts = open_experts(
         skeleton=skeleton,
@@ -185,6 +196,7 @@ def _assemble(
         arena=arena_buffer.tensor,
         whole=whole,
     )
+    experts.spans = spans
     if foresight is not None:
         if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
             gates = Gates(skeleton.model, picks=max(probed.experts_per_token))

@@ -26,6 +26,8 @@ from moestro.runtime.kv import KVPool
 from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
 from moestro.runtime.native import NativeForward
+from moestro.runtime.replay import Replay
+from moestro.spans import Event, Part, Spans
 from moestro.trace import Recorder, StepRouting
 
 
@@ -56,6 +58,7 @@ class ModelRunner:
         self.recorder: Recorder | None = None
         self._history: History | None = None
         self._lookahead: Lookahead | None = None
+        self._replay: Replay | None = None
         self.native = native
         self.kv = kv
         self.planes = experts.planes
@@ -64,6 +67,7 @@ class ModelRunner:
         self._batch: PackedBatch | None = None
         self._cache = HookedCache(skeleton.config.model_type, self.cache_rows)
         self._experts = experts
+        self.spans: Spans = experts.spans
         self._routed: list[tuple[np.ndarray, np.ndarray]] = []
         modules = (module for module in self._model.modules() if is_experts_module(module))
         self._layer_of = {id(module): layer for layer, module in enumerate(modules)}
@@ -75,11 +79,19 @@ class ModelRunner:
         Raises:
             PlaneReadError: a plane that this batch needs could not be read.
         """
+        with self.spans.within(Part.PYTHON, Event.FORWARD, batch.rows, len(batch.segments)):
+            return self._forward(batch)
+
+    def _forward(self, batch: PackedBatch) -> torch.Tensor:
         started = time.perf_counter()
         self._batch = batch
+        self.spans.begin(Part.POLICY)
         if self._experts.foresight is not None:
             self._experts.foresight.step(batch.request_rows)
+        if self._replay is not None:
+            self._replay.begin(batch.segments)
         self._experts.step(batch)
+        self.spans.end(Event.BEGIN)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
         torch.set_num_threads(1)
@@ -107,7 +119,7 @@ class ModelRunner:
         return "general" if self.native is None else "native"
 
     def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
-        with forward_pass(self):
+        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL):
             output = self._model(
                 input_ids=batch.token_ids_T.unsqueeze(0),
                 position_ids=batch.positions_T.unsqueeze(0),
@@ -167,9 +179,12 @@ class ModelRunner:
         Raises:
             PlaneReadError: a plane could not be read; the error names the requests that needed it.
         """
+        layer = self._layer_of[id(module)]
+        if self._replay is not None:
+            index_TK, weights_TK = map(torch.from_numpy, self._replay.layer(layer))
         if self.recorder is not None:
             self._routed.append((index_TK.numpy(), plain(weights_TK).float().numpy()))
-        return self._experts(self._layer_of[id(module)], hidden_TH, index_TK, weights_TK, self.batch.requests_of)
+        return self._experts(layer, hidden_TH, index_TK, weights_TK, self.batch.requests_of)
 
     def remember(self, history: History) -> None:
         """Have the history told of requests, from now on."""
@@ -184,6 +199,12 @@ class ModelRunner:
         """
         assert self.native is None, "lookahead needs the general path"
         self._lookahead = Lookahead(self._model, ahead=layers)
+
+    def replay_routing(self, replay: Replay) -> None:
+        """Take experts and weights from `replay` from now on, whatever the routers say: for measurements only."""
+        self._replay = replay
+        if self.native is not None:
+            self.native.replay_routing(replay)
 
     def _forget_routing(self) -> None:
         self._routed.clear()

@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedConfig
-
 from moestro.bit_router import stored_bit_router_bytes
 from moestro.config import RuntimeOptions
 from moestro.foresight.train import nets_bytes
@@ -21,7 +18,7 @@ from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.open import measure_floor
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import probe
-from moestro.store.dtypes import STORED_FLOATS, dtype_name
+from moestro.store.dtypes import config_dtype
 from moestro.store.layout import Layout
 from moestro.store.locate import AUTOMATIC, locate_shapes
 from moestro.store.manifest import has_manifest
@@ -128,7 +125,7 @@ class Subject:
     @classmethod
     def _of_checkpoint(cls, folder: Path) -> Subject:
         config = load_config(folder)
-        dtype = _checkpoint_dtype(config)
+        dtype = config_dtype(config)
         skeleton = build_skeleton(config)
         layouts = expert_layouts(skeleton, dtype, AUTOMATIC)
         levels = AUTOMATIC.promised_levels or tuple(sorted({layout.planes[-1].level for layout in layouts}))
@@ -153,10 +150,3 @@ def _planned_nets_bytes(skeleton: Skeleton) -> int:
     """Of the predictor that packing trains, if it turns out to be worth its bytes."""
     layers = skeleton.expert_layers
     return nets_bytes(Shape(len(layers), max(one.num_experts for one in layers), max(_experts_per_token(skeleton))))
-
-
-def _checkpoint_dtype(config: PreTrainedConfig) -> str:
-    """The type that packing would store: the checkpoint's own, BF16 where it says nothing or is quantised."""
-    dtype = getattr(config, "dtype", None)
-    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else "BF16"
-    return name if name in STORED_FLOATS else "BF16"

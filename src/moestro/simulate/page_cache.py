@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from moestro.memory.planes import CacheStats
+from moestro.policy.foresight import Foreseen
 from moestro.simulate.link import LinkBytes
 from moestro.simulate.passes import passes
-from moestro.simulate.timed import Foreseen, Machine, TimedResult
+from moestro.simulate.timed import Machine, TimedResult
 from moestro.trace.trace import Trace
 
 READ_AHEAD = 128 << 10

@@ -27,6 +27,17 @@ ASSET_NAMES = (
 )
 """Copied into a store when the checkpoint has them. No code: `trust_remote_code` models are not run."""
 
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
+"""Without one of these there is no tokenizer: transformers would make an empty one."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the vocabulary of a tokenizer."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
 
 def asset_paths(folder: Path) -> list[Path]:
     """The asset files of a checkpoint, in a fixed order."""

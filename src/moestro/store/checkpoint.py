@@ -36,8 +36,12 @@ class Checkpoint:
         CheckpointError: a file is missing or damaged, or the format is one that packing does not read.
     """
 
+    origin = ""
+    """What the fingerprint begins with."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.files: tuple[SafetensorsFile, ...] = ()
         self.config = read_config(folder)
         self._stack = ExitStack()
         try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -53,3 +54,13 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without copying."""
     buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(buffer)
+
+
+def config_dtype(config: PreTrainedConfig) -> str:
+    """The type that a config says the weights have, BF16 where it says nothing or they are quantised.
+
+    To be asked before a model is built, which may change it.
+    """
+    dtype = getattr(config, "dtype", None)
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else "BF16"
+    return name if name in STORED_FLOATS else "BF16"

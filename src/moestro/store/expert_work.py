@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -69,6 +69,12 @@ class ExpertWork:
         """Write a dense tensor unless it has been written, its codes found with this Hessian of its inputs."""
         if unit not in self._writer.done:
             self._writer.write_dense(unit, hessian_KK)
+            self._report(self.plan.unit_bytes(unit), "dense weights")
+
+    def write_dense_pieces(self, unit: int, pieces: Iterable[torch.Tensor]) -> None:
+        """Write a dense tensor, unless it has been written, as the bytes it is stored as, piece after piece."""
+        if unit not in self._writer.done:
+            self._writer.write_dense_pieces(unit, pieces)
             self._report(self.plan.unit_bytes(unit), "dense weights")
 
     def errors(self, layer: int, expert: int) -> tuple[float, ...] | None:

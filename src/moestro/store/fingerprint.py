@@ -13,7 +13,8 @@ _SAMPLE_BYTES = 256
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits that differ when the config, the tokenizer, a header or (almost surely) the weights differ.
+    """16 hex digits that differ when the config, the tokenizer, a header or (almost surely) the weights differ; the
+    checkpoint's origin stands before them.
 
     Weights are sampled (256 bytes from the middle of up to 4096 tensors, spread evenly), because reading everything
     would cost as much as packing: a checkpoint in which a single number was edited may keep its fingerprint.
@@ -34,7 +35,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     for file, name, entry in entries[::step]:
         start = max(0, entry.nbytes // 2 - _SAMPLE_BYTES // 2)
         running.update(file.read_bytes(name, start, min(_SAMPLE_BYTES, entry.nbytes - start)))
-    return to_hex(running.value)
+    return checkpoint.origin + to_hex(running.value)
 
 
 def _add(running: RunningChecksum, name: bytes, content: bytes) -> None:

@@ -71,6 +71,7 @@ def pack(
     *,
     options: PackOptions | None = None,
     make_encoder: Callable[[Path, PackOptions], ExpertEncoder] | None = None,
+    open_checkpoint: Callable[[Path], Checkpoint] = Checkpoint,
     progress: Callable[[PackProgress], None] | None = None,
     limits: PackLimits | None = None,
 ) -> Store:
@@ -91,7 +92,7 @@ def pack(
     if destination.name.endswith(PARTIAL_SUFFIX):
         raise StoreError(f"{destination} ends in {PARTIAL_SUFFIX}, which marks unfinished stores. Choose another name.")
     skeleton = build_skeleton(load_config(source))
-    with Checkpoint(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         encoder = make_encoder(source, options) if make_encoder else DataFree()
         plan = plan_pack(checkpoint, skeleton, options, text=encoder.text, plane_file_bytes=limits.plane_file_bytes)
         ready = _existing(destination, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,6 +78,18 @@ class UnitWriter:
         """Write a dense tensor, from the checkpoint; `hessian_KK` is for `flat_encode`."""
         value = self._write_dense(self._plan.dense_sources[unit], self._plan.dense.places[unit], hessian_KK)
         self._note(unit, UnitRecord((value,)))
+
+    def write_dense_pieces(self, unit: int, pieces: Iterable[torch.Tensor]) -> None:
+        """Write a dense tensor as the bytes it is stored as, piece after piece."""
+        place = self._plan.dense.places[unit]
+        running, offset = RunningChecksum(), place.offset
+        for piece in pieces:
+            data = byte_view(piece)
+            write_all(self._dense_file, data, offset)
+            running.update(data)
+            offset += len(data)
+        assert offset == place.offset + place.nbytes, (place.spec.name, offset - place.offset, place.nbytes)
+        self._note(unit, UnitRecord((running.value,)))
 
     def write_raw(self, unit: int) -> None:
         """Write an expert as it is, from the checkpoint."""

@@ -1,6 +1,6 @@
 """From the worth of experts to the planes that leave: a `KeepPolicy` as the `EvictionPolicy` of a plane cache.
 
-Shapes: L MoE layers, E experts per layer, X = L x E.
+Shapes: L MoE layers, E experts per layer.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ import numpy as np
 from moestro.keys import PlaneKey
 from moestro.policy.base import Evictable, Need
 from moestro.policy.keeping.base import KeepPolicy
+from moestro.policy.keeping.lowest import Lowest
 from moestro.policy.observation import Routing, Shape
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 """Candidates that are put in order together: a layer of one row rarely needs more."""
 
-_MOST_PLANES = 4
-"""Of an expert."""
-
-_SPARE, _MOST = 4, 16
-"""So many times the candidates wanted lie below a new limit; and more than so many times as many ask for a new one."""
+_ALL_PLANES = -1
 
 
 class WorthEviction:
@@ -36,13 +33,11 @@ class WorthEviction:
         self._policy = policy
         self._experts = shape.experts
         self._held_X = np.zeros(shape.layers * shape.experts, dtype=np.int64)  # a bit for each plane
-        self._held = 0
         self._bar_X = np.full(shape.layers * shape.experts, np.inf)  # 0 for experts held
         self._barred_X = np.empty_like(self._bar_X)
-        # Worths change little from layer to layer: what was low stays low, and all need not be put in order again.
-        self._limit = -np.inf
+        self._lowest = Lowest()
         self._layer = 0
-        self._candidates: list[PlaneKey] = []
+        self._candidates: list[tuple[int, int]] = []  # experts, and a bit for each plane that is meant
         self.gains_LEP: np.ndarray | None = None
 
     def begin(self, request: int) -> None:
@@ -68,7 +63,6 @@ class WorthEviction:
         layer, expert, plane = key
         index = layer * self._experts + expert
         if not self._held_X[index]:
-            self._held += 1
             self._bar_X[index] = 0
             self._policy.loaded(layer, expert)
         self._held_X[index] |= 1 << plane
@@ -81,7 +75,6 @@ class WorthEviction:
         index = layer * self._experts + expert
         self._held_X[index] &= ~(1 << plane)
         if not self._held_X[index]:
-            self._held -= 1
             self._bar_X[index] = np.inf
             self._policy.evicted(layer, expert)
 
@@ -91,54 +84,34 @@ class WorthEviction:
         while key is None:
             self._candidates = self._in_order(wanted)
             key = self._first(self._candidates, evictable)
-            if wanted >= _MOST_PLANES * self._held:
+            if len(self._candidates) < wanted:
                 break
             wanted *= 8
         return key
 
-    def _in_order(self, wanted: int) -> list[PlaneKey]:
-        """Planes of at least so many of the experts held, or so many planes, by rising worth; the lowest number first
-        among equals."""
+    def _in_order(self, wanted: int) -> list[tuple[int, int]]:
+        """So many of the experts held, or of planes, by rising worth; the lowest number first."""
         if self.gains_LEP is not None and self._policy.proportional:
             return self._planes_in_order(self.gains_LEP, wanted)
-        wanted = min(wanted, self._held)
-        if not wanted:
-            return []
         worth_X = np.add(self._policy.worth(self._layer).reshape(-1), self._bar_X, out=self._barred_X)
-        low = np.flatnonzero(worth_X <= self._limit)
-        if not wanted <= len(low) <= _MOST * wanted:
-            rank = min(_SPARE * wanted, self._held) - 1
-            self._limit = float(np.partition(worth_X, rank)[rank])
-            low = np.flatnonzero(worth_X <= self._limit)
-        order: list[int] = low[np.argsort(worth_X[low], kind="stable")].tolist()
-        return [key for index in order for key in self._planes(index)]
+        return [(index, _ALL_PLANES) for index in self._lowest.places(worth_X, wanted)]
 
-    def _planes_in_order(self, gains_LEP: np.ndarray, wanted: int) -> list[PlaneKey]:
+    def _planes_in_order(self, gains_LEP: np.ndarray, wanted: int) -> list[tuple[int, int]]:
         """Among equals the top plane first."""
         most = gains_LEP.shape[2]
         held_XP = (self._held_X[:, None] >> np.arange(most)[::-1]) & 1
-        held = np.flatnonzero(held_XP)
         worth_XP = self._policy.worth(self._layer).reshape(-1, 1) * gains_LEP.reshape(-1, most)[:, ::-1]
-        numbers = held[_least(worth_XP.reshape(-1)[held], wanted)]
-        layers, experts = np.divmod(numbers // most, self._experts)
-        planes = most - 1 - numbers % most
-        return list(zip(layers.tolist(), experts.tolist(), planes.tolist(), strict=True))
+        barred_XP = np.where(held_XP, worth_XP, np.inf)
+        places = (divmod(place, most) for place in self._lowest.places(barred_XP.reshape(-1), wanted))
+        return [(index, 1 << (most - 1 - below)) for index, below in places]
 
-    def _first(self, candidates: list[PlaneKey], evictable: Evictable) -> PlaneKey | None:
-        return next((key for key in candidates if key in evictable), None)
+    def _first(self, candidates: list[tuple[int, int]], evictable: Evictable) -> PlaneKey | None:
+        return next((key for one in candidates for key in self._planes(*one) if key in evictable), None)
 
-    def _planes(self, index: int) -> Iterator[PlaneKey]:
+    def _planes(self, index: int, meant: int) -> Iterator[PlaneKey]:
         layer, expert = divmod(index, self._experts)
-        held = int(self._held_X[index])
+        held = int(self._held_X[index]) & meant
         while held:
             plane = held.bit_length() - 1
             yield layer, expert, plane
             held &= ~(1 << plane)
-
-
-def _least(worth: np.ndarray, wanted: int) -> np.ndarray:
-    """Places of the least values, at least so many, in ascending order; of equals the first."""
-    if wanted >= len(worth):
-        return np.argsort(worth, kind="stable")
-    places = np.flatnonzero(worth <= np.partition(worth, wanted - 1)[wanted - 1])
-    return np.asarray(places[np.argsort(worth[places], kind="stable")])

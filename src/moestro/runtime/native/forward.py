@@ -19,6 +19,8 @@ from moestro.runtime.dense import PackedWeight, stored
 from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
 from moestro.runtime.native.blueprint import Blueprint, LayerParts, known_rows
+from moestro.runtime.replay import Replay
+from moestro.spans import Event, Part
 
 _TABLE_ROWS = 64
 _ALIGNMENT = 64
@@ -48,6 +50,8 @@ class NativeForward:
         self._outputs = torch.empty(known_rows(rows) * blueprint.experts_per_token, blueprint.hidden)
         self._routing = np.empty((0, 0, 0), dtype=np.int64), np.empty((0, 0, 0), dtype=np.float32)
         self._cos, self._sin = _rotation(blueprint.rotary, context)
+        self._rows = rows
+        self._replay: Replay | None = None
         self._decoder = self._make_decoder(rows)
 
     @property
@@ -67,17 +71,24 @@ class NativeForward:
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
-        decoder, experts = self._decoder, self._experts
+        decoder, experts, spans = self._decoder, self._experts, self._experts.spans
         self._begin(batch)
         ids_LTK, weights_LTK = self.routing
         done, address = 0, 0
         while True:
             experts.forget_moved()
+            computed_s = decoder.experts_seconds
+            spans.begin(Part.DENSE)
             reached = decoder.run(address)
+            computed_s = decoder.experts_seconds - computed_s
+            spans.give(Part.EXPERTS, computed_s)
+            spans.end(Event.DENSE, done, reached, computed_s)
             if reached > done:
                 experts.count_known(done, ids_LTK[done:reached])
             if reached == len(ids_LTK):
                 break
+            if self._replay is not None:
+                ids_LTK[reached], weights_LTK[reached] = self._replay.layer(reached)
             ids_TK, weights_TK = torch.from_numpy(ids_LTK[reached]), torch.from_numpy(weights_LTK[reached])
             delta_TH = experts(reached, self._hidden_RH[: batch.rows], ids_TK, weights_TK, batch.requests_of)
             assert delta_TH.dtype is torch.float32
@@ -85,8 +96,15 @@ class NativeForward:
             done, address = reached + 1, delta_TH.data_ptr()
         wanted = batch.logit_rows
         logits_SV = torch.empty(len(wanted), self._vocabulary)
+        spans.begin(Part.DENSE)
         decoder.logits(wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
+        spans.end(Event.HEAD, len(wanted))
         return logits_SV
+
+    def replay_routing(self, replay: Replay) -> None:
+        """As of `ModelRunner`. From now on the decoder comes back at every layer's experts, which takes longer."""
+        self._replay = replay
+        self._decoder = self._make_decoder(self._rows)
 
     def _begin(self, batch: PackedBatch) -> None:
         sequences, most_blocks = batch.block_table_SM.shape
@@ -130,7 +148,7 @@ class NativeForward:
         for index, layer in enumerate(blueprint.layers):
             decoder.add(_layer(layer, *self._kv.pools(index)))
         for moe_layer, known in enumerate(self._experts.known):
-            if known is not None:
+            if known is not None and self._replay is None:
                 decoder.know(moe_layer, known)
         return decoder
 
