@@ -12,11 +12,11 @@ from moestro.errors import PackError, StoreError
 from moestro.hf.skeleton import build_skeleton, config_from_dict
 from moestro.kernels import make_kernels
 from moestro.policy.levels import LevelTable
-from moestro.runtime.levels import level_table
+from moestro.runtime.levels import level_table, levels_up_to
 from moestro.runtime.open import layouts_of
 from moestro.runtime.probe import probe
 from moestro.store.reader import Store
-from moestro.store.workers import worker_count
+from moestro.store.workers import one_torch_thread, worker_count
 
 _TOKENS = 32768
 _CONTEXT = 512
@@ -38,8 +38,7 @@ def add_bit_router(
         StoreError: the store is damaged, or the file cannot be written.
     """
     table = _table(store)
-    model = LevelsModel(store, make_kernels("auto", threads=worker_count()))
-    if _has_one(store, model):
+    if _has_one(store):
         return
     tokenizer = load_tokenizer(store.path)
     if tokenizer is None:
@@ -47,8 +46,12 @@ def add_bit_router(
             f"{store.path} has no tokenizer that can be loaded, so no bit router can be trained. Put the model's "
             "tokenizer files beside the checkpoint and pack it again, or leave --bit-router out."
         )
-    windows = make_windows(read_text(text), tokenizer, context=_CONTEXT, vocabulary=model.vocabulary, tokens=_TOKENS)
-    router = train_bit_router(model, table, windows.sequences, training, progress=progress)
+    source = read_text(text)
+    model = LevelsModel(store, make_kernels("auto", threads=worker_count()))
+    windows = make_windows(source, tokenizer, context=_CONTEXT, vocabulary=model.vocabulary, tokens=_TOKENS)
+    # Products this small are slower on several threads, and the net is the same however many there are.
+    with one_torch_thread():
+        router = train_bit_router(model, table, windows.sequences, training, progress=progress)
     try:
         save_bit_router(store.path / BIT_ROUTER_FILE, router)
     except OSError as error:
@@ -66,18 +69,22 @@ def _table(store: Store) -> LevelTable:
             "again without --no-calibration, or leave --bit-router out."
         )
     exact = store.manifest.exact_level
-    bits = tuple(sorted(one for one in store.manifest.levels if one <= exact))
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     picks = max(probe(skeleton, rows=2, history=2, logit_rows=1).experts_per_token)
-    return level_table(store, layouts_of(store, exact), bits=bits, picks=picks)
+    return level_table(store, layouts_of(store, exact), bits=levels_up_to(store, exact), picks=picks)
 
 
-def _has_one(store: Store, model: LevelsModel) -> bool:
+def _has_one(store: Store) -> bool:
     if not (store.path / BIT_ROUTER_FILE).exists():
         return False
-    shape = {"layers": model.layers, "hidden": model.hidden_size, "experts": model.experts}
     try:
-        load_bit_router(store.path / BIT_ROUTER_FILE, **shape, levels=model.levels)
+        load_bit_router(
+            store.path / BIT_ROUTER_FILE,
+            layers=len(store.layers),
+            hidden=int(config_from_dict(store.config_dict).hidden_size),
+            experts=max(layer.num_experts for layer in store.layers),
+            levels=levels_up_to(store, store.manifest.exact_level),
+        )
     except StoreError:
         return False
     return True
