@@ -45,7 +45,7 @@ class RuntimeOptions:
     )
     level_policy: str = option(
         "auto",
-        "How it is given up: ledger, gate, sensitivity, fixed; auto is ledger where errors are known, else gate.",
+        "How it is given up: ledger, gate, sensitivity, learned, fixed; auto: ledger if errors are known, else gate.",
     )
     order: str = option("auto", "In which order a layer's experts are read: auto (hebf), arrival, hebf or johnson.")
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
@@ -173,6 +173,7 @@ class PackOptions:
     dense_bits: int = option(8, "Bits of the linear maps that are not experts: 16 (as they are), 8 or 4 (head: 8).")
     calibration: bool = option(True, "Run the model over a text to find the codes that keep its outputs.")
     calibrate: str = option("", "Text file to calibrate on, documents apart by form feeds (empty: the shipped sample).")
+    bit_router: bool = option(False, "Train the net that the level policy learned chooses levels by; takes minutes.")
     dtype: str = option("", "Type of weights that stay unquantised: bfloat16, float16, float32 (empty: their own).")
 
     def __post_init__(self) -> None:
@@ -193,7 +194,14 @@ class PackOptions:
         return () if self.is_raw else _parse_levels(self.levels)
 
     def _check_raw(self) -> None:
-        fixed = {"exact_level": (), "encoding": (), "dense_bits": (16,), "calibration": (), "calibrate": ()}
+        fixed = {
+            "exact_level": (),
+            "encoding": (),
+            "dense_bits": (16,),
+            "calibration": (),
+            "calibrate": (),
+            "bit_router": (),
+        }
         defaults = {one.name: one.default for one in fields(self)}
         for name, harmless in fixed.items():
             value = getattr(self, name)
@@ -205,6 +213,7 @@ class PackOptions:
 
     def _check_quantised(self) -> None:
         levels = _parse_levels(self.levels)
+        self._check_bit_router(levels)
         if self.exact_level not in levels:
             raise PackError(
                 f"exact_level is {self.exact_level}, expected one of the levels {self.levels}: give one of them, or "
@@ -217,6 +226,18 @@ class PackOptions:
         if self.calibrate and not self.calibration:
             raise PackError(
                 f"calibrate is {self.calibrate!r}, which has no effect while calibration is off. Leave one of them out."
+            )
+
+    def _check_bit_router(self, levels: tuple[int, ...]) -> None:
+        if self.bit_router and not self.calibration:
+            raise PackError(
+                "bit_router is on, and calibration is off: a bit router is trained on the calibration text. Leave one "
+                "of them out."
+            )
+        if self.bit_router and levels[0] == self.exact_level:
+            raise PackError(
+                f"bit_router is on, and levels {self.levels} have none below exact_level {self.exact_level}: there is "
+                "nothing to choose. Leave bit_router out, or add a lower level."
             )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from moestro.calibration.bit_router_packing import add_bit_router
 from moestro.calibration.calibrator import Calibrator
 from moestro.calibration.text import TOKENS, load_tokenizer, make_windows, read_text
 from moestro.config import PackOptions
@@ -30,13 +31,23 @@ def pack(
 ) -> Store:
     """Pack the checkpoint folder `source` into a store at `destination`, or return the store that is already there.
 
+    With `bit_router` in the options a bit router is trained for either, unless it has one that can be used.
+
     Raises:
         PackError: the calibration text cannot be used.
         CheckpointError, UnsupportedModelError, StoreError: as `moestro.store.pack.pack`.
     """
-    return store_pack.pack(
+    store = store_pack.pack(
         source, destination, options=options, make_encoder=make_encoder, progress=progress, limits=limits
     )
+    if options is not None and options.bit_router:
+        add_bit_router(store, text=options.calibrate, progress=_in_steps(progress))
+    return store
+
+
+def _in_steps(progress: Callable[[PackProgress], None] | None) -> Callable[[int, int], None]:
+    """Steps of training as progress of the pack."""
+    return lambda done, total: progress(PackProgress(done, total, "training the bit router")) if progress else None
 
 
 def make_encoder(source: Path, options: PackOptions) -> ExpertEncoder:

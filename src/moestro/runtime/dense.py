@@ -117,10 +117,15 @@ class PackedWeight(DenseWeight):
 
 def place_dense(model: nn.Module, tensors: Mapping[str, torch.Tensor | PackedMatrix], kernels: Kernels) -> None:
     """Put the stored dense tensors into the model in place of its meta parameters and buffers."""
+    put_tensors(model, {name: _placed(tensor, kernels) for name, tensor in tensors.items()})
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors into the model as they are, in every place where the one of that name is used."""
     replaced: dict[int, torch.Tensor] = {}
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
-        replaced[id(named[name])] = _placed(tensor, kernels)
+        replaced[id(named[name])] = tensor
     for name, old in named.items():
         if id(old) in replaced:
             _replace(model, name, replaced[id(old)])

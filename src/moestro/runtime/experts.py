@@ -22,6 +22,7 @@ from moestro.kernels.base import ExpertSpec, Kernels
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.policy.observation import Routing
+from moestro.runtime.batch import PackedBatch
 from moestro.runtime.expert_mlp import activate, expert_mlp
 from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec, is_raw
 from moestro.runtime.foresight import LayerForesight
@@ -122,6 +123,15 @@ class RoutedExperts:
         finally:
             self.seconds += time.perf_counter() - started
 
+    def step(self, batch: PackedBatch) -> None:
+        """A forward pass begins."""
+        if self.levels is None:
+            return
+        self.levels.step(batch)
+        if self.levels.everywhere and self.levels.lossy:
+            for one in self._layers:
+                one.forget()  # what is known is computed at the exact level
+
     def forget_moved(self) -> None:
         """To be called before `known` is used: planes that the cache has dropped are not known any more."""
         if self.planes.drops != self._drops:
@@ -164,7 +174,7 @@ class RoutedExperts:
     ) -> torch.Tensor:
         spans = self.spans
         spans.begin(Part.POLICY)
-        rows, wanted = self._grouped(layer, index_TK.numpy(), weights_TK.numpy())
+        rows, wanted = self._grouped(layer, hidden_TH, index_TK.numpy(), weights_TK.numpy())
         spans.end(Event.CHOOSE, layer)
         self.counts_LE[layer, : len(rows.counts_E)] += rows.counts_E
         used = rows.used
@@ -201,7 +211,9 @@ class RoutedExperts:
         spans.end(Event.COMBINE, layer)
         return sum_TH
 
-    def _grouped(self, layer: int, index_TK: np.ndarray, weights_TK: np.ndarray) -> tuple[Grouping, list[Chain]]:
+    def _grouped(
+        self, layer: int, hidden_TH: torch.Tensor, index_TK: np.ndarray, weights_TK: np.ndarray
+    ) -> tuple[Grouping, list[Chain]]:
         """The rows by expert and level, and the chains of the groups in use. Tells the policies of the routing."""
         chains, foresight, levels = self.chains[layer], self.foresight, self.levels
         rows = Grouping(index_TK, len(chains), bits=(self._level,))
@@ -209,7 +221,7 @@ class RoutedExperts:
         routing = Routing(layer, index_TK, weights_TK, requests, rows.counts_E)
         if foresight is not None:
             foresight.routed(routing)
-        levels_TK = None if levels is None else levels.choose(routing)
+        levels_TK = None if levels is None else levels.choose(routing, hidden_TH)
         if levels is None or levels_TK is None:
             return rows, [chains[expert] for expert in rows.used]
         rows = Grouping(index_TK, len(chains), bits=levels.bits, levels_TK=levels_TK)

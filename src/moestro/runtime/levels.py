@@ -2,14 +2,16 @@
 
 Levels are numbers, as policies know them: 0 leaves an expert out, the highest is the exact one.
 
-Shapes: T rows of a step, K experts per row, L MoE layers, E experts per layer, D levels, 0 among them, P planes.
+Shapes: T rows of a step, H hidden width, K experts per row, L MoE layers, E experts per layer, D levels, 0 among them,
+P planes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
@@ -17,6 +19,7 @@ from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.levels import LevelAsk, LevelPolicy, LevelTable
 from moestro.policy.observation import Routing
 from moestro.runtime.batch import PackedBatch
+from moestro.runtime.bit_router import LevelScores
 from moestro.store.layout import Layout
 from moestro.store.reader import Store
 
@@ -27,6 +30,7 @@ class LayerLevels:
     Attributes:
         bits: of each level but 0.
         applied_D: so many (row, expert) pairs of rows that need not be exact were computed at each level.
+        everywhere: whether levels are chosen for experts in memory, too: those of a bit router.
     """
 
     def __init__(
@@ -38,9 +42,12 @@ class LayerLevels:
         chains: Sequence[Sequence[Chain]],
         planes: PlaneCache,
         eviction: WorthEviction | None,
+        scores: LevelScores | None = None,
     ) -> None:
         self.bits = tuple(bits)
         self.applied_D = np.zeros(len(self.bits) + 1, dtype=np.int64)
+        self.everywhere = scores is not None
+        self._scores = scores
         self._policy, self._chains, self._planes, self._eviction = policy, chains, planes, eviction
         self._depths_LD = np.array([depths(layout, bits) for layout in layouts])
         self._budget_T = np.zeros(0)
@@ -53,15 +60,23 @@ class LayerLevels:
         self._budget_T = np.repeat([segment.budget for segment in batch.segments], lengths)
         self._weigh()
 
-    def choose(self, routing: Routing) -> np.ndarray | None:
-        """[T, K] numbers of levels, or None where all are exact."""
-        if not self._budget_T.any():
+    @property
+    def lossy(self) -> bool:
+        """Whether some row of the forward pass under way need not be exact."""
+        return bool(self._budget_T.any())
+
+    def choose(self, routing: Routing, hidden_TH: torch.Tensor) -> np.ndarray | None:
+        """[T, K] numbers of levels for experts that take `hidden_TH`, or None where all are exact."""
+        if not self.lossy:
             return None
         held_E = np.zeros(self._experts, dtype=np.int64)
         used = np.flatnonzero(routing.counts_E[: len(self._chains[routing.layer])])
         held = self._planes.held([self._chains[routing.layer][expert] for expert in used.tolist()])
+        scores_TKS = None
+        if self._scores is not None:
+            scores_TKS = self._scores.of(routing.layer, hidden_TH, routing.experts_TK)
         held_E[used] = np.searchsorted(self._depths_LD[routing.layer], held, side="right") - 1
-        levels_TK = self._policy.choose(LevelAsk(routing, self._budget_T, held_E))
+        levels_TK = self._policy.choose(LevelAsk(routing, self._budget_T, held_E, scores_TKS))
         self.applied_D += np.bincount(levels_TK[self._budget_T > 0].ravel(), minlength=len(self.applied_D))
         return None if (levels_TK == len(self.bits)).all() else levels_TK
 
@@ -103,7 +118,14 @@ def layout_bytes(layout: Layout, planes: int) -> int:
     return sum(plane.nbytes for plane in layout.planes[:planes])
 
 
-def level_table(store: Store, layouts: Sequence[Layout], *, bits: Sequence[int], picks: int) -> LevelTable:
+def level_table(
+    store: Store,
+    layouts: Sequence[Layout],
+    *,
+    bits: Sequence[int],
+    picks: int,
+    prices: Mapping[float, float] | None = None,
+) -> LevelTable:
     """What the levels of `bits` cost, from the store's manifest; `layouts` end at the last of them."""
     experts = max(layer.num_experts for layer in store.layers)
     bytes_LD = [
@@ -118,7 +140,7 @@ def level_table(store: Store, layouts: Sequence[Layout], *, bits: Sequence[int],
             errors_LED[layer, : len(rows), 1:] = np.array(rows, dtype=np.float32)[:, places]
     measured = facts is not None and facts.sensitivity is not None
     sensitivity_L = np.array(facts.sensitivity, dtype=np.float32) if measured and facts is not None else None
-    return LevelTable(np.array(bytes_LD), np.minimum(errors_LED, 1), sensitivity_L, picks)
+    return LevelTable(np.array(bytes_LD), np.minimum(errors_LED, 1), sensitivity_L, picks, prices)
 
 
 def levels_up_to(store: Store, level: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+from moestro.bit_router import BitRouter, stored_bit_router_bytes
 from moestro.config import RuntimeOptions
 from moestro.errors import StoreError
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
@@ -23,8 +24,9 @@ from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
 from moestro.policy.choice import needs_gates
-from moestro.policy.levels import LEVEL_POLICIES, budget_of, choose_level_policy
+from moestro.policy.levels import BY_NET, LEVEL_POLICIES, QUALITIES, budget_of, choose_level_policy
 from moestro.policy.observation import Shape
+from moestro.runtime.bit_router import LevelScores, open_bit_router
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.experts import open_experts
@@ -100,6 +102,7 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int) -> ModelShape:
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
         nets_bytes=stored_nets_bytes(store.path),
+        bit_router_bytes=stored_bit_router_bytes(store.path),
         layouts=layouts_of(store, level),
         level=level_of(store, level),
     )
@@ -128,6 +131,10 @@ def open_model(
     level_policy = level_policy_of(store, options)
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     _check_layers(store, skeleton)
+    router = None
+    if level_policy == BY_NET:
+        bits = levels_up_to(store, level_of(store, options.level))
+        router = open_bit_router(store, hidden=int(skeleton.config.hidden_size), bits=bits)
     probed = probe_for(skeleton, options, native=native, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
     return_large_blocks()
@@ -141,7 +148,7 @@ def open_model(
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
     blueprint = describe(skeleton, probed) if native else None
-    return _assemble(store, skeleton, plan, probed, blueprint, options, level_policy, kernels, Spans(clock))
+    return _assemble(store, skeleton, plan, probed, blueprint, options, level_policy, router, kernels, Spans(clock))
 
 
 def _assemble(
@@ -152,6 +159,7 @@ def _assemble(
     blueprint: Blueprint | None,
     options: RuntimeOptions,
     level_policy: str,
+    router: BitRouter | None,
     kernels: Kernels,
     spans: Spans,
 ) -> OpenModel:
@@ -198,7 +206,8 @@ def _assemble(
             gates = Gates(skeleton.model, picks=max(probed.experts_per_token))
         experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers, gates)
     bits = levels_up_to(store, plan.level)
-    table = level_table(store, layouts, bits=bits, picks=max(probed.experts_per_token))
+    prices = None if router is None else {QUALITIES[name]: price for name, price in router.prices.items()}
+    table = level_table(store, layouts, bits=bits, picks=max(probed.experts_per_token), prices=prices)
     experts.levels = LayerLevels(
         LEVEL_POLICIES[level_policy](table),
         bits=bits,
@@ -206,6 +215,7 @@ def _assemble(
         chains=experts.chains,
         planes=planes,
         eviction=None if foresight is None else foresight.eviction,
+        scores=None if router is None else LevelScores(router, kernels),
     )
     if experts.foresight is not None:
         experts.foresight.levels = experts.levels
@@ -243,7 +253,8 @@ def level_policy_of(store: Store, options: RuntimeOptions) -> str:
     """
     facts = store.manifest.calibration
     measured = facts is not None and facts.sensitivity is not None
-    policy = choose_level_policy(options.level_policy, measured=measured, store=str(store.path))
+    routed = stored_bit_router_bytes(store.path) > 0
+    policy = choose_level_policy(options.level_policy, measured=measured, routed=routed, store=str(store.path))
     budget_of(policy, options.quality)
     return policy
 

@@ -21,6 +21,7 @@ from moestro.memory.arena import extent_bytes_for, least_bytes_for
 from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
 from moestro.policy.observation import Shape
+from moestro.runtime.bit_router import bit_router_bytes
 from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.foresight import foresight_bytes
 from moestro.runtime.kv import block_bytes, blocks_for
@@ -60,7 +61,8 @@ class ModelShape:
 
     `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level. `packed` are the inputs of
     the widest up projection, down projection and dense matrix where weights are quantised (None where they are not).
-    `nets_bytes` are those of the learned predictor that comes with it, used or not.
+    `nets_bytes` are those of the learned predictor that comes with it, `bit_router_bytes` those of its bit router, used
+    or not.
     """
 
     name: str
@@ -70,10 +72,19 @@ class ModelShape:
     level: int
     packed: tuple[int, int, int] | None = None
     nets_bytes: int = 0
+    bit_router_bytes: int = 0
 
     @classmethod
     def of(
-        cls, skeleton: Skeleton, *, name: str, dense_bytes: int, nets_bytes: int, layouts: Sequence[Layout], level: int
+        cls,
+        skeleton: Skeleton,
+        *,
+        name: str,
+        dense_bytes: int,
+        nets_bytes: int,
+        bit_router_bytes: int,
+        layouts: Sequence[Layout],
+        level: int,
     ) -> ModelShape:
         """The shape of a model whose MoE layers have these layouts, which end at the plane of `level`."""
         return cls(
@@ -84,6 +95,7 @@ class ModelShape:
             level=level,
             packed=None if all(is_raw(layout) for layout in layouts) else _widths(skeleton),
             nets_bytes=nets_bytes,
+            bit_router_bytes=bit_router_bytes,
         )
 
     @property
@@ -269,7 +281,14 @@ def _staging_bytes(
         expert_bytes=shape.expert_bytes,
         step_rows=probed.rows,
     )
-    return _STAGING_BYTES + scratch + history + sampling + foresight + _SLOT_BYTES * sum(shape.experts)
+    router = bit_router_bytes(
+        options.level_policy,
+        stored_bytes=shape.bit_router_bytes,
+        experts=max(shape.experts),
+        levels=max(map(len, shape.chains)),
+        rows=probed.rows,
+    )
+    return _STAGING_BYTES + scratch + history + sampling + foresight + router + _SLOT_BYTES * sum(shape.experts)
 
 
 def _packed_scratch(shape: ModelShape, probed: Probe) -> dict[str, int]:

@@ -90,8 +90,7 @@ class ModelRunner:
             self._experts.foresight.step(batch.request_rows)
         if self._replay is not None:
             self._replay.begin(batch.segments)
-        if self._experts.levels is not None:
-            self._experts.levels.step(batch)
+        self._experts.step(batch)
         self.spans.end(Event.BEGIN)
         torch_threads = torch.get_num_threads()
         # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moestro.bit_router import stored_bit_router_bytes
 from moestro.config import RuntimeOptions
 from moestro.foresight.train import nets_bytes
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load_config
@@ -41,6 +42,7 @@ class Subject:
     dense_bytes: int
     dense_bits: int
     nets_bytes: int
+    bit_router_bytes: int = 0
 
     @classmethod
     def open(cls, model: str) -> Subject:
@@ -56,6 +58,7 @@ class Subject:
             name=self.path.name,
             dense_bytes=self.dense_bytes,
             nets_bytes=self.nets_bytes,
+            bit_router_bytes=self.bit_router_bytes,
             layouts=[cut(layout, chosen) for layout in self.layouts],
             level=chosen,
         )
@@ -116,6 +119,7 @@ class Subject:
             dense_bytes=store.dense_file.stat().st_size,
             dense_bits=store.manifest.dense_bits,
             nets_bytes=stored_nets_bytes(store.path),
+            bit_router_bytes=stored_bit_router_bytes(store.path),
         )
 
     @classmethod

@@ -8,6 +8,7 @@ from moestro.errors import RequestError
 from moestro.policy.levels.base import LevelAsk, LevelPolicy, LevelTable
 from moestro.policy.levels.fixed import Fixed
 from moestro.policy.levels.gate import Gate, check_named
+from moestro.policy.levels.learned import Learned
 from moestro.policy.levels.ledger import Ledger
 from moestro.policy.levels.quality import EXACT, QUALITIES, parse_quality
 from moestro.policy.levels.sensitivity import Sensitivity
@@ -15,14 +16,21 @@ from moestro.policy.levels.sensitivity import Sensitivity
 LEVEL_POLICIES: dict[str, Callable[[LevelTable], LevelPolicy]] = {
     "fixed": Fixed,
     "gate": Gate,
+    "learned": Learned,
     "ledger": Ledger,
     "sensitivity": Sensitivity,
 }
 _MEASURED = ("ledger", "sensitivity")
+_NAMED = ("gate", "learned")
+
+BY_NET = "learned"
+"""The policy that a bit router decides for, whatever is in memory."""
 
 
-def choose_level_policy(name: str, *, measured: bool, store: str) -> str:
+def choose_level_policy(name: str, *, measured: bool, routed: bool = False, store: str) -> str:
     """The name that `auto` stands for: the ledger where the model's sensitivities were `measured`, else the gate.
+
+    `routed`: whether the store has a bit router.
 
     Raises:
         RequestError: there is no such policy, or it needs what packing has not measured.
@@ -38,6 +46,11 @@ def choose_level_policy(name: str, *, measured: bool, store: str) -> str:
             f"The level policy {name!r} needs the layers' sensitivities, which {store} does not have: it was packed "
             "without calibration. Pack the model again without --no-calibration, or use the level policy 'gate'."
         )
+    if name == BY_NET and not routed:
+        raise RequestError(
+            f"The level policy {name!r} needs a bit router, which {store} does not have. Train one with `moestro pack "
+            f"MODEL {store} --bit-router`, or use another level policy."
+        )
     return name
 
 
@@ -48,12 +61,13 @@ def budget_of(policy: str, quality: str) -> float:
         RequestError: there is no such quality, or the policy has no notion of it.
     """
     nats = parse_quality(quality)
-    if policy == "gate":
+    if policy in _NAMED:
         check_named(policy, nats)
     return nats
 
 
 __all__ = [
+    "BY_NET",
     "EXACT",
     "LEVEL_POLICIES",
     "QUALITIES",

@@ -7,6 +7,7 @@ Shapes: T rows of a step, K experts per row, L MoE layers, E experts per layer, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +22,15 @@ class LevelTable:
 
     `bytes_LD` are those of the planes up to each level; `errors_LED` relative squared errors of an expert's output (1
     at level 0). `sensitivity_L`, nats that a layer costs per unit of relative error of its output, is None where it was
-    not measured. `picks` experts are used per row.
+    not measured. `picks` experts are used per row. `prices`, of a store with a bit router: nats that the bytes of an
+    exact expert are worth, by a row's budget.
     """
 
     bytes_LD: np.ndarray
     errors_LED: np.ndarray
     sensitivity_L: np.ndarray | None
     picks: int
+    prices: Mapping[float, float] | None = None
 
     @property
     def exact(self) -> int:
@@ -39,12 +42,14 @@ class LevelTable:
 class LevelAsk:
     """One layer of one step: `budget_T` is what each row may lose over the whole model in nats, 0 for exact rows.
 
-    `held_E` is the highest level of each expert whose planes are all in memory.
+    `held_E` is the highest level of each expert whose planes are all in memory. `scores_TKS`, [T, K, D - 1], is what
+    a bit router says, where there is one.
     """
 
     routing: Routing
     budget_T: np.ndarray
     held_E: np.ndarray
+    scores_TKS: np.ndarray | None = None
 
 
 class LevelPolicy(Protocol):
