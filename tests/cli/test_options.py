@@ -66,6 +66,7 @@ OTHER = {
     "predictor": "other",
     "prefetch": "off",
     "learn": "off",
+    "order": "johnson",
     "quality": "fast",
     "level_policy": "gate",
     "auto_pack": False,
@@ -82,6 +83,7 @@ OTHER = {
     "calibration": False,
     "calibrate": "text.txt",
     "dtype": "float16",
+    "bit_router": True,
 }
 
 

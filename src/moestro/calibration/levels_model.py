@@ -98,7 +98,7 @@ class LevelsModel:
         hidden_TH, weights_TK = hidden.reshape(-1, hidden.shape[-1]), weights.float()
         gates_TKS = None if self._choose is None else self._choose(layer, hidden_TH, index, weights_TK)[..., 1:]
         output_TH = torch.zeros_like(hidden_TH)
-        for expert in index.unique().tolist():
+        for expert in sorted(set(index.flatten().tolist())):
             rows_R, places_R = (index == expert).nonzero(as_tuple=True)
             if gates_TKS is None:
                 outputs_RSH = _outputs(self._layers[layer][expert], module, hidden_TH[rows_R], exact=True)
