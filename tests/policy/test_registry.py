@@ -31,5 +31,16 @@ def test_policies_are_pure(file: Path) -> None:
     assert own <= {"moestro.keys", "moestro.errors", "moestro.trace.collection"} | {
         name for name in own if name.startswith("moestro.policy")
     }
-    pure = {"__future__", "abc", "collections", "collections.abc", "dataclasses", "heapq", "inspect", "math", "numpy", "typing"}
+    pure = {
+        "__future__",
+        "abc",
+        "collections",
+        "collections.abc",
+        "dataclasses",
+        "heapq",
+        "inspect",
+        "math",
+        "numpy",
+        "typing",
+    }
     assert imported - own <= pure
