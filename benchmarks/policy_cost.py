@@ -3,11 +3,11 @@
     python benchmarks/policy_cost.py [--passes 200] [--repeats 3] [NAME ...]
 
 Routing is random but skewed (a slowly changing favourite set per layer), the same for all. Of a policy: `observe` and
-`worth`; of those that foresee also with what is proposed to be read ahead, and of all what choosing victims adds with a
-quarter of the experts in memory. Of a predictor: `observe` and one `forecast` of the next layer. Nets are random:
-what they say does not change what they cost. Last, what is left where all experts
-are in memory and layers are computed one by one (native passes tell no policy then). Median and 90th
-percentile of single layers, of all repeats, each with fresh objects, after a warm-up of a quarter of the passes.
+`worth`; with a quarter of the experts in memory also what choosing victims adds (and how many leave, per layer), and of
+those that foresee what proposing experts to be read ahead adds. Of a predictor: `observe`, and a `forecast` of the next
+layer. Nets are random: what they say does not change what they cost. Last, what is left where all experts are in memory
+and layers are computed one by one (native passes tell no policy then). Median and 90th percentile of single layers, of
+all repeats, each with fresh objects, after a warm-up of a quarter of the passes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,12 @@ class Decisions:
     def __init__(self, shape: Shape, foresight: Foresight) -> None:
         self._foresight, self._held = foresight, Held()
         self._most = int(IN_MEMORY * shape.layers * shape.experts)
+        self.victims = 0
         foresight.begin(REQUEST)
+        # Full from the start, as many of every layer: otherwise nothing would leave for the first hundred passes.
+        for index in range(self._most):
+            expert, layer = divmod(index, shape.layers)
+            self._load((layer, expert, 0))
 
     def __call__(self, routing: Routing) -> int:
         """Nanoseconds."""
@@ -121,6 +126,7 @@ class Decisions:
         if len(held.keys) >= self._most:
             victim = eviction.victim(Need(key, PLANE_BYTES, urgent=True), held)
             assert victim is not None
+            self.victims += 1
             eviction.on_evict(victim)
             held.keys.remove(victim)
         eviction.on_load(key, PLANE_BYTES)
@@ -216,7 +222,8 @@ def main() -> None:
                 step = make()
                 took += [step(routing) for routing in work][len(work) // 4 :]
             half, most = np.percentile(took, [50, 90]) / 1000
-            print(f"  {name:36s} {half:7.1f} {most:7.1f}", flush=True)
+            left = f"  {step.victims / len(work):.2f} leave" if isinstance(step, Decisions) else ""
+            print(f"  {name:36s} {half:7.1f} {most:7.1f}{left}", flush=True)
 
 
 if __name__ == "__main__":

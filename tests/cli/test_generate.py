@@ -142,6 +142,49 @@ def damaged_template(tmp_path: Path) -> Path:
     return pack_raw(source, tmp_path / "plain-store").path
 
 
+def test_a_timeline_is_written(store: Path, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "timeline.json"
+    result = run("generate", store, "--prompt", PROMPT, "--json", "--timeline", path, *_options(prefetch="off"))
+    answer, timeline = json.loads(result.stdout), json.loads(path.read_text())
+    assert answer["text"] == expected
+    read = [event["args"]["bytes"] for event in timeline["traceEvents"] if event.get("cat") == "read"]
+    assert sum(read) == answer["stats"]["bytes_read"] > 0
+    assert sum(answer["stats"]["time_s"].values()) == pytest.approx(answer["stats"]["wall_s"], rel=0.05)
+
+
+def test_a_file_of_requests_is_answered_line_by_line(store: Path, expected: str, tmp_path: Path) -> None:
+    many, out = tmp_path / "many.jsonl", tmp_path / "answers.jsonl"
+    lines = [{"prompt": PROMPT}, {"prompt": "The", "id": "b", "max_tokens": 2}, {"prompt": PROMPT, "max_tokens": 12}]
+    many.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("generate", store, "--prompt-file", many, "--out", out, *_options())
+    result = run(*arguments, "--json", "--timeline", tmp_path / "timeline.json")
+    assert result.exit_code == 0
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [1, "b", 3]
+    assert [answer["text"] for answer in answers[::2]] == [expected] * 2
+    report = json.loads(result.stdout)
+    assert (report["requests"], report["answered_before"], report["tokens"]) == (3, 0, 26)
+    assert report["tokens_per_s"] == pytest.approx(26 / report["elapsed_s"])
+    assert json.loads((tmp_path / "timeline.json").read_text())["otherData"]["left_out"] == 0
+    again = run(*arguments)
+    assert (again.exit_code, again.stdout) == (0, "")
+    assert "all 3 requests had been answered" in again.stderr
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:2]))
+    assert "3 requests answered, 2 of them before: 12 tokens" in run(*arguments).stderr
+
+
+def test_files_of_requests_that_do_not_do(store: Path, tmp_path: Path) -> None:
+    many, out = tmp_path / "many.jsonl", tmp_path / "answers.jsonl"
+    many.write_text('{"prompt": "a"}\n{"prompt": "a", "top": 1}\n')
+    assert_user_error(run("generate", store, "--prompt-file", many, "--out", out), "Line 2 of", "top")
+    assert not out.exists()
+    assert_user_error(run("generate", store, "--prompt", "a", "--out", out), "--prompt cannot be given with --out")
+    assert_user_error(run("generate", store, "--out", out), "--prompt-file")
+    many.write_text('{"prompt": "a"}\n')
+    nowhere = tmp_path / "no" / "answers.jsonl"
+    assert_user_error(run("generate", store, "--prompt-file", many, "--out", nowhere), "No such file or directory")
+
+
 def test_a_picture_is_written(store: Path, tmp_path: Path) -> None:
     picture = tmp_path / "experts.png"
     assert run("generate", store, "--prompt", PROMPT, "--picture", picture, *_options()).exit_code == 0
@@ -179,6 +222,7 @@ def test_no_auto_pack_refuses(tmp_path: Path) -> None:
         (["--prompt-file", "no/such/file"], "no/such/file: No such file or directory"),
         (["--prompt", "a", "--picture", "picture.jpg"], ".png"),
         (["--prompt", "a", "--picture", "no/such/folder/picture.png"], "does not exist"),
+        (["--prompt", "a", "--timeline", "no/such/folder/timeline.json"], "does not exist"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens is 0"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "a", "--top-p", "1.5"], "top_p is 1.5"),

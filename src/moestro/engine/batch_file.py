@@ -24,7 +24,10 @@ from moestro.engine.results import Completion, Stats
 from moestro.engine.throughput import options_for
 from moestro.engine.tokenizer import chat_ids, encode, load_tokenizer
 from moestro.errors import RequestError
-from moestro.policy.levels import parse_quality
+from moestro.policy.levels import budget_of, parse_quality
+from moestro.runtime.open import level_policy_of
+from moestro.runtime.plan import resolve_context
+from moestro.runtime.subject import Subject
 from moestro.store.disk import write_all
 from moestro.store.reader import Store
 
@@ -114,9 +117,11 @@ def answer_file(
         before = answers.count
         if before == len(requests):
             return BatchReport(before, before, 0, 0, 0.0, 0.0, 0, 0, None)
-        prompts = _encoded(store, requests[before:], name=name, chat=chat)
-        chosen = options_for(store, options, prompts, [one.sampling for one in requests[before:]])
-        _check_lengths(requests[before:], prompts, chosen.context, name)
+        todo, subject = requests[before:], Subject.of_store(store)
+        _check_qualities(todo, level_policy_of(store, options), name)
+        prompts = _encoded(store, todo, name=name, chat=chat)
+        _check_lengths(todo, prompts, resolve_context(subject.skeleton.config, options.context), name)
+        chosen = options_for(subject, options, prompts, [one.sampling for one in todo])
         with LLM(store.path, options=chosen) as llm:
             started = time.perf_counter()
             if timeline is None:
@@ -258,6 +263,8 @@ def _parse(line: str, number: int, sampling: SamplingParams) -> BatchRequest:
     identity = fact.get("id", number)
     if not isinstance(identity, str | int) or isinstance(identity, bool):
         raise RequestError(f"its id is {identity!r}, expected a text or a whole number.")
+    if isinstance(fact.get("quality"), int | float) and not isinstance(fact["quality"], bool):
+        fact["quality"] = str(fact["quality"])
     own = replace(sampling, **{name: fact[name] for name in _SAMPLING if name in fact})
     if own.quality:
         parse_quality(own.quality)
@@ -297,6 +304,15 @@ def _ids(
         return encode(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return chat_ids(tokenizer, messages, model=model)
+
+
+def _check_qualities(requests: Sequence[BatchRequest], level_policy: str, name: str) -> None:
+    for one in requests:
+        if one.sampling.quality:
+            try:
+                budget_of(level_policy, one.sampling.quality)
+            except RequestError as error:
+                raise RequestError(f"Line {one.line} of {name}: {error}") from error
 
 
 def _check_lengths(requests: Sequence[BatchRequest], prompts: Sequence[list[int]], context: int, name: str) -> None:

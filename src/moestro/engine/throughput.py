@@ -8,7 +8,6 @@ from dataclasses import replace
 from moestro.config import RuntimeOptions, SamplingParams
 from moestro.runtime.plan import Plan, resolve_context
 from moestro.runtime.subject import Subject
-from moestro.store.reader import Store
 
 _DISK_TO_MEMORY = 4
 """How many bytes of memory are read in the time of one from the disk."""
@@ -18,7 +17,7 @@ _MOST = 64
 
 
 def options_for(
-    store: Store, options: RuntimeOptions, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
+    subject: Subject, options: RuntimeOptions, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]
 ) -> RuntimeOptions:
     """The options under which these requests take least time together.
 
@@ -29,7 +28,6 @@ def options_for(
     Raises:
         BudgetError: the memory does not do for `max_sequences` as asked for, or the options are not valid.
     """
-    subject = Subject.of_store(store)
     longest = max(len(ids) + one.max_tokens for ids, one in zip(prompts, sampling, strict=True))
     limit = resolve_context(subject.skeleton.config, options.context)
     fixed = replace(options, context=options.context or max(2, min(limit, longest)))
