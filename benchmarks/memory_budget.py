@@ -8,7 +8,8 @@ A share is one of the GGUF file's bytes. moestro is told the share less what its
 floor, measured first) and a margin; llama.cpp maps its file, as users run it. Files are evicted from the page cache
 before each run. Every round runs every contender once at every share; a process warms up first (moestro: one answer;
 llama-bench: its own warm-up). Reported are medians over rounds and the ratio of medians; `roofline` is that of the
-bytes that moestro moved, at the speeds of disk, memory and processor measured in the same process.
+bytes that moestro moved, at the speeds of disk, memory and processor measured in the same process. Rounds can be run
+one by one: those that the file of `--out` has are kept.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
     contenders = [_contender(one) for one in arguments.store]
     peer = Contender("llama.cpp", arguments.gguf, "")
     floor = _floor(contenders[0].path)
-    samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    samples = _earlier(arguments.out)
     for number in range(arguments.rounds):
         for share in (float(text) for text in arguments.shares.split(",")):
             limit = int(share * arguments.gguf.stat().st_size)
@@ -56,6 +57,14 @@ def main() -> None:
     if arguments.out:
         whole = {"bytes": arguments.gguf.stat().st_size, "floor": floor, "medians": summary, "samples": samples}
         arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _earlier(out: Path | None) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Runs of the file that this one's are added to."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    if out and out.exists():
+        found = json.loads(out.read_text())["samples"]
+    return found
 
 
 def _contender(text: str) -> Contender:
