@@ -75,13 +75,13 @@ def _contender(text: str) -> Contender:
 
 def _floor(store: Path) -> int:
     """What a moestro process takes before any weight."""
-    command = [sys.executable, "-m", "moestro", "plan", str(store), "--memory", "1TiB", "--json"]
+    command = [sys.executable, "-m", "moestro.cli", "plan", str(store), "--memory", "1TiB", "--json"]
     return int(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["floor_bytes"])
 
 
 def _moestro(one: Contender, limit: int, floor: int, arguments: argparse.Namespace) -> dict[str, Any]:
     evict(*(file for file in one.path.iterdir() if file.is_file()))
-    command = [sys.executable, "-m", "moestro", "bench", str(one.path), "--memory", str(limit - floor - MARGIN)]
+    command = [sys.executable, "-m", "moestro.cli", "bench", str(one.path), "--memory", str(limit - floor - MARGIN)]
     command += ["--context", "512", "--prompt-tokens", str(arguments.prompt), "--gen-tokens", str(arguments.tokens)]
     command += ["--repeat", "1", "--quality", one.quality, "--json"]
     if arguments.text:
