@@ -5,7 +5,8 @@
         [--out docs/benchmarks/memory-budget.json]
 
 A share is one of the GGUF file's bytes. moestro is told the share less what its process takes before any weight (its
-floor, measured first) and a margin; llama.cpp maps its file, as users run it. Files are evicted from the page cache
+floor, measured first) and a margin; llama.cpp maps its file and does not repack it (a repacked copy cannot be dropped
+and read again: with it llama.cpp is killed where memory is less than the file). Files are evicted from the page cache
 before each run. Every round runs every contender once at every share; a process warms up first (moestro: one answer;
 llama-bench: its own warm-up). Reported are medians over rounds and the ratio of medians; `roofline` is that of the
 bytes that moestro moved, at the speeds of disk, memory and processor measured in the same process. Rounds can be run
@@ -101,7 +102,7 @@ def _moestro(one: Contender, limit: int, floor: int, arguments: argparse.Namespa
 def _llama_bench(one: Contender, limit: int, arguments: argparse.Namespace) -> dict[str, Any]:
     evict(one.path)
     command = [arguments.bench, "-m", str(one.path), "-p", str(arguments.prompt), "-n", str(arguments.peer_tokens)]
-    out, peak = _limited([*command, "-t", str(os.cpu_count()), "-r", "1", "-o", "json"], limit)
+    out, peak = _limited([*command, "-t", str(os.cpu_count()), "--repack", "0", "-r", "1", "-o", "json"], limit)
     runs = json.loads(out)
     rate = {"decode" if run["n_gen"] else "prompt": run["avg_ts"] for run in runs}
     return {**rate, "peak": peak}
