@@ -5,8 +5,9 @@
 
 Tokens go through one at a time, as decoding does, in windows of 256 of the texts (never those of the calibration). Of
 the experts' bytes at the exact level a share is in memory, all else that a policy needs is beside it. `learned` needs
-a store with a bit router; `--static` levels are applied to every expert, in the same bytes of memory. For each share the exact level is measured first; "divergence" is the mean of KL(exact ||
-chosen) per token, in nats. Nothing here is a time: bytes and divergences are the same on every machine.
+a store with a bit router; `--static` levels are applied to every expert, in the same bytes of memory. For each share
+the exact level is measured first; "divergence" is the mean of KL(exact || chosen) per token, in nats. Nothing here is
+a time: bytes and divergences are the same on every machine.
 """
 
 from __future__ import annotations
