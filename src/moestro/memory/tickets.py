@@ -56,15 +56,22 @@ class Ticket:
         self.submitted = self.begun = self.ended = 0.0
         self.state = State.QUEUED
         self.callbacks: list[Callable[[Ticket], None]] = []
-        self.finished = threading.Event()
+        self._unfinished = threading.Lock()  # an event would take as long to make as all the rest
+        self._unfinished.acquire()
+
+    def finish(self) -> None:
+        """It was carried out, failed or was cancelled."""
+        self.state = State.DONE
+        self._unfinished.release()
 
     def done(self) -> bool:
         """Whether it was carried out, failed or was cancelled."""
-        return self.finished.is_set()
+        return not self._unfinished.locked()
 
     def wait(self) -> None:
         """Block until done; raises PlaneReadError when it failed."""
-        self.finished.wait()
+        with self._unfinished:
+            pass
         if self.error is not None:
             raise self.error
 

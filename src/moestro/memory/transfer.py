@@ -275,9 +275,8 @@ class TransferEngine:
                 logging.getLogger("moestro").exception("The callback of the read of %s failed.", ticket.read.label)
 
     def _leave(self, ticket: Ticket) -> None:
-        ticket.state = State.DONE
         del self._in_flight[(ticket.read.file, ticket.read.offset, ticket.read.nbytes)]
-        ticket.finished.set()
+        ticket.finish()
 
 
 def _because(read: Read, reason: str, cause: BaseException) -> PlaneReadError:

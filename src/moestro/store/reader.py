@@ -37,6 +37,7 @@ class Store:
     manifest: Manifest
     layers: tuple[StoreLayer, ...]
     _first_plane: tuple[int, ...] = field(repr=False)
+    _plane_files: tuple[Path, ...] = field(repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Store:
@@ -55,7 +56,8 @@ class Store:
             for index, entry in enumerate(manifest.layers)
         )
         counts = (layer.num_experts * len(layer.layout.planes) for layer in layers)
-        return cls(path, manifest, layers, tuple(accumulate(counts, initial=0)))
+        files = tuple(path / entry.name for entry in manifest.plane_files)
+        return cls(path, manifest, layers, tuple(accumulate(counts, initial=0)), files)
 
     @property
     def config_dict(self) -> dict[str, Any]:
@@ -89,8 +91,7 @@ class Store:
         assert 0 <= expert < self.layers[layer].num_experts, key
         assert 0 <= plane < len(planes), key
         entry = self.manifest.planes[self._first_plane[layer] + expert * len(planes) + plane]
-        file = self.path / self.manifest.plane_files[entry.file].name
-        return PlaneExtent(file, entry.offset, planes[plane].nbytes, entry.checksum)
+        return PlaneExtent(self._plane_files[entry.file], entry.offset, planes[plane].nbytes, entry.checksum)
 
     def verify(self, progress: Callable[[VerifyProgress], None] | None = None) -> list[str]:
         """Read everything and compare checksums. Returns one line per problem: what is bad, which file, which byte."""
