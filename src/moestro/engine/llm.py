@@ -241,12 +241,12 @@ class LLM:
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),
             process_floor_bytes=plan.floor_bytes,
-            memory_bytes=plan.memory_bytes,
+            memory_bytes=shares.memory_bytes,
             model_bytes=plan.model_bytes,
             dense_bytes=plan.dense_bytes,
             expert_bytes=plan.expert_bytes,
-            arena_bytes=shares.arena_bytes if shares else plan.arena_bytes,
-            kv_bytes=shares.kv_bytes if shares else plan.kv_bytes,
+            arena_bytes=shares.arena_bytes,
+            kv_bytes=shares.kv_bytes,
             activation_bytes=plan.activation_bytes,
             staging_bytes=plan.staging_bytes,
             level=plan.level,
@@ -264,6 +264,14 @@ class LLM:
         if self._closed_stats is not None:
             return self._counts_LE
         return self._open.runner.expert_counts.copy()
+
+    def resize(self, memory_bytes: int) -> None:
+        """Make the number of bytes another one, while nothing generates: at most what the model was opened with.
+
+        Raises:
+            BudgetError: it is above that, or too little for the KV cache and two experts.
+        """
+        self._engine.resize(memory_bytes)
 
     def residency(self) -> np.ndarray:
         """Bits of each expert that are in memory or on their way there, 0 for none: int8 [MoE layers, experts].

@@ -62,7 +62,7 @@ class OpenModel:
     chosen: Chosen
     history: History | None
     level_policy: str
-    shares: MemoryShares | None = None
+    shares: MemoryShares
 
     def close(self) -> None:
         """Stop the transfer threads, keep what was learned and give the memory back."""
@@ -199,9 +199,7 @@ def _assemble(
     planes.watch = spans
     planes.resize(plan.arena_bytes)
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
-    shares = None
-    if arena_bytes > plan.arena_bytes:
-        shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
+    shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
     experts = open_experts(
         skeleton=skeleton,
         kernels=kernels,
