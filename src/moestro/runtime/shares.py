@@ -26,8 +26,13 @@ def most_arena_bytes(plan: Plan) -> int:
     """
     spare = plan.kv_bytes - round_up(least_kv_blocks(plan) * (plan.kv_bytes // plan.kv_blocks), HUGE_PAGE)
     most = min(plan.whole_arena_bytes, plan.arena_bytes + max(0, spare))
-    affords_one = plan.arena_bytes - plan.extent_bytes >= plan.least_bytes - plan.fixed_bytes
+    affords_one = plan.arena_bytes - plan.extent_bytes >= _least_arena_bytes(plan)
     return most if affords_one and most - plan.arena_bytes >= 2 * plan.extent_bytes else plan.arena_bytes
+
+
+def _least_arena_bytes(plan: Plan) -> int:
+    """Room for two experts. (The least number of all counts embeddings as left on disk.)"""
+    return plan.least_bytes - plan.fixed_bytes + (0 if plan.lookup_on_disk else plan.spared_bytes)
 
 
 class MemoryShares:
@@ -71,7 +76,7 @@ class MemoryShares:
         """
         plan = self._plan
         # Of the arena whole extents can be used: up to one of them is lost.
-        least = min(plan.least_bytes + plan.extent_bytes, plan.memory_bytes)
+        least = min(plan.fixed_bytes + _least_arena_bytes(plan) + plan.extent_bytes, plan.memory_bytes)
         if not least <= memory_bytes <= plan.memory_bytes:
             raise BudgetError(
                 f"The memory cannot be made {format_bytes(memory_bytes)} ({memory_bytes} bytes) while the model is "
