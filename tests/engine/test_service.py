@@ -234,6 +234,31 @@ def test_a_plane_that_cannot_be_read_ends_who_needs_it(shipped: Path, llm: LLM, 
         assert service.snapshot().kv_blocks_used == 0
 
 
+def test_lower_priorities_take_the_place_of_others(service: Service, llm: LLM) -> None:
+    slow = [_submit(service, llm, PROMPTS[0], LONG, priority=5) for _ in range(2)]
+    _until(lambda: all(listener.has_begun() for _, listener in slow))
+    urgent = _submit(service, llm, PROMPTS[1], SamplingParams(max_tokens=3))[1]
+    assert urgent.last().finish_reason == "length"
+    assert not any(event.finish_reason for _, listener in slow for event in listener.events)
+    assert [listener.last().finish_reason for _, listener in slow] == ["length"] * 2
+    assert slow[0][1].token_ids == slow[1][1].token_ids == _tokens_of_long(service, llm)
+
+
+def test_a_command_that_fails_is_told_to_who_gave_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("nothing works")
+
+    service = Service(llm)
+    monkeypatch.setattr(llm.engine, "forget", fails)
+    with pytest.raises(RuntimeError, match="nothing works"):
+        service.flush()
+    monkeypatch.undo()
+    _until(lambda: not service.snapshot().accepting)
+    with pytest.raises(ServiceError, match="nothing works"):
+        service.flush()
+    service.close()
+
+
 def test_a_failure_of_the_engine_is_told_to_everyone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(llm)
     listener = _submit(service, llm, PROMPTS[0], LONG)[1]

@@ -198,20 +198,23 @@ class Service:
             self._changed.wait_for(
                 lambda: self._inbox or self._unwanted or self._commands or self._stopping or self._engine.busy
             )
-            coming, unwanted, commands = self._inbox, self._unwanted, self._commands
-            self._inbox, self._unwanted, self._commands = [], [], []
-            if self._stopping and not self._live and not commands:
+            coming, unwanted = self._inbox, self._unwanted
+            self._inbox, self._unwanted = [], []
+            if self._stopping and not self._live and not self._commands:
                 return False
         for one in coming:
             if not one.answer.finished:
                 self._engine.add(one.answer.sequence)
         for one in unwanted:
             self._engine.cancel(one.answer.sequence)
-        for command, done in commands:
+        while self._commands:
+            command, done = self._commands.pop(0)
             try:
                 command()
-            except MoestroError as error:
+            except Exception as error:  # whoever waits for it has to be told, whatever it is
                 done.set_exception(error)
+                if not isinstance(error, MoestroError):
+                    raise
             else:
                 done.set_result(None)
         return True
