@@ -1,11 +1,11 @@
 """Levels chosen per token: perplexity, divergence from the exact level and bytes read, by policy and quality.
 
     python benchmarks/levels.py STORE TEXT... [--policies gate,ledger,learned] [--qualities high,balanced,fast]
-        [--shares 0.25,0.5] [--tokens 2048] [--out FILE.json]
+        [--static 2,3] [--shares 0.25,0.5] [--tokens 2048] [--out FILE.json]
 
 Tokens go through one at a time, as decoding does, in windows of 256 of the texts (never those of the calibration). Of
 the experts' bytes at the exact level a share is in memory, all else that a policy needs is beside it. `learned` needs
-a store with a bit router. For each share the exact level is measured first; "divergence" is the mean of KL(exact ||
+a store with a bit router; `--static` levels are applied to every expert, in the same bytes of memory. For each share the exact level is measured first; "divergence" is the mean of KL(exact ||
 chosen) per token, in nats. Nothing here is a time: bytes and divergences are the same on every machine.
 """
 
@@ -41,10 +41,12 @@ def main() -> None:
     windows = cut_windows(load_tokenizer(store), texts, window=WINDOW, max_tokens=arguments.tokens)
     exact_NV, results = None, []
     for share in _numbers(arguments.shares):
-        for policy, quality in [("fixed", EXACT), *_cases(arguments)]:
-            log_probs_NV, facts = measure(store, windows, share=share, policy=policy, quality=quality)
+        static = [("fixed", EXACT, level) for level in map(int, filter(None, arguments.static.split(",")))]
+        for policy, quality, level in [("fixed", EXACT, 0), *_cases(arguments), *static]:
+            log_probs_NV, facts = measure(store, windows, share=share, policy=policy, quality=quality, level=level)
             exact_NV = log_probs_NV if exact_NV is None else exact_NV
-            facts |= {"share": share, "policy": policy, "quality": quality, **judge(log_probs_NV, exact_NV, windows)}
+            facts |= {"share": share, "policy": policy, "quality": f"level {level}" if level else quality}
+            facts |= judge(log_probs_NV, exact_NV, windows)
             print(facts, flush=True)
             results.append(facts)
     if arguments.out:
@@ -52,12 +54,15 @@ def main() -> None:
 
 
 def measure(
-    store: Store, windows: list[Window], *, share: float, policy: str, quality: str
+    store: Store, windows: list[Window], *, share: float, policy: str, quality: str, level: int = 0
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Logarithms of next-token probabilities [N, V], and what was read for them."""
     options = RuntimeOptions(context=WINDOW, threads=1, quality=quality, level_policy=policy)
-    plan = Subject.of_store(store).plan(options)
-    arena = min(plan.whole_arena_bytes, int(share * plan.expert_bytes))
+    subject = Subject.of_store(store)
+    arena = int(share * subject.plan(options).expert_bytes)
+    options = replace(options, level=level)
+    plan = subject.plan(options)
+    arena = min(plan.whole_arena_bytes, arena)
     memory = max(plan.least_bytes, plan.fixed_bytes + arena)
     rows = []
     with open_model(store, replace(options, memory=str(memory)), logit_rows=1) as opened:
@@ -81,8 +86,10 @@ def judge(found_NV: np.ndarray, exact_NV: np.ndarray, windows: list[Window]) -> 
     return {"perplexity": round(math.exp(loss), 4), "divergence": round(float(divergence), 5)}
 
 
-def _cases(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    return [(policy, quality) for policy in arguments.policies.split(",") for quality in arguments.qualities.split(",")]
+def _cases(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
+    return [
+        (policy, quality, 0) for policy in arguments.policies.split(",") for quality in arguments.qualities.split(",")
+    ]
 
 
 def _numbers(text: str) -> list[float]:
@@ -95,6 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--policies", default="gate,ledger,learned")
     parser.add_argument("--qualities", default="high,balanced,fast")
+    parser.add_argument("--static", default="", help="levels applied throughout: 2,3")
     parser.add_argument("--shares", default="0.25,0.5")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--out", type=Path)

@@ -83,7 +83,7 @@ def _floor(store: Path) -> int:
 def _moestro(one: Contender, limit: int, floor: int, arguments: argparse.Namespace) -> dict[str, Any]:
     evict(*(file for file in one.path.iterdir() if file.is_file()))
     command = [sys.executable, "-m", "moestro.cli", "bench", str(one.path), "--memory", str(limit - floor - MARGIN)]
-    command += ["--context", "512", "--prompt-tokens", str(arguments.prompt), "--gen-tokens", str(arguments.tokens)]
+    command += ["--prompt-tokens", str(arguments.prompt), "--gen-tokens", str(arguments.tokens)]
     command += ["--repeat", "1", "--quality", one.quality, "--json"]
     if arguments.text:
         command += ["--text", str(arguments.text)]

@@ -26,6 +26,8 @@ INSPECT_KEYS = {
     "bits_per_weight",
     "dense_bits",
     "dense_bytes",
+    "lookup_on_disk",
+    "spared_bytes",
     "expert_bytes",
     "bytes_per_expert",
     "files",
@@ -143,6 +145,7 @@ def test_flags_without_effect_are_not_taken(store: Path) -> None:
     assert run("inspect", store, "--memory", "1GB").exit_code == 2
 
 
+@pytest.mark.timeout(600)  # it packs the built-in model, calibrated
 def test_demo(tmp_path: Path) -> None:
     result = run("demo", "--picture", tmp_path / "experts.png")
     assert result.exit_code == 0
