@@ -66,7 +66,8 @@ def _options(store: Path, level: int) -> RuntimeOptions:
     """Memory for everything but experts as needed, and for a quarter of the experts."""
     from moestro.runtime.subject import Subject
 
-    options = RuntimeOptions(context=CONTEXT, level=level)
+    # What is shown is a model that does not fit: nothing is lent to make it.
+    options = RuntimeOptions(context=CONTEXT, level=level, lend_kv=False)
     return replace(options, memory=str(Subject.open(str(store)).plan(options).bytes_for_experts(ARENA_SHARE)))
 
 

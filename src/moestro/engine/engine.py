@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moestro.config import SamplingParams
-from moestro.engine.sampling import Sampler
+from moestro.engine.prefixes import Prefixes
+from moestro.engine.sampling import Constraint, Sampler
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
 from moestro.errors import PlaneReadError, RequestError
 from moestro.policy.levels import EXACT, budget_of
 from moestro.runtime.runner import ModelRunner
+from moestro.runtime.shares import MemoryShares
 from moestro.spans import Event, Part
+
+
+@dataclass(frozen=True)
+class KVUse:
+    """Blocks in all, those that requests use, and those beside them that are kept for prefixes that may come again."""
+
+    blocks: int
+    used: int
+    kept: int
 
 
 class Engine:
     """Requests in, tokens out. Knows no text and no planes. Not thread-safe.
 
-    `quality` is that of requests that ask for none, `level_policy` what it is spent by.
+    `quality` is that of requests that ask for none, `level_policy` what it is spent by. `prefix_cache`: KV rows of what
+    requests begin with are kept and shared. `shares`: what KV blocks and experts trade by, if they do.
     """
 
     def __init__(
@@ -32,35 +44,50 @@ class Engine:
         vocabulary: int,
         quality: str = EXACT,
         level_policy: str = "fixed",
+        prefix_cache: bool = False,
+        shares: MemoryShares | None = None,
     ) -> None:
         self._quality, self._level_policy = quality, level_policy
-        self._runner = runner
-        self._scheduler = Scheduler(kv=runner.kv, max_sequences=max_sequences, step_rows=step_rows)
+        self._runner, self._shares = runner, shares
+        self._prefixes = Prefixes(runner.kv, keep=prefix_cache, shares=shares)
+        self._scheduler = Scheduler(prefixes=self._prefixes, max_sequences=max_sequences, step_rows=step_rows)
         self._context = context
         self._end_ids = end_ids
         self._vocabulary = vocabulary
         self._submitted = 0
 
     def submit(self, prompt_ids: List[int], sampling: SamplingParams) -> Sequence:
-        """Queue a request. It ends at the end of the context at the latest.
+        """Queue a request. Raises RequestError as `prepare`."""
+        sequence = self.prepare(prompt_ids, sampling)
+        self.add(sequence)
+        return sequence
+
+    def prepare(
+        self, prompt_ids: List[int], sampling: SamplingParams, constraint: Constraint | None = None
+    ) -> Sequence:
+        """A request, checked and not queued yet. Any thread may ask for it. It ends at the end of the context at the
+        latest. `constraint` is what its `guide` comes to.
 
         Raises:
             RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context; or
                 there is no such quality.
         """
         self._check(prompt_ids)
+        self._check_tokens(sampling)
         budget = budget_of(self._level_policy, sampling.quality or self._quality)
         room = self._context - len(prompt_ids)
-        sequence = Sequence(
-            number=self._submitted,
+        return Sequence(
             prompt_ids=list(prompt_ids),
             sampling=replace(sampling, max_tokens=min(sampling.max_tokens, room)),
-            sampler=Sampler(sampling),
+            sampler=Sampler(sampling, prompt_ids, constraint),
             budget=budget,
         )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request that has been prepared."""
+        sequence.number = self._submitted
         self._submitted += 1
         self._scheduler.add(sequence)
-        return sequence
 
     def step(self) -> list[Sequence]:
         """One forward pass; returns the requests that got a token or ended.
@@ -81,15 +108,31 @@ class Engine:
         self._scheduler.commit(batch)
         self._runner.spans.begin(Part.PYTHON)
         for sequence, logits_V in zip(sampled, logits_SV, strict=True):
-            sequence.append(sequence.sampler.pick(logits_V), self._end_ids)
+            sequence.pick(logits_V, self._end_ids)
         self._runner.spans.end(Event.SAMPLE, len(sampled))
         self._retire()
         return sampled
 
     def cancel(self, sequence: Sequence) -> None:
-        """Take a request out at any moment and free what it holds."""
+        """Take a request out at any moment and free what it holds. One that has not ended is cancelled."""
+        sequence.end("cancelled")
         self._scheduler.drop(sequence)
         self._runner.end_request(sequence.number)
+
+    @property
+    def kv_use(self) -> KVUse:
+        """How the KV blocks are used. Any thread may ask."""
+        return KVUse(self._runner.kv.blocks, self._prefixes.used, self._prefixes.kept)
+
+    def forget(self) -> None:
+        """Drop every expert in memory and the prefixes that nobody uses, between two steps."""
+        self._runner.planes.clear()
+        self._prefixes.forget()
+
+    def resize(self, memory_bytes: int) -> None:
+        """Make the number of bytes another one, between two steps. Raises BudgetError as `MemoryShares.resize`."""
+        assert self._shares is not None
+        self._shares.resize(memory_bytes)
 
     @property
     def busy(self) -> bool:
@@ -99,6 +142,14 @@ class Engine:
     def _retire(self) -> None:
         for sequence in self._scheduler.retire():
             self._runner.end_request(sequence.number)
+
+    def _check_tokens(self, sampling: SamplingParams) -> None:
+        for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias or ())):
+            beyond = [token for token in ids if token >= self._vocabulary]
+            if beyond:
+                raise RequestError(
+                    f"{name} names token {beyond[0]}, and the model's vocabulary ends at {self._vocabulary - 1}."
+                )
 
     def _check(self, prompt_ids: List[int]) -> None:
         if not prompt_ids:

@@ -10,19 +10,22 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from moestro.calibration import pack_apart
-from moestro.config import RuntimeOptions, SamplingParams
-from moestro.engine.detokenize import Detokenizer
+from moestro.config import Guide, RuntimeOptions, SamplingParams
+from moestro.engine.answer import Answer
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
-from moestro.engine.sequence import Sequence
+from moestro.engine.sampling import Constraint
 from moestro.engine.timeline import check_timeline_path, write_timeline
+from moestro.engine.token_text import TokenTexts
 from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_tokenizer
 from moestro.errors import RequestError
+from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import peak_resident_bytes
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
@@ -34,6 +37,9 @@ from moestro.store.locate import locate, locate_shapes
 from moestro.store.manifest import has_manifest
 from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
+
+if TYPE_CHECKING:
+    from moestro.engine.guides import Guides
 
 Prompt = str | List[int]
 
@@ -66,20 +72,25 @@ class LLM:
         store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, pack=pack_apart, progress=progress))
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
+        self._token_texts = TokenTexts(self.tokenizer)
+        config = config_from_dict(store.config_dict)
+        end_ids, vocabulary = end_token_ids(store, config), int(config.vocab_size)
+        self._guides = _open_guides(self.tokenizer, vocabulary, end_ids) if self.options.guides else None
         self._closed_stats: Stats | None = None
-        self._model = open_model(store, self.options, clock=clock)
+        self._model = open_model(store, self.options, clock=clock, lend_kv=self.options.lend_kv)
         self._spans = self._model.runner.spans
         self.plan = self._model.plan
-        config = self._model.skeleton.config
         self._engine_of_model = Engine(
             runner=self._model.runner,
             max_sequences=self.options.max_sequences,
             step_rows=self.plan.step_rows,
             context=self.plan.context,
-            end_ids=end_token_ids(store, config),
-            vocabulary=int(config.vocab_size),
+            end_ids=end_ids,
+            vocabulary=vocabulary,
             quality=self.options.quality,
             level_policy=self._model.level_policy,
+            prefix_cache=self.options.prefix_cache,
+            shares=self._model.shares,
         )
         self._load_s = time.perf_counter() - started
 
@@ -99,18 +110,18 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         batch = [prompts] if single else list(prompts)
         params = _params_for(batch, sampling)  # type: ignore[arg-type]
-        sequences: list[Sequence] = []
+        answers: list[Answer] = []
         with self._spans.within(Part.PYTHON):
             try:
                 for prompt, one in zip(batch, params, strict=True):
-                    sequences.append(self._engine.submit(self._encode(prompt), one))  # type: ignore[arg-type]
-                while any(sequence.finish_reason is None for sequence in sequences):
+                    answers.append(self._submit(prompt, one))  # type: ignore[arg-type]
+                while not all(answer.finished for answer in answers):
                     self._engine.step()
             finally:
-                for sequence in sequences:
-                    self._engine.cancel(sequence)
-            _raise_error(sequences)
-            return [self._complete(sequence, self._decode(sequence)) for sequence in sequences]
+                for answer in answers:
+                    self._engine.cancel(answer.sequence)
+            _raise_error(answers)
+            return [self._complete(answer) for answer in answers]
 
     def complete_each(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, Completion]]:
         """Answer any number of requests, each as soon as it is done: (its number, its answer).
@@ -122,25 +133,25 @@ class LLM:
             RequestError: a request is not valid; those before it may have been answered.
             PlaneReadError: a plane could not be read. Who needed it, and who was not answered yet, is lost.
         """
-        coming, running = enumerate(requests), dict[int, Sequence]()
+        coming, running = enumerate(requests), dict[int, Answer]()
         try:
             while True:
                 with self._spans.within(Part.PYTHON):
                     room = 2 * self.options.max_sequences - len(running)
                     for number, (prompt, sampling) in islice(coming, room):
-                        running[number] = self._engine.submit(self._encode(prompt), sampling)
+                        running[number] = self._submit(prompt, sampling)
                     if running:
                         self._engine.step()
-                    done = [number for number, one in running.items() if one.finish_reason is not None]
+                    done = [number for number, one in running.items() if one.finished]
                     ended = {number: running.pop(number) for number in done}
                     _raise_error([*ended.values()])
-                    answers = [(number, self._complete(one, self._decode(one))) for number, one in ended.items()]
+                    answers = [(number, self._complete(one)) for number, one in ended.items()]
                 if not running and not answers:
                     return
                 yield from answers
         finally:
-            for sequence in running.values():
-                self._engine.cancel(sequence)
+            for answer in running.values():
+                self._engine.cancel(answer.sequence)
 
     @contextmanager
     def timeline(self, path: str | Path) -> Iterator[None]:
@@ -170,27 +181,29 @@ class LLM:
             RequestError, PlaneReadError: as `generate`.
         """
         with self._spans.within(Part.PYTHON):
-            sequence = self._engine.submit(self._encode(prompt), sampling or SamplingParams())
-        detokenizer = Detokenizer(self.tokenizer)
-        shown = 0
+            answer = self._submit(prompt, sampling or SamplingParams())
         try:
             while True:
                 with self._spans.within(Part.PYTHON):
                     # Another stream's or batch's steps may have brought tokens, or the end, in the meantime.
-                    if sequence.finish_reason is None and shown == len(sequence.token_ids):
+                    if not answer.finished and not answer.has_news:
                         self._engine.step()
-                    _raise_error([sequence])
-                    new_ids = sequence.token_ids[shown:]
-                    shown = len(sequence.token_ids)
-                    text = "".join(detokenizer.push(token) for token in new_ids)
-                if sequence.finish_reason is not None:
+                    _raise_error([answer])
+                    news = answer.news()
+                if answer.finished:
                     break
-                if new_ids:
-                    yield Delta(text, new_ids)
-            text += detokenizer.finish()
-            yield Delta(text, new_ids, sequence.finish_reason, self._complete(sequence, detokenizer.text))
+                if news.token_ids:
+                    yield Delta(news.text, news.token_ids, logprobs=news.logprobs)
+            reason, whole = answer.sequence.finish_reason, self._complete(answer)
+            yield Delta(news.text, news.token_ids, reason, whole, news.logprobs)
         finally:
-            self._engine.cancel(sequence)
+            self._engine.cancel(answer.sequence)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a text (ids stay as they are). Raises RequestError when it is not valid Unicode."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        return encode(self.tokenizer, prompt)
 
     def chat_prompt(self, messages: List[Mapping[str, str]]) -> list[int]:
         """The prompt, as token ids, that the model's chat template makes of `messages` ({"role": ..., "content": ...}).
@@ -205,7 +218,7 @@ class LLM:
         if self._closed_stats is not None:
             return self._closed_stats
         plan, planes, runner = self.plan, self._open.runner.planes.stats, self._open.runner.stats
-        foreseen = self._open.runner.foreseen
+        foreseen, shares = self._open.runner.foreseen, self._open.shares
         return Stats(
             hits=planes.hits,
             misses=planes.misses,
@@ -228,12 +241,12 @@ class LLM:
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),
             process_floor_bytes=plan.floor_bytes,
-            memory_bytes=plan.memory_bytes,
+            memory_bytes=shares.memory_bytes,
             model_bytes=plan.model_bytes,
             dense_bytes=plan.dense_bytes,
             expert_bytes=plan.expert_bytes,
-            arena_bytes=plan.arena_bytes,
-            kv_bytes=plan.kv_bytes,
+            arena_bytes=shares.arena_bytes,
+            kv_bytes=shares.kv_bytes,
             activation_bytes=plan.activation_bytes,
             staging_bytes=plan.staging_bytes,
             level=plan.level,
@@ -251,6 +264,35 @@ class LLM:
         if self._closed_stats is not None:
             return self._counts_LE
         return self._open.runner.expert_counts.copy()
+
+    def resize(self, memory_bytes: int) -> None:
+        """Make the number of bytes another one, while nothing generates: at most what the model was opened with.
+
+        Raises:
+            BudgetError: it is above that, or too little for the KV cache and two experts.
+        """
+        self._engine.resize(memory_bytes)
+
+    def residency(self) -> np.ndarray:
+        """Bits of each expert that are in memory or on their way there, 0 for none: int8 [MoE layers, experts].
+
+        Any thread may ask, also while another generates.
+        """
+        return self._open.runner.held()
+
+    def prepare(self, prompt_ids: List[int], sampling: SamplingParams) -> Answer:
+        """A request, checked and not begun: for `Service`, which runs its engine itself. Any thread may ask.
+
+        Raises:
+            RequestError: as `generate`.
+        """
+        sequence = self._engine.prepare(prompt_ids, sampling, self._constraint(sampling.guide))
+        return Answer(sequence, self.tokenizer, self._token_texts)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests: for `Service`."""
+        return self._engine
 
     def close(self) -> None:
         """Stop the transfer threads and give the memory back. The model can only be asked for its stats any more."""
@@ -281,19 +323,20 @@ class LLM:
         if self._closed_stats is not None:
             raise RequestError("This model is closed. Open it again with LLM(...).")
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        return encode(self.tokenizer, prompt)
+    def _constraint(self, guide: Guide | None) -> Constraint | None:
+        if guide is None:
+            return None
+        if self._guides is None:
+            raise RequestError("guide: the model was opened without what this needs. Open it with guides=True.")
+        return self._guides.constraint(guide)
 
-    def _decode(self, sequence: Sequence) -> str:
-        detokenizer = Detokenizer(self.tokenizer)
-        for token in sequence.token_ids:
-            detokenizer.push(token)
-        detokenizer.finish()
-        return detokenizer.text
+    def _submit(self, prompt: Prompt, sampling: SamplingParams) -> Answer:
+        answer = self.prepare(self.encode(prompt), sampling)
+        self._engine.add(answer.sequence)
+        return answer
 
-    def _complete(self, sequence: Sequence, text: str) -> Completion:
+    def _complete(self, answer: Answer) -> Completion:
+        sequence, text = answer.sequence, answer.whole_text()
         assert sequence.finish_reason is not None
         assert sequence.first_token_at is not None
         assert sequence.finished_at is not None
@@ -305,13 +348,21 @@ class LLM:
             token_ids=list(sequence.token_ids),
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(sequence.prompt_ids),
+            cached_tokens=sequence.reused,
+            logprobs=answer.logprobs(),
             timings=Timings(
                 load_s=self._load_s,
                 ttft_s=sequence.first_token_at - sequence.submitted_at,
                 decode_tokens_per_s=decoded / decode_s if decoded and decode_s else 0.0,
-                prefill_tokens_per_s=len(sequence.prompt_ids) / prefill_s if prefill_s else 0.0,
+                prefill_tokens_per_s=(len(sequence.prompt_ids) - sequence.reused) / prefill_s if prefill_s else 0.0,
             ),
         )
+
+
+def _open_guides(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_ids: frozenset[int]) -> Guides:
+    from moestro.engine.guides import Guides  # 2 MB of library for those who want it
+
+    return Guides(tokenizer, vocabulary=vocabulary, end_ids=end_ids)
 
 
 def _check_before_packing(model: str, options: RuntimeOptions) -> None:
@@ -323,10 +374,10 @@ def _check_before_packing(model: str, options: RuntimeOptions) -> None:
         Subject.open(model).plan(options).require_fit()
 
 
-def _raise_error(sequences: List[Sequence]) -> None:
-    for sequence in sequences:
-        if sequence.error is not None:
-            raise sequence.error
+def _raise_error(answers: List[Answer]) -> None:
+    for answer in answers:
+        if answer.sequence.error is not None:
+            raise answer.sequence.error
 
 
 def _params_for(prompts: List[Prompt], sampling: SamplingParams | List[SamplingParams] | None) -> list[SamplingParams]:

@@ -16,14 +16,33 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, in nats: the logarithm of its probability before sampling parameters apply.
+
+    `text` is the token's own (with the replacement character for half a character), `data` its bytes. `top` are the
+    likeliest tokens at its place, likeliest first, their own `top` empty.
+    """
+
+    id: int
+    text: str
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Completion:
-    """A finished request. `finish_reason` is "stop" (end-of-text token) or "length" (max_tokens reached)."""
+    """A finished request. `finish_reason` is "stop" (by an end-of-text token, a stop string or the end of its guide) or
+    "length" (max_tokens reached). `cached_tokens` of the prompt had been computed before. `logprobs` are those of
+    its tokens, if asked for."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
     timings: Timings
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None = None
     completion: Completion | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
