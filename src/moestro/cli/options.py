@@ -23,6 +23,8 @@ _PANELS = {
     "PackOptions": "How the store is made",
     "SimulateOptions": "What is simulated",
     "BenchOptions": "What is measured",
+    "ServeOptions": "How it listens",
+    "LoadOptions": "What is asked",
 }
 
 
