@@ -49,6 +49,18 @@ class RequestError(MoestroError):
     """A request cannot be served as asked: prompt too long, bad sampling parameter, ..."""
 
 
+class QueueFullError(MoestroError):
+    """So many requests wait that no other is taken now. `retry_after_s` is when there is likely to be room."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServiceError(MoestroError):
+    """A service does not take requests (any more): it is closing, or has failed."""
+
+
 class PlaneReadError(MoestroError):
     """A plane could not be read from disk, or what was read does not match its checksum.
 

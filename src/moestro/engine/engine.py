@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moestro.config import SamplingParams
 from moestro.engine.sampling import Sampler
@@ -13,6 +13,15 @@ from moestro.errors import PlaneReadError, RequestError
 from moestro.policy.levels import EXACT, budget_of
 from moestro.runtime.runner import ModelRunner
 from moestro.spans import Event, Part
+
+
+@dataclass(frozen=True)
+class KVUse:
+    """Blocks in all, those that requests use, and those beside them that are kept for prefixes that may come again."""
+
+    blocks: int
+    used: int
+    kept: int
 
 
 class Engine:
@@ -42,7 +51,14 @@ class Engine:
         self._submitted = 0
 
     def submit(self, prompt_ids: List[int], sampling: SamplingParams) -> Sequence:
-        """Queue a request. It ends at the end of the context at the latest.
+        """Queue a request. Raises RequestError as `prepare`."""
+        sequence = self.prepare(prompt_ids, sampling)
+        self.add(sequence)
+        return sequence
+
+    def prepare(self, prompt_ids: List[int], sampling: SamplingParams) -> Sequence:
+        """A request, checked and not queued yet. Any thread may ask for it. It ends at the end of the context at the
+        latest.
 
         Raises:
             RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context; or
@@ -51,16 +67,18 @@ class Engine:
         self._check(prompt_ids)
         budget = budget_of(self._level_policy, sampling.quality or self._quality)
         room = self._context - len(prompt_ids)
-        sequence = Sequence(
-            number=self._submitted,
+        return Sequence(
             prompt_ids=list(prompt_ids),
             sampling=replace(sampling, max_tokens=min(sampling.max_tokens, room)),
             sampler=Sampler(sampling),
             budget=budget,
         )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request that has been prepared."""
+        sequence.number = self._submitted
         self._submitted += 1
         self._scheduler.add(sequence)
-        return sequence
 
     def step(self) -> list[Sequence]:
         """One forward pass; returns the requests that got a token or ended.
@@ -87,9 +105,20 @@ class Engine:
         return sampled
 
     def cancel(self, sequence: Sequence) -> None:
-        """Take a request out at any moment and free what it holds."""
+        """Take a request out at any moment and free what it holds. One that has not ended is cancelled."""
+        sequence.end("cancelled")
         self._scheduler.drop(sequence)
         self._runner.end_request(sequence.number)
+
+    @property
+    def kv_use(self) -> KVUse:
+        """How the KV blocks are used. Any thread may ask."""
+        kv = self._runner.kv
+        return KVUse(blocks=kv.blocks, used=kv.blocks - kv.free_blocks, kept=0)
+
+    def forget(self) -> None:
+        """Drop every expert in memory, between two steps."""
+        self._runner.planes.clear()
 
     @property
     def busy(self) -> bool:

@@ -16,10 +16,9 @@ import numpy as np
 
 from moestro.calibration import pack_apart
 from moestro.config import RuntimeOptions, SamplingParams
-from moestro.engine.detokenize import Detokenizer
+from moestro.engine.answer import Answer
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
-from moestro.engine.sequence import Sequence
 from moestro.engine.timeline import check_timeline_path, write_timeline
 from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_tokenizer
 from moestro.errors import RequestError
@@ -99,18 +98,18 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         batch = [prompts] if single else list(prompts)
         params = _params_for(batch, sampling)  # type: ignore[arg-type]
-        sequences: list[Sequence] = []
+        answers: list[Answer] = []
         with self._spans.within(Part.PYTHON):
             try:
                 for prompt, one in zip(batch, params, strict=True):
-                    sequences.append(self._engine.submit(self._encode(prompt), one))  # type: ignore[arg-type]
-                while any(sequence.finish_reason is None for sequence in sequences):
+                    answers.append(self._submit(prompt, one))  # type: ignore[arg-type]
+                while not all(answer.finished for answer in answers):
                     self._engine.step()
             finally:
-                for sequence in sequences:
-                    self._engine.cancel(sequence)
-            _raise_error(sequences)
-            return [self._complete(sequence, self._decode(sequence)) for sequence in sequences]
+                for answer in answers:
+                    self._engine.cancel(answer.sequence)
+            _raise_error(answers)
+            return [self._complete(answer) for answer in answers]
 
     def complete_each(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, Completion]]:
         """Answer any number of requests, each as soon as it is done: (its number, its answer).
@@ -122,25 +121,25 @@ class LLM:
             RequestError: a request is not valid; those before it may have been answered.
             PlaneReadError: a plane could not be read. Who needed it, and who was not answered yet, is lost.
         """
-        coming, running = enumerate(requests), dict[int, Sequence]()
+        coming, running = enumerate(requests), dict[int, Answer]()
         try:
             while True:
                 with self._spans.within(Part.PYTHON):
                     room = 2 * self.options.max_sequences - len(running)
                     for number, (prompt, sampling) in islice(coming, room):
-                        running[number] = self._engine.submit(self._encode(prompt), sampling)
+                        running[number] = self._submit(prompt, sampling)
                     if running:
                         self._engine.step()
-                    done = [number for number, one in running.items() if one.finish_reason is not None]
+                    done = [number for number, one in running.items() if one.finished]
                     ended = {number: running.pop(number) for number in done}
                     _raise_error([*ended.values()])
-                    answers = [(number, self._complete(one, self._decode(one))) for number, one in ended.items()]
+                    answers = [(number, self._complete(one)) for number, one in ended.items()]
                 if not running and not answers:
                     return
                 yield from answers
         finally:
-            for sequence in running.values():
-                self._engine.cancel(sequence)
+            for answer in running.values():
+                self._engine.cancel(answer.sequence)
 
     @contextmanager
     def timeline(self, path: str | Path) -> Iterator[None]:
@@ -170,27 +169,28 @@ class LLM:
             RequestError, PlaneReadError: as `generate`.
         """
         with self._spans.within(Part.PYTHON):
-            sequence = self._engine.submit(self._encode(prompt), sampling or SamplingParams())
-        detokenizer = Detokenizer(self.tokenizer)
-        shown = 0
+            answer = self._submit(prompt, sampling or SamplingParams())
         try:
             while True:
                 with self._spans.within(Part.PYTHON):
                     # Another stream's or batch's steps may have brought tokens, or the end, in the meantime.
-                    if sequence.finish_reason is None and shown == len(sequence.token_ids):
+                    if not answer.finished and not answer.has_news:
                         self._engine.step()
-                    _raise_error([sequence])
-                    new_ids = sequence.token_ids[shown:]
-                    shown = len(sequence.token_ids)
-                    text = "".join(detokenizer.push(token) for token in new_ids)
-                if sequence.finish_reason is not None:
+                    _raise_error([answer])
+                    text, new_ids = answer.news()
+                if answer.finished:
                     break
                 if new_ids:
                     yield Delta(text, new_ids)
-            text += detokenizer.finish()
-            yield Delta(text, new_ids, sequence.finish_reason, self._complete(sequence, detokenizer.text))
+            yield Delta(text, new_ids, answer.sequence.finish_reason, self._complete(answer))
         finally:
-            self._engine.cancel(sequence)
+            self._engine.cancel(answer.sequence)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a text (ids stay as they are). Raises RequestError when it is not valid Unicode."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        return encode(self.tokenizer, prompt)
 
     def chat_prompt(self, messages: List[Mapping[str, str]]) -> list[int]:
         """The prompt, as token ids, that the model's chat template makes of `messages` ({"role": ..., "content": ...}).
@@ -252,6 +252,26 @@ class LLM:
             return self._counts_LE
         return self._open.runner.expert_counts.copy()
 
+    def residency(self) -> np.ndarray:
+        """Bits of each expert that are in memory or on their way there, 0 for none: int8 [MoE layers, experts].
+
+        Any thread may ask, also while another generates.
+        """
+        return self._open.runner.held()
+
+    def prepare(self, prompt_ids: List[int], sampling: SamplingParams) -> Answer:
+        """A request, checked and not begun: for `Service`, which runs its engine itself. Any thread may ask.
+
+        Raises:
+            RequestError: as `generate`.
+        """
+        return Answer(self._engine.prepare(prompt_ids, sampling), self.tokenizer)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests: for `Service`."""
+        return self._engine
+
     def close(self) -> None:
         """Stop the transfer threads and give the memory back. The model can only be asked for its stats any more."""
         if self._closed_stats is None:
@@ -281,19 +301,13 @@ class LLM:
         if self._closed_stats is not None:
             raise RequestError("This model is closed. Open it again with LLM(...).")
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        return encode(self.tokenizer, prompt)
+    def _submit(self, prompt: Prompt, sampling: SamplingParams) -> Answer:
+        answer = self.prepare(self.encode(prompt), sampling)
+        self._engine.add(answer.sequence)
+        return answer
 
-    def _decode(self, sequence: Sequence) -> str:
-        detokenizer = Detokenizer(self.tokenizer)
-        for token in sequence.token_ids:
-            detokenizer.push(token)
-        detokenizer.finish()
-        return detokenizer.text
-
-    def _complete(self, sequence: Sequence, text: str) -> Completion:
+    def _complete(self, answer: Answer) -> Completion:
+        sequence, text = answer.sequence, answer.whole_text()
         assert sequence.finish_reason is not None
         assert sequence.first_token_at is not None
         assert sequence.finished_at is not None
@@ -323,10 +337,10 @@ def _check_before_packing(model: str, options: RuntimeOptions) -> None:
         Subject.open(model).plan(options).require_fit()
 
 
-def _raise_error(sequences: List[Sequence]) -> None:
-    for sequence in sequences:
-        if sequence.error is not None:
-            raise sequence.error
+def _raise_error(answers: List[Answer]) -> None:
+    for answer in answers:
+        if answer.sequence.error is not None:
+            raise answer.sequence.error
 
 
 def _params_for(prompts: List[Prompt], sampling: SamplingParams | List[SamplingParams] | None) -> list[SamplingParams]:

@@ -16,6 +16,21 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token, in nats: the logarithm of its probability before sampling parameters apply.
+
+    `text` is the token's own (with the replacement character for half a character), `data` its bytes. `top` are the
+    likeliest tokens at its place, likeliest first, their own `top` empty.
+    """
+
+    id: int
+    text: str
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Completion:
     """A finished request. `finish_reason` is "stop" (end-of-text token) or "length" (max_tokens reached)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moestro.config import SamplingParams
@@ -12,19 +13,23 @@ from moestro.errors import MoestroError
 
 @dataclass
 class Sequence:
-    """A request in flight. `cached` counts tokens whose KV rows are written, `sampled` also an end-of-text token.
+    """A request in flight. `cached` counts tokens whose KV rows are written, `reused` those of them that
+    had been there before; `sampled` counts also an end-of-text token.
 
-    `budget`: nats that each of its tokens may lose to lower levels.
+    `budget`: nats that each of its tokens may lose to lower levels. `listener` is told of each token of the answer and
+    says whether the answer ends with it. Times in seconds of time.perf_counter.
     """
 
-    number: int
     prompt_ids: list[int]
     sampling: SamplingParams
     sampler: Sampler
+    number: int = -1
     budget: float = 0.0
+    priority: int = 0
     token_ids: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
+    reused: int = 0
     finish_reason: str | None = None
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
@@ -32,6 +37,7 @@ class Sequence:
     finished_at: float | None = None
     sampled: int = 0
     error: MoestroError | None = None
+    listener: Callable[[int], bool] | None = None
 
     @property
     def most_rows(self) -> int:
@@ -58,13 +64,20 @@ class Sequence:
             self._finish("stop", now)
             return
         self.token_ids.append(token)
-        if len(self.token_ids) >= self.sampling.max_tokens:
+        if self.listener is not None and self.listener(token):
+            self._finish("stop", now)
+        elif len(self.token_ids) >= self.sampling.max_tokens:
             self._finish("length", now)
 
     def fail(self, error: MoestroError) -> None:
         """End the request with an error."""
         self.error = error
-        self._finish("error", time.perf_counter())
+        self.end("error")
+
+    def end(self, reason: str) -> None:
+        """End the request, unless it has ended."""
+        if self.finish_reason is None:
+            self._finish(reason, time.perf_counter())
 
     def _finish(self, reason: str, now: float) -> None:
         self.finish_reason = reason

@@ -60,6 +60,15 @@ class LayerLevels:
         self._budget_T = np.repeat([segment.budget for segment in batch.segments], lengths)
         self._weigh()
 
+    def held(self) -> np.ndarray:
+        """Bits of each expert that are in memory or on their way there, 0 for none: int8 [L, E]. Any thread may ask."""
+        bits_D = np.array([0, *self.bits], dtype=np.int8)
+        held_LE = np.zeros((len(self._chains), self._experts), dtype=np.int8)
+        for layer, chains in enumerate(self._chains):
+            planes_E = self._planes.held(chains)
+            held_LE[layer, : len(chains)] = bits_D[np.searchsorted(self._depths_LD[layer], planes_E, side="right") - 1]
+        return held_LE
+
     @property
     def lossy(self) -> bool:
         """Whether some row of the forward pass under way need not be exact."""

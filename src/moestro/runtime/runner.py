@@ -236,6 +236,11 @@ class ModelRunner:
             return {}
         return {str(bits): int(count) for bits, count in zip((0, *levels.bits), levels.applied_D, strict=True)}
 
+    def held(self) -> np.ndarray:
+        """Bits of each expert in memory, as `LayerLevels.held`."""
+        assert self._experts.levels is not None
+        return self._experts.levels.held()
+
     @property
     def expert_counts(self) -> np.ndarray:
         """Rows routed to each expert since the model was opened: int64 [MoE layers, experts]."""
