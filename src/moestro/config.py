@@ -162,7 +162,9 @@ class ServeOptions:
     host: str = option("127.0.0.1", "Address to listen on; other than this machine's own needs --api-key-file.")
     port: int = option(8000, "Port to listen on (0: any that is free).")
     model_name: str = option("", "Name of the model in requests (empty: that of its folder or hub id).")
-    api_key: str = option("", "Key that requests must bring (others can see it in lists of processes: prefer the file).")
+    api_key: str = option(
+        "", "Key that requests must bring (others can see it in lists of processes: prefer the file)."
+    )
     api_key_file: str = option("", "File with keys that requests may bring, one a line.")
     admin_key: str = option("", "Key of the admin endpoints (empty: there are none).")
     insecure: bool = option(False, "Allow other machines without a key.")

@@ -19,6 +19,7 @@ from moestro.cli.inspect import inspect
 from moestro.cli.options import Command, spread_options
 from moestro.cli.pack import pack
 from moestro.cli.plan import plan
+from moestro.cli.serve import serve
 from moestro.cli.simulate import simulate
 from moestro.cli.trace import export_, fit, import_, record, show
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (generate, pack, inspect, plan, bench, demo, simulate, doctor):
+for _command in (generate, serve, pack, inspect, plan, bench, demo, simulate, doctor):
     app.command()(guarded(spread_options(_command)))
 app.command("eval")(guarded(spread_options(evaluate)))
 

@@ -63,6 +63,7 @@ class LLM:
         self.options = replace(options or RuntimeOptions(), **settings)
         _check_before_packing(str(model), self.options)
         store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, pack=pack_apart, progress=progress))
+        self.path = store.path
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
         self._closed_stats: Stats | None = None
@@ -192,13 +193,21 @@ class LLM:
             return [int(token) for token in prompt]
         return encode(self.tokenizer, prompt)
 
-    def chat_prompt(self, messages: List[Mapping[str, str]]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: List[Mapping[str, Any]],
+        *,
+        tools: List[Mapping[str, Any]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The prompt, as token ids, that the model's chat template makes of `messages` ({"role": ..., "content": ...}).
+
+        `tools` are functions that may be called, as OpenAI describes them; `settings` are variables of the template.
 
         Raises:
             RequestError: the model has no chat template, or it does not take these messages.
         """
-        return chat_ids(self.tokenizer, messages, model=str(self._open.store.path))
+        return chat_ids(self.tokenizer, messages, model=str(self.path), tools=tools, settings=settings)
 
     def stats(self) -> Stats:
         """What was placed where, and what happened since the model was opened."""
@@ -218,6 +227,7 @@ class LLM:
             prefetch_recall=foreseen.recall,
             prefetch_precision=foreseen.precision,
             bytes_read=planes.bytes_read,
+            prefetched_bytes=planes.prefetched_bytes,
             stall_s=planes.stall_seconds,
             demand_stall_s=planes.stall_seconds - planes.late_stall_seconds,
             late_prefetch_stall_s=planes.late_stall_seconds,

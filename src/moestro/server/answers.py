@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Answers:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._running: dict[int, Submitted] = {}
         self._first_choice: list[bool] = []
-        self._over = False
+        self._over = threading.Event()
 
     async def submit(self, asks: Sequence[Ask], *, priority: int = 0, deadline_s: float | None = None) -> None:
         """Queue everything, or nothing. Raises ApiError."""
@@ -66,7 +67,7 @@ class Answers:
 
         def everything() -> None:
             for number, (ask, choice, sampling) in enumerate(choices):
-                if self._over:
+                if self._over.is_set():
                     return
                 self._first_choice.append(choice == 0)
                 listener = _Listener(number, loop, self._events)
@@ -74,7 +75,7 @@ class Answers:
                     ask.prompt_ids, sampling, listener, priority=priority, deadline_s=deadline_s
                 )
                 self._running[number] = submitted
-                if self._over:  # the client left while this one was on its way
+                if self._over.is_set():  # the client left while this one was on its way
                     self._service.cancel(submitted)
 
         try:
@@ -107,7 +108,7 @@ class Answers:
 
     def cancel(self) -> None:
         """End what still runs. Any number of times."""
-        self._over = True
+        self._over.set()
         for submitted in list(self._running.values()):
             self._service.cancel(submitted)
 

@@ -23,7 +23,9 @@ class Desk:
         """The model, if it is the one asked for. Raises ApiError: 503, 404."""
         if model is not None and model != self.host.name:
             raise ApiError(
-                404, f"There is no model {model!r} here. This server has {self.host.name!r}.", param="model",
+                404,
+                f"There is no model {model!r} here. This server has {self.host.name!r}.",
+                param="model",
                 code="model_not_found",
             )
         return self.host.serving

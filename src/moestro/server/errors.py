@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -90,7 +91,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     messages = {
         404: f"There is no {where}. The endpoints are listed at /openapi.json.",
-        405: f"{where} is not allowed: the address takes {(error.headers or {}).get('allow', 'another method')}.",
+        405: f"{where} is not allowed: the address takes {Headers(error.headers).get('allow', 'another method')}.",
         400: "The body could not be read. Expected one JSON object in UTF-8.",
     }
     message = messages.get(error.status_code, str(error.detail))
@@ -99,7 +100,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = [_describe(one) for one in error.errors()]
+    found = [_describe(one) for one in _without_alternatives(error.errors())]
     messages = list(dict.fromkeys(message for _, message in found))
     more = f" ({len(messages) - 5} more)" if len(messages) > 5 else ""
     return ApiError(400, " ".join(messages[:5]) + more, param=found[0][0] or None, code="invalid_value").response()
@@ -113,6 +114,22 @@ async def _on_user_error(_request: Request, error: Exception) -> Response:
 async def _on_bug(_request: Request, error: Exception) -> Response:
     # Starlette raises the exception once more after this answer, and uvicorn writes the traceback.
     return ApiError(500, f"The server has a bug ({type(error).__name__}); its log has the traceback.").response()
+
+
+def _without_alternatives(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Where a field may be one of several things, pydantic complains once for each. One complaint for each field."""
+    by_field: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for one in errors:
+        by_field.setdefault(one["loc"][:2], []).append(one)
+    kept: list[Mapping[str, Any]] = []
+    for place, several in by_field.items():
+        known = [one for one in several if one["type"] in ("extra_forbidden", "missing")]
+        if len(several) == 1 or known:
+            kept.extend(known or several)
+        else:
+            wanted = " or ".join(dict.fromkeys(_lower(str(one["msg"])) for one in several))
+            kept.append({"type": "alternatives", "loc": place, "input": several[0].get("input"), "msg": wanted})
+    return kept
 
 
 def _describe(error: Mapping[str, Any]) -> tuple[str, str]:

@@ -107,7 +107,7 @@ class ModelHost:
     def _open(self, opened: Callable[[], None]) -> None:
         try:
             llm = self._open_llm(self._packing)
-            defaults = read_defaults(llm.store_path)
+            defaults = read_defaults(llm.path)
             self._serving = Serving(llm, Service(llm, max_queue=self._max_queue), defaults)
             if self._loading.phase is not Phase.DRAINING:
                 self._loading = Loading(Phase.READY)

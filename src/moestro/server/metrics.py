@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from moestro.engine.events import RequestTimings, ServiceSnapshot, Usage
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+disable_created_metrics()
 PREFIX = "moestro:"
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
@@ -105,7 +106,9 @@ class _ServiceCollector(Collector):
         yield self._counter("expert_misses", "Experts of a layer and step of which planes were not.", stats.misses)
         yield self._counter("plane_evictions", "Planes that left to make room.", stats.evictions)
         yield self._counter("plane_prefetches", "Planes read ahead of the router.", stats.prefetches)
-        yield self._counter("plane_late_prefetches", "Of these, still being read when asked for.", stats.late_prefetches)
+        yield self._counter(
+            "plane_late_prefetches", "Of these, still being read when asked for.", stats.late_prefetches
+        )
         yield self._counter("plane_wasted_prefetches", "Of these, never asked for.", stats.wasted_prefetches)
         yield self._counter("plane_wasted_bytes", "Bytes of planes read ahead for nothing.", stats.wasted_bytes)
         read = {"demand": stats.bytes_read - stats.prefetched_bytes, "prefetch": stats.prefetched_bytes}

@@ -91,7 +91,7 @@ async def _gone(receive: Receive) -> None:
 
 async def _first_of(work: Awaitable[T], other: Awaitable[None]) -> tuple[bool, T]:
     """Run both until one ends, and cancel the other: (whether `work` was it, its result)."""
-    tasks: list[asyncio.Task[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(other)]  # type: ignore[list-item]
+    tasks: list[asyncio.Task[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(other)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

@@ -1,0 +1,65 @@
+"""`/metrics` for Prometheus, `/stats` for people and the page, and what only administrators may do."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from moestro.engine.events import ServiceSnapshot
+from moestro.errors import MoestroError
+from moestro.server.desk import Desk
+from moestro.server.errors import as_api_error
+from moestro.server.metrics import CONTENT_TYPE
+
+
+def observe_router(desk: Desk) -> APIRouter:
+    """The endpoints."""
+    router = APIRouter()
+
+    @router.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(desk.metrics.page(), media_type=CONTENT_TYPE)
+
+    @router.get("/stats")
+    async def stats() -> dict[str, Any]:
+        """Requests, which experts are in memory at how many bits, hits, waits, what memory is for."""
+        return {"model": desk.host.name, "created": desk.host.created} | stats_json(
+            desk.serving(None).service.snapshot()
+        )
+
+    @router.post("/admin/flush")
+    async def flush() -> dict[str, Any]:
+        """Forget every expert in memory and every kept prefix."""
+        try:
+            await asyncio.to_thread(desk.serving(None).service.flush)
+        except MoestroError as error:
+            raise as_api_error(error) from error
+        return {"flushed": True}
+
+    return router
+
+
+def stats_json(now: ServiceSnapshot) -> dict[str, Any]:
+    """A snapshot as JSON. `levels` has a row for each MoE layer: bits of each expert that are in memory, 0 for none."""
+    return {
+        "requests": {
+            "running": now.running,
+            "waiting": now.waiting,
+            "finished": now.finished,
+            "listed": [asdict(one) | {"phase": one.phase.value} for one in now.requests],
+        },
+        "tokens": {
+            "prompt": now.prompt_tokens,
+            "cached": now.cached_tokens,
+            "generated": now.generated_tokens,
+        },
+        "kv_blocks": {"all": now.kv_blocks, "used": now.kv_blocks_used, "kept": now.kv_blocks_kept},
+        "levels": now.levels_LE.tolist(),
+        "accepting": now.accepting,
+        "stats": asdict(now.stats),
+    }

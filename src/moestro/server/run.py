@@ -1,0 +1,97 @@
+"""Runs the server: the socket, the model's thread, signals, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import uvicorn
+
+from moestro.config import ServeOptions
+from moestro.server.app import make_app
+from moestro.server.host import ModelHost, Phase
+from moestro.server.listen import address
+from moestro.server.registry import registered
+from moestro.server.rules import Rules
+
+Say = Callable[[str], None]
+
+
+def serve(
+    host: ModelHost, options: ServeOptions, *, listener: socket.socket, rules: Rules, memory: str, say: Say
+) -> None:
+    """Answer requests until SIGTERM or SIGINT, then let those under way end; a second signal cancels them.
+
+    Args:
+        memory: what the model was given, for `moestro ps`.
+        say: is told where the server listens and when the model is there.
+
+    Raises:
+        MoestroError: the model cannot be opened.
+    """
+    url = address(listener, options.host)
+    config = uvicorn.Config(
+        make_app(host, options, rules),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(options.drain)),
+    )
+    server = _Server(config, host)
+    with registered(url, host.name, memory):
+        say(f"listening on {url}; opening {host.name}")
+
+        def opened() -> None:
+            if host.error is not None:
+                server.should_exit = True
+            elif host.loading.phase is Phase.READY:
+                say(f"{host.name} is ready: {url} is a page, {url}/v1 is for OpenAI's clients")
+
+        host.start(opened)
+        asyncio.run(server.serve(sockets=[listener]))
+        host.close()
+    if host.error is not None:
+        raise host.error
+    if any(thread.name == "moestro-open" for thread in threading.enumerate()):
+        _leave_at_once()
+
+
+def _leave_at_once() -> None:
+    """The model is still being opened, by a thread that nothing can stop; nothing of it is kept in memory only."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, but a signal ends the process with code 0, and requests that come while it ends are told so."""
+
+    def __init__(self, config: uvicorn.Config, host: ModelHost) -> None:
+        super().__init__(config)
+        self._host = host
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        self._host.drain()
