@@ -10,8 +10,6 @@ import pytest
 
 from moestro import LLM, MoestroError, SamplingParams
 from moestro.errors import BudgetError, RequestError
-from moestro.store.locate import locate_source
-from packing import pack_raw
 
 PROMPTS = ["def main(argv):\n    ", "The dictionary", "Der Befehl", "1 + 2 ="]
 GREEDY = SamplingParams(max_tokens=24)
@@ -19,15 +17,8 @@ RANDOM = [SamplingParams(max_tokens=20, temperature=0.9, top_p=0.9, seed=seed) f
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shipped") / "store"
-    pack_raw(locate_source("tiny-qwen3moe-28m"), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llm(store: Path) -> Iterator[LLM]:
-    with LLM(store, memory="48MiB", context=256, max_sequences=3) as opened:
+def llm(shipped: Path) -> Iterator[LLM]:
+    with LLM(shipped, memory="48MiB", context=256, max_sequences=3) as opened:
         yield opened
 
 
@@ -94,8 +85,8 @@ def test_closing_a_stream_frees_its_place(llm: LLM) -> None:
     assert len(llm.generate(PROMPTS, GREEDY)) == 4
 
 
-def test_counts_and_stats_add_up(store: Path) -> None:
-    with LLM(store, memory="32MiB", context=128) as llm:
+def test_counts_and_stats_add_up(shipped: Path) -> None:
+    with LLM(shipped, memory="32MiB", context=128) as llm:
         done = llm.generate(PROMPTS[0], SamplingParams(max_tokens=10))[0]
         counts, stats = llm.expert_counts(), llm.stats()
         fed = done.prompt_tokens + 9
@@ -144,19 +135,19 @@ def test_bad_requests(llm: LLM, prompt: str | list[int], sampling: SamplingParam
         ({"memory": "48MiB", "policy": "astrology"}, "astrology"),
     ],
 )
-def test_bad_options(store: Path, options: dict[str, object], says: str) -> None:
+def test_bad_options(shipped: Path, options: dict[str, object], says: str) -> None:
     with pytest.raises(MoestroError, match=says):
-        LLM(store, **options)
+        LLM(shipped, **options)
 
 
-def test_the_least_memory_named_by_the_error_works(store: Path) -> None:
+def test_the_least_memory_named_by_the_error_works(shipped: Path) -> None:
     with pytest.raises(BudgetError) as refusal:
-        LLM(store, memory="1MiB", context=64)
+        LLM(shipped, memory="1MiB", context=64)
     least = int(str(refusal.value).split("(")[1].split(" ")[0])
-    with LLM(store, memory=str(least), context=64) as llm:
+    with LLM(shipped, memory=str(least), context=64) as llm:
         assert np.count_nonzero(llm.generate(PROMPTS[0], SamplingParams(max_tokens=5))[0].token_ids) == 5
     with pytest.raises(BudgetError):
-        LLM(store, memory=str(least - 4096), context=64)
+        LLM(shipped, memory=str(least - 4096), context=64)
 
 
 def test_chat_prompt_goes_through_the_template(llm: LLM) -> None:
@@ -174,8 +165,8 @@ def test_generating_does_not_wait_for_a_suspended_stream(llm: LLM) -> None:
     assert [*first.token_ids, *(token for delta in rest for token in delta.token_ids)] == rest[-1].completion.token_ids
 
 
-def test_a_closed_model_keeps_its_stats_and_nothing_else(store: Path) -> None:
-    llm = LLM(store, memory=40 << 20, context=64)
+def test_a_closed_model_keeps_its_stats_and_nothing_else(shipped: Path) -> None:
+    llm = LLM(shipped, memory=40 << 20, context=64)
     llm.generate(PROMPTS[0], SamplingParams(max_tokens=3))
     before, counts = llm.stats(), llm.expert_counts()
     llm.close()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.config import SamplingParams
+from moestro.config import Guide, SamplingParams
 from moestro.engine.sampling import Sampler, _candidates
 from moestro.errors import RequestError
 
@@ -47,6 +47,58 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 def test_the_seed_decides() -> None:
     assert _draws(50, temperature=1.0, seed=3) == _draws(50, temperature=1.0, seed=3)
     assert _draws(50, temperature=1.0, seed=3) != _draws(50, temperature=1.0, seed=4)
+
+
+def test_min_p_cuts_what_is_much_less_likely_than_the_likeliest() -> None:
+    assert set(_draws(500, temperature=1.0, min_p=0.99 * np.exp(-1.0))) == {1, 2}
+    assert set(_draws(500, temperature=1.0, min_p=1.01 * np.exp(-1.0))) == {1}
+    # Temperature comes first, and what min-p leaves is all that top-p sees.
+    assert set(_draws(500, temperature=2.0, min_p=0.99 * np.exp(-1.0))) == {0, 1, 2}
+    assert set(_draws(500, temperature=1.0, min_p=0.2, top_p=0.73)) == {1}
+
+
+def test_bias_penalties_and_the_answers_own_tokens() -> None:
+    assert _draws(1, logit_bias={4: 4.5}) == [4]
+    assert _draws(3, logit_bias={1: -100}) == [2, 2, 2]
+    # 3 and 2 and 1 with 0.6 off for each time: a token comes back when the others have lost as much.
+    assert _draws(6, frequency_penalty=0.6) == [1, 1, 2, 1, 2, 1]
+    assert _draws(4, presence_penalty=1.1) == [1, 2, 1, 1]
+    assert _draws(4, presence_penalty=-1.0) == [1, 1, 1, 1]
+    assert _draws(3, repetition_penalty=2.0) == [1, 2, 1]
+
+
+def test_the_repetition_penalty_counts_the_prompt_and_moves_negative_logits_down() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [1, 2])
+    assert sampler.pick(torch.tensor([1.4, 3.0, 2.0])) == 1
+    assert Sampler(SamplingParams(repetition_penalty=2.0), [0]).pick(torch.tensor([-1.0, -1.5])) == 1
+
+
+@given(st.lists(st.floats(min_value=-50, max_value=50, width=32), min_size=1, max_size=60), st.integers(0, 20))
+def test_likelihoods_are_the_log_softmax_of_the_models_own_logits(logits: list[float], top: int) -> None:
+    row = torch.tensor(logits)
+    sampler = Sampler(SamplingParams(logprobs=top, temperature=1.5, top_k=1, logit_bias={0: -50}))
+    token = sampler.pick(row)
+    found = sampler.likelihood(row, token)
+    assert found is not None
+    expected = torch.log_softmax(row.double(), -1)
+    assert found.logprob == pytest.approx(float(expected[token]))
+    assert [one for one, _ in found.top] == torch.sort(expected, descending=True, stable=True).indices[:top].tolist()
+    assert [value for _, value in found.top] == pytest.approx([float(expected[one]) for one, _ in found.top])
+
+
+def test_nobody_who_has_not_asked_gets_likelihoods() -> None:
+    assert Sampler(SamplingParams()).likelihood(LOGITS, 1) is None
+
+
+def test_values_come_as_json_has_them() -> None:
+    params = SamplingParams(
+        stop="end",
+        stop_token_ids=[5],
+        logit_bias={"7": 1},  # type: ignore[dict-item]
+        guide={"json_schema": {"type": "object"}},  # type: ignore[arg-type]
+    )
+    assert (params.stop, params.stop_token_ids, params.logit_bias) == (("end",), (5,), {7: 1.0})
+    assert params.guide == Guide("json_schema", '{"type": "object"}')
 
 
 @given(
@@ -111,8 +163,25 @@ def test_logits_that_are_no_numbers_give_a_token(params: dict[str, float]) -> No
         {"top_p": 1.1},
         {"top_k": -1},
         {"seed": -1},
+        {"min_p": 1.5},
+        {"presence_penalty": 3},
+        {"frequency_penalty": -2.5},
+        {"repetition_penalty": 0.0},
+        {"stop": ""},
+        {"stop": ["a", 5]},
+        {"stop": ["a"] * 17},
+        {"stop_token_ids": "12"},
+        {"stop_token_ids": [-1]},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {5: 101}},
+        {"logit_bias": [5]},
+        {"logprobs": 21},
+        {"logprobs": True},
+        {"guide": {"poem": "a"}},
+        {"guide": {"regex": ""}},
+        {"guide": "json"},
     ],
 )
-def test_parameters_out_of_range_are_refused_by_name(bad: dict[str, float]) -> None:
+def test_parameters_out_of_range_are_refused_by_name(bad: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(bad))):
         SamplingParams(**bad)  # type: ignore[arg-type]

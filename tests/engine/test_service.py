@@ -14,9 +14,7 @@ from moestro.engine.events import Event, Phase
 from moestro.engine.service import Service
 from moestro.engine.submitted import Submitted
 from moestro.errors import PlaneReadError, QueueFullError, RequestError, ServiceError
-from moestro.store.locate import locate_source
 from moestro.store.reader import Store
-from packing import pack_raw
 
 PROMPTS = ["def main(argv):\n    ", "The dictionary", "Der Befehl", "1 + 2 ="]
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
@@ -51,15 +49,8 @@ class Listener:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("service") / "store"
-    pack_raw(locate_source("tiny-qwen3moe-28m"), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llm(store: Path) -> Iterator[LLM]:
-    with LLM(store, memory="48MiB", context=256, max_sequences=2) as opened:
+def llm(shipped: Path) -> Iterator[LLM]:
+    with LLM(shipped, memory="48MiB", context=256, max_sequences=2) as opened:
         yield opened
 
 
@@ -200,10 +191,10 @@ def test_closing_drains_or_cancels(llm: LLM) -> None:
     assert llm.generate(PROMPTS[0], SamplingParams(max_tokens=3))[0].finish_reason == "length"
 
 
-def test_a_plane_that_cannot_be_read_ends_who_needs_it(store: Path, llm: LLM, tmp_path: Path) -> None:
+def test_a_plane_that_cannot_be_read_ends_who_needs_it(shipped: Path, llm: LLM, tmp_path: Path) -> None:
     damaged = tmp_path / "store"
     damaged.mkdir()
-    for file in store.iterdir():
+    for file in shipped.iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
     before = llm.expert_counts()
     wanted = SamplingParams(max_tokens=5)

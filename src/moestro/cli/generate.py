@@ -61,7 +61,11 @@ def generate(
         from moestro.engine.timeline import check_timeline_path
 
         check_timeline_path(timeline)
-    unused = [name for name in ("top_p", "top_k", "seed") if getattr(sampling, name) != getattr(SamplingParams(), name)]
+    unused = [
+        name
+        for name in ("top_p", "top_k", "min_p", "seed")
+        if getattr(sampling, name) != getattr(SamplingParams(), name)
+    ]
     if sampling.temperature == 0 and unused:
         say("note", f"{', '.join(unused)} changes nothing at temperature 0, which takes the likeliest token.")
     with open_llm(model, options) as llm:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedTokenizerBase
 
 from moestro.engine.detokenize import Detokenizer
+from moestro.engine.results import TokenLogprob
 from moestro.engine.sequence import Sequence
+from moestro.engine.stop_strings import StopStrings
+from moestro.engine.token_text import TokenTexts
+
+
+@dataclass(frozen=True)
+class News:
+    """A piece of an answer: text that has become certain, new tokens, and their log-probabilities if asked for."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: tuple[TokenLogprob, ...]
 
 
 class Answer:
     """Follows one sequence. `text` is what has become certain of it so far."""
 
-    def __init__(self, sequence: Sequence, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, sequence: Sequence, tokenizer: PreTrainedTokenizerBase, texts: TokenTexts) -> None:
         self.sequence = sequence
         self.text = ""
+        self._texts = texts
+        self._stop = StopStrings(sequence.sampling.stop)
         self._detokenizer = Detokenizer(tokenizer)
         self._told_text = 0
         self._told_tokens = 0
@@ -35,19 +51,31 @@ class Answer:
         self._end()
         return self.text
 
-    def news(self) -> tuple[str, list[int]]:
-        """Text and tokens that have come since the last call."""
+    def news(self) -> News:
+        """What has come since the last call."""
         if self.finished:
             self._end()
         text, tokens = self.text[self._told_text :], self.sequence.token_ids[self._told_tokens :]
+        news = News(text, tokens, self.logprobs(self._told_tokens))
         self._told_text, self._told_tokens = len(self.text), len(self.sequence.token_ids)
-        return text, tokens
+        return news
+
+    def logprobs(self, first: int = 0) -> tuple[TokenLogprob, ...]:
+        """Those of the tokens from number `first` on, empty where the request did not ask for them."""
+        return tuple(
+            self._logprob(one.token, one.logprob, tuple(self._logprob(*other) for other in one.top))
+            for one in self.sequence.likelihoods[first:]
+        )
+
+    def _logprob(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        data = self._texts.data(token)
+        return TokenLogprob(token, data.decode("utf-8", "replace"), data, logprob, top)
 
     def _take(self, token: int) -> bool:
-        self.text += self._detokenizer.push(token)
-        return False
+        self.text += self._stop.push(self._detokenizer.push(token))
+        return self._stop.found
 
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self.text += self._detokenizer.finish()
+            self.text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()

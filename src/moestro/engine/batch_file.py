@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moestro.config import RuntimeOptions, SamplingParams
 from moestro.engine.llm import LLM
-from moestro.engine.results import Completion, Stats
+from moestro.engine.results import Completion, Stats, TokenLogprob
 from moestro.engine.throughput import options_for
 from moestro.engine.tokenizer import chat_ids, encode, load_tokenizer
 from moestro.errors import RequestError
@@ -202,12 +202,14 @@ class _Answers:
 
     def append(self, completion: Completion) -> None:
         """Write the next answer: one call of the system for the whole line."""
-        answer = {
+        answer: dict[str, Any] = {
             "id": self._requests[self.count].id,
             "text": completion.text,
             "token_ids": completion.token_ids,
             "finish_reason": completion.finish_reason,
         }
+        if completion.logprobs:
+            answer["logprobs"] = [_logprob(one) for one in completion.logprobs]
         write_all(self._descriptor, (json.dumps(answer, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         self.count += 1
 
@@ -246,6 +248,11 @@ class _Answers:
                 f"Line {number} of {self._path} answers {found[0]!r}, which is not request {number} of {self._name}: "
                 "it holds answers to other requests. Give --out another name."
             )
+
+
+def _logprob(one: TokenLogprob) -> dict[str, Any]:
+    shown: dict[str, Any] = {"id": one.id, "text": one.text, "bytes": list(one.data), "logprob": one.logprob}
+    return shown | ({"top": [_logprob(other) for other in one.top]} if one.top else {})
 
 
 def _parse(line: str, number: int, sampling: SamplingParams) -> BatchRequest:

@@ -6,7 +6,7 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 
 from moestro.config import SamplingParams
-from moestro.engine.sampling import Sampler
+from moestro.engine.sampling import Constraint, Sampler
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
 from moestro.errors import PlaneReadError, RequestError
@@ -56,21 +56,24 @@ class Engine:
         self.add(sequence)
         return sequence
 
-    def prepare(self, prompt_ids: List[int], sampling: SamplingParams) -> Sequence:
+    def prepare(
+        self, prompt_ids: List[int], sampling: SamplingParams, constraint: Constraint | None = None
+    ) -> Sequence:
         """A request, checked and not queued yet. Any thread may ask for it. It ends at the end of the context at the
-        latest.
+        latest. `constraint` is what its `guide` comes to.
 
         Raises:
             RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context; or
                 there is no such quality.
         """
         self._check(prompt_ids)
+        self._check_tokens(sampling)
         budget = budget_of(self._level_policy, sampling.quality or self._quality)
         room = self._context - len(prompt_ids)
         return Sequence(
             prompt_ids=list(prompt_ids),
             sampling=replace(sampling, max_tokens=min(sampling.max_tokens, room)),
-            sampler=Sampler(sampling),
+            sampler=Sampler(sampling, prompt_ids, constraint),
             budget=budget,
         )
 
@@ -99,7 +102,7 @@ class Engine:
         self._scheduler.commit(batch)
         self._runner.spans.begin(Part.PYTHON)
         for sequence, logits_V in zip(sampled, logits_SV, strict=True):
-            sequence.append(sequence.sampler.pick(logits_V), self._end_ids)
+            sequence.pick(logits_V, self._end_ids)
         self._runner.spans.end(Event.SAMPLE, len(sampled))
         self._retire()
         return sampled
@@ -128,6 +131,14 @@ class Engine:
     def _retire(self) -> None:
         for sequence in self._scheduler.retire():
             self._runner.end_request(sequence.number)
+
+    def _check_tokens(self, sampling: SamplingParams) -> None:
+        for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", sampling.logit_bias or ())):
+            beyond = [token for token in ids if token >= self._vocabulary]
+            if beyond:
+                raise RequestError(
+                    f"{name} names token {beyond[0]}, and the model's vocabulary ends at {self._vocabulary - 1}."
+                )
 
     def _check(self, prompt_ids: List[int]) -> None:
         if not prompt_ids:

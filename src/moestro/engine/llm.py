@@ -20,6 +20,7 @@ from moestro.engine.answer import Answer
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
 from moestro.engine.timeline import check_timeline_path, write_timeline
+from moestro.engine.token_text import TokenTexts
 from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_tokenizer
 from moestro.errors import RequestError
 from moestro.memory.budget import peak_resident_bytes
@@ -66,6 +67,7 @@ class LLM:
         self.path = store.path
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
+        self._token_texts = TokenTexts(self.tokenizer)
         self._closed_stats: Stats | None = None
         self._model = open_model(store, self.options, clock=clock)
         self._spans = self._model.runner.spans
@@ -178,12 +180,13 @@ class LLM:
                     if not answer.finished and not answer.has_news:
                         self._engine.step()
                     _raise_error([answer])
-                    text, new_ids = answer.news()
+                    news = answer.news()
                 if answer.finished:
                     break
-                if new_ids:
-                    yield Delta(text, new_ids)
-            yield Delta(text, new_ids, answer.sequence.finish_reason, self._complete(answer))
+                if news.token_ids:
+                    yield Delta(news.text, news.token_ids, logprobs=news.logprobs)
+            reason, whole = answer.sequence.finish_reason, self._complete(answer)
+            yield Delta(news.text, news.token_ids, reason, whole, news.logprobs)
         finally:
             self._engine.cancel(answer.sequence)
 
@@ -275,7 +278,7 @@ class LLM:
         Raises:
             RequestError: as `generate`.
         """
-        return Answer(self._engine.prepare(prompt_ids, sampling), self.tokenizer)
+        return Answer(self._engine.prepare(prompt_ids, sampling), self.tokenizer, self._token_texts)
 
     @property
     def engine(self) -> Engine:
@@ -329,6 +332,7 @@ class LLM:
             token_ids=list(sequence.token_ids),
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(sequence.prompt_ids),
+            logprobs=answer.logprobs(),
             timings=Timings(
                 load_s=self._load_s,
                 ttft_s=sequence.first_token_at - sequence.submitted_at,

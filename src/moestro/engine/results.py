@@ -32,13 +32,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request. `finish_reason` is "stop" (end-of-text token) or "length" (max_tokens reached)."""
+    """A finished request. `finish_reason` is "stop" (by an end-of-text token, a stop string or the end of its guide) or
+    "length" (max_tokens reached). `logprobs` are those of its tokens, if asked for."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Delta:
     token_ids: list[int]
     finish_reason: str | None = None
     completion: Completion | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
 
 from moestro.config import SamplingParams
+from moestro.engine.adjust import Adjustments
+from moestro.engine.logprobs import Likelihoods, TokenLikelihood
 
 _BLOCK = 256
 _CANDIDATES = 256
 """How many tokens top-p looks at first: mostly enough."""
 
 
+class Constraint(Protocol):
+    """What narrows the choice down, token by token."""
+
+    def allowed(self) -> np.ndarray:
+        """Whether each token may come next: bool [V]. Raises RequestError when it cannot be told any more."""
+
+    def take(self, token: int) -> None:
+        """A token was picked."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may come any more."""
+
+
 class Sampler:
     """One request's sampler: its own random numbers, so that nothing else in flight can change its tokens."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int] = (), constraint: Constraint | None = None
+    ) -> None:
         self._params = params
         self._random = np.random.Generator(np.random.Philox(params.seed))
+        self._adjustments = Adjustments(params, prompt_ids)
+        self._constraint = constraint
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer cannot go on."""
+        return self._constraint is not None and self._constraint.complete
 
     def pick(self, logits_V: torch.Tensor) -> int:
-        """The next token: the likeliest at temperature 0, else drawn after top-k and then top-p."""
+        """The next token, in the order that `SamplingParams` tells.
+
+        Raises:
+            RequestError: the request's guide allows none.
+        """
+        token = self._pick(logits_V)
+        self._adjustments.take(token)
+        if self._constraint is not None:
+            self._constraint.take(token)
+        return token
+
+    def likelihood(self, logits_V: torch.Tensor, token: int) -> TokenLikelihood | None:
+        """That of a token that was picked, if the request asked for it."""
+        wanted = self._params.logprobs
+        return None if wanted is None else Likelihoods(logits_V).of(token, wanted)
+
+    def _pick(self, logits_V: torch.Tensor) -> int:
+        params, raw = self._params, logits_V.numpy()
+        if params.temperature == 0.0 and not self._adjustments.any and self._constraint is None:
+            return int(raw.argmax())
+        logits = raw.astype(np.float64)
+        self._adjustments.apply(logits)
+        ids = None
+        if self._constraint is not None:
+            ids = np.flatnonzero(self._constraint.allowed())
+            logits = logits[ids]
+        place = int(logits.argmax()) if params.temperature == 0.0 else self._draw(logits)
+        return place if ids is None else int(ids[place])
+
+    def _draw(self, logits: np.ndarray) -> int:
+        """A place of logits, which are overwritten."""
         params = self._params
-        if params.temperature == 0.0:
-            return int(logits_V.numpy().argmax())
-        logits = logits_V.numpy().astype(np.float64)
         logits -= logits.max()
         with np.errstate(over="ignore"):  # the coldest temperatures leave the likeliest token alone
             logits /= params.temperature
         weights = np.exp(logits)
+        if params.min_p:
+            kept = np.flatnonzero(~(weights < params.min_p))  # the likeliest one weighs 1
+            return int(kept[self._draw_from(logits[kept], weights[kept])])
+        return self._draw_from(logits, weights)
+
+    def _draw_from(self, logits: np.ndarray, weights: np.ndarray) -> int:
+        params = self._params
         if not params.top_k and params.top_p == 1.0:
             return self._draw_any(weights)
         order, cumulative = _candidates(logits, weights, top_k=params.top_k, top_p=params.top_p)

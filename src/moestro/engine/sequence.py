@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from moestro.config import SamplingParams
+from moestro.engine.logprobs import TokenLikelihood
 from moestro.engine.sampling import Sampler
-from moestro.errors import MoestroError
+from moestro.errors import MoestroError, RequestError
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Sequence:
     budget: float = 0.0
     priority: int = 0
     token_ids: list[int] = field(default_factory=list)
+    likelihoods: list[TokenLikelihood] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     cached: int = 0
     reused: int = 0
@@ -54,17 +58,29 @@ class Sequence:
         """Whether feeding `rows` more tokens reaches the last known one, so that the next can be sampled."""
         return self.cached + rows == len(self.prompt_ids) + len(self.token_ids)
 
-    def append(self, token: int, end_ids: frozenset[int]) -> None:
+    def pick(self, logits_V: torch.Tensor, end_ids: frozenset[int]) -> None:
+        """Take the next token from its logits; a guide that allows none ends the request with an error."""
+        try:
+            token = self.sampler.pick(logits_V)
+        except RequestError as error:
+            self.fail(error)
+            return
+        self.append(token, end_ids, self.sampler.likelihood(logits_V, token))
+
+    def append(self, token: int, end_ids: frozenset[int], likelihood: TokenLikelihood | None = None) -> None:
         """Take a sampled token and decide whether the request ends with it."""
         now = time.perf_counter()
         self.sampled += 1
         if self.first_token_at is None:
             self.first_token_at = now
-        if token in end_ids and not self.sampling.ignore_eos:
+        if (token in end_ids and not self.sampling.ignore_eos) or token in self.sampling.stop_token_ids:
             self._finish("stop", now)
             return
         self.token_ids.append(token)
-        if self.listener is not None and self.listener(token):
+        if likelihood is not None:
+            self.likelihoods.append(likelihood)
+        heard = self.listener is not None and self.listener(token)
+        if heard or self.sampler.complete:
             self._finish("stop", now)
         elif len(self.token_ids) >= self.sampling.max_tokens:
             self._finish("length", now)

@@ -30,10 +30,11 @@ class Submitted:
         if self._over or not (self.answer.has_news or self.answer.finished or done > self._told_prompt):
             return None
         self._told_prompt, self._over = max(done, self._told_prompt), self.answer.finished
-        text, token_ids = self.answer.news()
+        news = self.answer.news()
         return Event(
-            text=text,
-            token_ids=tuple(token_ids),
+            text=news.text,
+            token_ids=tuple(news.token_ids),
+            logprobs=news.logprobs,
             prompt_done_tokens=self._told_prompt,
             finish_reason=sequence.finish_reason,
             error=sequence.error,

@@ -15,7 +15,6 @@ from moestro.engine.submitted import Submitted
 from moestro.errors import MoestroError
 from moestro.server.errors import as_api_error
 from moestro.server.metrics import Metrics
-from moestro.server.sampling import PARAMS
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Answers:
         except MoestroError as error:
             self.cancel()
             self._metrics.refused()
-            raise as_api_error(error, params=PARAMS) from error
+            raise as_api_error(error) from error
         except BaseException:
             self.cancel()
             raise
@@ -103,7 +102,7 @@ class Answers:
                 del self._running[number]
                 self._count(number, event)
                 if event.error is not None:
-                    raise as_api_error(event.error, params=PARAMS)
+                    raise as_api_error(event.error)
             yield number, event
 
     def cancel(self) -> None:

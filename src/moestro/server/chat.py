@@ -80,7 +80,7 @@ def _ask(body: ChatRequest, serving: Serving) -> Ask:
         serving.defaults,
         max_tokens=body.max_tokens or body.max_completion_tokens or max(1, serving.llm.plan.context - len(prompt)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        **guide_of(body.response_format),
+        guide=guide_of(body.response_format),
     )
     return Ask(prompt, choices_of(sampling, body.n or 1))
 

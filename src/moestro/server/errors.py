@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from moestro.config import SamplingParams
 from moestro.errors import MoestroError, PlaneReadError, QueueFullError, RequestError, ServiceError
 
 _LOG = logging.getLogger("moestro.server")
@@ -24,6 +25,9 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+_FIELDS = {field.name for field in fields(SamplingParams)} | {"priority", "deadline_s"}
+_PARAMS = {"guide": "response_format"}
+"""Where the API's names are not ours."""
 
 
 class ApiError(HTTPException):
@@ -61,8 +65,8 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def as_api_error(error: MoestroError, *, params: Sequence[str] = ()) -> ApiError:
-    """What a room below said, as an answer. A message that begins with one of `params` is about that field."""
+def as_api_error(error: MoestroError) -> ApiError:
+    """What a room below said, as an answer. A message that begins with a field's name is about that field."""
     message = str(error)
     if isinstance(error, QueueFullError):
         retry = {"Retry-After": str(max(1, round(error.retry_after_s)))}
@@ -71,8 +75,8 @@ def as_api_error(error: MoestroError, *, params: Sequence[str] = ()) -> ApiError
         return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, PlaneReadError) or not isinstance(error, RequestError):
         return ApiError(500, message, code="model_error")
-    word = re.match(r"\w*", message)
-    param = word.group() if word and word.group() in params else None
+    word = message.split(" ", 1)[0]
+    param = _PARAMS.get(word, word if word in _FIELDS else None)
     return ApiError(400, message, param=param, code="context_length_exceeded" if "context" in message else None)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from moestro.config import Guide
 from moestro.server.fields import Fields
 
 
@@ -46,7 +47,7 @@ class RegexFormat(Fields):
 
 
 class GrammarFormat(Fields):
-    """Text of a Lark grammar: an addition to OpenAI's formats."""
+    """Text of a grammar in the notation of Lark or llama.cpp: an addition to OpenAI's formats."""
 
     type: Literal["grammar"]
     grammar: Annotated[str, Field(min_length=1)]
@@ -57,16 +58,16 @@ ResponseFormat = Annotated[
 ]
 
 
-def guide_of(form: ResponseFormat | None) -> dict[str, Any]:
-    """The keyword of `SamplingParams` that this is; none for plain text."""
+def guide_of(form: ResponseFormat | None) -> Guide | None:
+    """What the answer has to follow; nothing for plain text."""
     match form:
         case JsonObjectFormat():
-            return {"guide": ("json_object", "")}
+            return Guide("json_object")
         case JsonSchemaFormat():
-            return {"guide": ("json_schema", json.dumps(form.json_schema.schema_))}
+            return Guide("json_schema", json.dumps(form.json_schema.schema_))
         case RegexFormat():
-            return {"guide": ("regex", form.pattern)}
+            return Guide("regex", form.pattern)
         case GrammarFormat():
-            return {"guide": ("grammar", form.grammar)}
+            return Guide("grammar", form.grammar)
         case _:
-            return {}
+            return None
