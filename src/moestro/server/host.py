@@ -64,6 +64,7 @@ class ModelHost:
         self._open_llm, self._max_queue = open_llm, max_queue
         self._loading = Loading(Phase.OPENING)
         self._serving: Serving | None = None
+        self._closed = False
 
     def start(self, opened: Callable[[], None]) -> None:
         """Begin to open the model; `opened` is called by that thread when it is done or has failed (see `error`)."""
@@ -73,6 +74,11 @@ class ModelHost:
     @property
     def loading(self) -> Loading:
         return self._loading
+
+    @property
+    def opening(self) -> bool:
+        """Whether the thread that opens the model is still at it."""
+        return self._serving is None and self.error is None and not self._closed
 
     @property
     def serving(self) -> Serving:
@@ -102,7 +108,7 @@ class ModelHost:
         if self._serving is not None:
             self._serving.service.close(drain_s=0.0)
             self._serving.llm.close()
-            self._serving = None
+            self._serving, self._closed = None, True
 
     def _open(self, opened: Callable[[], None]) -> None:
         try:

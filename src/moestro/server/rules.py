@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moestro.config import ServeOptions
-from moestro.errors import ServeError
+from moestro.errors import BudgetError, ServeError
 from moestro.memory.budget import parse_bytes
 
 
@@ -36,7 +36,6 @@ def make_rules(options: ServeOptions) -> Rules:
 
     Raises:
         ServeError: anybody could use the server from elsewhere, or the file of keys is of no use.
-        BudgetError: the size limit is no size.
     """
     keys = _keys(options)
     local = is_loopback(options.host)
@@ -51,7 +50,7 @@ def make_rules(options: ServeOptions) -> Rules:
         keys=tuple(_digest(key) for key in keys),
         admin_key=_digest(options.admin_key) if options.admin_key else None,
         hosts=hosts,
-        most_bytes=parse_bytes(options.max_request),
+        most_bytes=_size(options.max_request),
     )
 
 
@@ -63,6 +62,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except BudgetError as error:
+        raise ServeError(f"max_request is {text!r}, which is no size. Write 4MiB, 500kB or 1048576 (bytes).") from error
 
 
 def _digest(key: str) -> bytes:

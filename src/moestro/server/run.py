@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -63,7 +62,7 @@ def serve(
         host.close()
     if host.error is not None:
         raise host.error
-    if any(thread.name == "moestro-open" for thread in threading.enumerate()):
+    if host.opening:
         _leave_at_once()
 
 
