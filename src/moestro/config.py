@@ -45,6 +45,9 @@ class RuntimeOptions:
         "How it is given up: ledger, gate, sensitivity, learned, fixed; auto: ledger if errors are known, else gate.",
     )
     order: str = option("auto", "In which order a layer's experts are read: auto (hebf), arrival, hebf or johnson.")
+    guides: bool = option(
+        False, "Load what structured output needs: 0.7 KB for each token of the vocabulary, beside the memory given."
+    )
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:

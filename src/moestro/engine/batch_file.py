@@ -121,7 +121,8 @@ def answer_file(
         _check_qualities(todo, level_policy_of(store, options), name)
         prompts = _encoded(store, todo, name=name, chat=chat)
         _check_lengths(todo, prompts, resolve_context(subject.skeleton.config, options.context), name)
-        chosen = options_for(subject, options, prompts, [one.sampling for one in todo])
+        guided = replace(options, guides=options.guides or any(one.sampling.guide for one in todo))
+        chosen = options_for(subject, guided, prompts, [one.sampling for one in todo])
         with LLM(store.path, options=chosen) as llm:
             started = time.perf_counter()
             if timeline is None:

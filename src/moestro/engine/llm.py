@@ -10,19 +10,22 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from moestro.calibration import pack_apart
-from moestro.config import RuntimeOptions, SamplingParams
+from moestro.config import Guide, RuntimeOptions, SamplingParams
 from moestro.engine.answer import Answer
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
+from moestro.engine.sampling import Constraint
 from moestro.engine.timeline import check_timeline_path, write_timeline
 from moestro.engine.token_text import TokenTexts
 from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_tokenizer
 from moestro.errors import RequestError
+from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import peak_resident_bytes
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
@@ -34,6 +37,9 @@ from moestro.store.locate import locate, locate_shapes
 from moestro.store.manifest import has_manifest
 from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
+
+if TYPE_CHECKING:
+    from moestro.engine.guides import Guides
 
 Prompt = str | List[int]
 
@@ -68,18 +74,20 @@ class LLM:
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
         self._token_texts = TokenTexts(self.tokenizer)
+        config = config_from_dict(store.config_dict)
+        end_ids, vocabulary = end_token_ids(store, config), int(config.vocab_size)
+        self._guides = _open_guides(self.tokenizer, vocabulary, end_ids) if self.options.guides else None
         self._closed_stats: Stats | None = None
         self._model = open_model(store, self.options, clock=clock)
         self._spans = self._model.runner.spans
         self.plan = self._model.plan
-        config = self._model.skeleton.config
         self._engine_of_model = Engine(
             runner=self._model.runner,
             max_sequences=self.options.max_sequences,
             step_rows=self.plan.step_rows,
             context=self.plan.context,
-            end_ids=end_token_ids(store, config),
-            vocabulary=int(config.vocab_size),
+            end_ids=end_ids,
+            vocabulary=vocabulary,
             quality=self.options.quality,
             level_policy=self._model.level_policy,
         )
@@ -278,7 +286,8 @@ class LLM:
         Raises:
             RequestError: as `generate`.
         """
-        return Answer(self._engine.prepare(prompt_ids, sampling), self.tokenizer, self._token_texts)
+        sequence = self._engine.prepare(prompt_ids, sampling, self._constraint(sampling.guide))
+        return Answer(sequence, self.tokenizer, self._token_texts)
 
     @property
     def engine(self) -> Engine:
@@ -314,6 +323,13 @@ class LLM:
         if self._closed_stats is not None:
             raise RequestError("This model is closed. Open it again with LLM(...).")
 
+    def _constraint(self, guide: Guide | None) -> Constraint | None:
+        if guide is None:
+            return None
+        if self._guides is None:
+            raise RequestError("guide: the model was opened without what this needs. Open it with guides=True.")
+        return self._guides.constraint(guide)
+
     def _submit(self, prompt: Prompt, sampling: SamplingParams) -> Answer:
         answer = self.prepare(self.encode(prompt), sampling)
         self._engine.add(answer.sequence)
@@ -340,6 +356,12 @@ class LLM:
                 prefill_tokens_per_s=len(sequence.prompt_ids) / prefill_s if prefill_s else 0.0,
             ),
         )
+
+
+def _open_guides(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_ids: frozenset[int]) -> Guides:
+    from moestro.engine.guides import Guides  # 2 MB of library for those who want it
+
+    return Guides(tokenizer, vocabulary=vocabulary, end_ids=end_ids)
 
 
 def _check_before_packing(model: str, options: RuntimeOptions) -> None:
