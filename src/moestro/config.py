@@ -10,6 +10,7 @@ from moestro.sampling import Guide, SamplingParams
 
 __all__ = [
     "BenchOptions",
+    "ChatOptions",
     "Guide",
     "LoadOptions",
     "PackOptions",
@@ -143,6 +144,7 @@ class ServeOptions:
     max_concurrency: int = option(0, "Requests answered at once (0: as many as pay and fit the memory, at most 16).")
     max_queue: int = option(64, "Requests that may wait; more are refused with status 429.")
     max_request: str = option("4MiB", "Longest body of a request in bytes.")
+    structured: bool = option(True, "Offer answers that follow a schema or an expression; a few MB of library.")
     drain: float = option(30.0, "Seconds that requests get to end after SIGTERM or Ctrl-C.")
 
     def __post_init__(self) -> None:
@@ -156,6 +158,29 @@ class ServeOptions:
             raise ServeError(f"drain is {self.drain}, expected seconds of at least 0.")
         if self.api_key and self.api_key_file:
             raise ServeError("Give either --api-key or --api-key-file: the file may hold several keys.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How `chat` asks. Environment twins: `MOESTRO_SYSTEM`, `MOESTRO_MAX_TOKENS`, ...
+
+    Raises:
+        RequestError: a value is not valid.
+    """
+
+    system: str = option("", "What the assistant is told before the conversation.")
+    max_tokens: int = option(1024, "Most tokens of an answer.")
+    temperature: float = option(-1.0, "0 picks the likeliest token, higher is more random (-1: as its authors say).")
+    seed: int = option(-1, "Seed of each answer's random numbers (-1: another one for each).")
+
+    def __post_init__(self) -> None:
+        check_types(self, RequestError)
+        if self.max_tokens < 1:
+            raise RequestError(f"max_tokens is {self.max_tokens}, expected a whole number of at least 1.")
+        if self.temperature != -1 and not 0 <= self.temperature <= 100:
+            raise RequestError(f"temperature is {self.temperature}, expected a number from 0 to 100, or -1.")
+        if not -1 <= self.seed < 2**63:
+            raise RequestError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1, or -1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,8 @@ def test_what_does_not_fit_the_queue_is_refused_and_told_when_to_come_again(keye
     client = keyed.client("alpha")
     with httpx.Client(base_url=keyed.url, headers={"Authorization": "Bearer alpha"}, timeout=60) as http:
         with http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 2}) as both:
-            next(both.iter_lines())
+            lines = both.iter_lines()  # kept: a generator that is thrown away closes the stream
+            next(lines)
             with pytest.raises(openai.RateLimitError) as caught:
                 client.completions.create(model=NAME, prompt="a")
         assert caught.value.code == "queue_full"

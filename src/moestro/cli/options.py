@@ -24,6 +24,7 @@ _PANELS = {
     "SimulateOptions": "What is simulated",
     "BenchOptions": "What is measured",
     "ServeOptions": "How it listens",
+    "ChatOptions": "How it asks",
     "LoadOptions": "What is asked",
 }
 

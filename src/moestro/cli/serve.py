@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +15,9 @@ from moestro.config import RuntimeOptions, ServeOptions
 if TYPE_CHECKING:
     from moestro import LLM
     from moestro.server.host import Opener
+    from moestro.store.pack import PackProgress
 
-OPENING = tuple(name for name in RuntimeOptions.__dataclass_fields__ if name != "max_sequences")
+OPENING = tuple(name for name in RuntimeOptions.__dataclass_fields__ if name not in ("max_sequences", "guides"))
 
 
 def serve(
@@ -47,8 +49,10 @@ def _opener(model: str, options: RuntimeOptions, serving: ServeOptions) -> Opene
     """Everything that is imported is there before the model is opened: it counts as the process's floor."""
     from moestro.server.opening import open_for_serving
 
-    def open_llm(progress: object) -> LLM:
-        return open_for_serving(model, options, max_concurrency=serving.max_concurrency, progress=progress)  # type: ignore[arg-type]
+    def open_llm(progress: Callable[[PackProgress], None]) -> LLM:
+        return open_for_serving(
+            model, options, max_concurrency=serving.max_concurrency, guides=serving.structured, progress=progress
+        )
 
     return open_llm
 

@@ -75,7 +75,7 @@ def as_api_error(error: MoestroError) -> ApiError:
         return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, PlaneReadError) or not isinstance(error, RequestError):
         return ApiError(500, message, code="model_error")
-    word = message.split(" ", 1)[0]
+    word = message.split(" ", 1)[0].rstrip(":")
     param = _PARAMS.get(word, word if word in _FIELDS else None)
     return ApiError(400, message, param=param, code="context_length_exceeded" if "context" in message else None)
 

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from moestro.engine.events import RequestTimings, ServiceSnapshot, Usage
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 PREFIX = "moestro:"
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)

@@ -19,11 +19,11 @@ MOST_BY_ITSELF = 16
 
 
 def open_for_serving(
-    model: str, options: RuntimeOptions, *, max_concurrency: int, progress: Callable[[PackProgress], None]
+    model: str, options: RuntimeOptions, *, max_concurrency: int, guides: bool, progress: Callable[[PackProgress], None]
 ) -> LLM:
     """The model with room for `max_concurrency` requests (0: as many as make a token cheapest). Raises MoestroError."""
     if max_concurrency:
-        return LLM(model, options=replace(options, max_sequences=max_concurrency), progress=progress)
+        return LLM(model, options=replace(options, max_sequences=max_concurrency), progress=progress, guides=guides)
     store = Store.open(locate(model, auto_pack=options.auto_pack, pack=pack_apart, progress=progress))
     chosen = most_at_once(Subject.of_store(store), options, most=MOST_BY_ITSELF)
-    return LLM(store.path, options=chosen, progress=progress)
+    return LLM(store.path, options=chosen, progress=progress, guides=guides)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moestro.store.locate import cache_folder
+from moestro.store.folders import cache_folder
 
 _LOG = logging.getLogger("moestro")
 
