@@ -46,8 +46,13 @@ class RuntimeOptions:
         "How it is given up: ledger, gate, sensitivity, learned, fixed; auto: ledger if errors are known, else gate.",
     )
     order: str = option("auto", "In which order a layer's experts are read: auto (hebf), arrival, hebf or johnson.")
+    prefix_cache: bool = option(
+        True, "Keep what was computed for the beginnings of requests while the KV cache has room, for others like them."
+    )
     guides: bool = option(
-        False, "Load what structured output needs: 0.7 KB for each token of the vocabulary, beside the memory given."
+        False,
+        "Load what structured output needs: 0.7 KB for each token of the vocabulary, beside the memory given.",
+        flag=False,
     )
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 

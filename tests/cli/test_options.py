@@ -69,7 +69,7 @@ OTHER = {
     "order": "johnson",
     "quality": "fast",
     "level_policy": "gate",
-    "guides": True,
+    "prefix_cache": False,
     "auto_pack": False,
     "max_tokens": 11,
     "temperature": 0.25,

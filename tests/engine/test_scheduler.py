@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.config import SamplingParams
+from moestro.engine.prefixes import Prefixes
 from moestro.engine.sampling import Sampler
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
@@ -16,9 +17,9 @@ LAYERS = (LayerKV(heads=1, key_width=1, value_heads=1, value_width=1, gathered=F
 NEVER: frozenset[int] = frozenset()
 
 
-def _scheduler(blocks: int, max_sequences: int, step_rows: int) -> tuple[Scheduler, KVPool]:
+def _scheduler(blocks: int, max_sequences: int, step_rows: int, keep: bool = False) -> tuple[Scheduler, KVPool]:
     pool = KVPool(layers=LAYERS, blocks=blocks, buffer=torch.zeros(blocks * block_bytes(LAYERS), dtype=torch.uint8))
-    return Scheduler(kv=pool, max_sequences=max_sequences, step_rows=step_rows), pool
+    return Scheduler(prefixes=Prefixes(pool, keep=keep), max_sequences=max_sequences, step_rows=step_rows), pool
 
 
 def _sequence(number: int, prompt: int, new_tokens: int) -> Sequence:
@@ -95,3 +96,54 @@ def test_a_step_that_did_not_go_through_comes_again() -> None:
     assert first.token_ids_T.tolist() == again.token_ids_T.tolist()
     assert first.positions_T.tolist() == again.positions_T.tolist()
     assert len(sampled) == 1
+
+
+def _steps(scheduler: Scheduler, *, most: int = 1000) -> list[list[int]]:
+    """Runs to the end; who was in each step."""
+    steps = []
+    while scheduler.busy and len(steps) < most:
+        batch, sampled = scheduler.next_step()
+        scheduler.commit(batch)
+        for sequence in sampled:
+            sequence.append(1, NEVER)
+        scheduler.retire()
+        steps.append([segment.request for segment in batch.segments])
+    return steps
+
+
+def test_a_lower_priority_takes_a_place_and_gives_it_back() -> None:
+    scheduler, pool = _scheduler(blocks=40, max_sequences=1, step_rows=64, keep=True)
+    slow = _sequence(0, 40, 8)
+    slow.priority = 1
+    scheduler.add(slow)
+    _steps(scheduler, most=3)
+    urgent, patient = _sequence(1, 3, 2), _sequence(2, 3, 2)
+    patient.priority = 1
+    scheduler.add(urgent)
+    scheduler.add(patient)
+    assert _steps(scheduler) == [[1], [1], [0], [0], [0], [0], [0], [2], [2]]
+    assert slow.yielded
+    assert (len(slow.token_ids), slow.reused) == (8, 0)
+    assert pool.free_blocks == 38  # two full blocks of the first are kept
+
+
+def test_one_gives_way_once_at_most() -> None:
+    scheduler, _ = _scheduler(blocks=40, max_sequences=1, step_rows=64)
+    slow = _sequence(0, 4, 6)
+    slow.priority = 9
+    scheduler.add(slow)
+    _steps(scheduler, most=2)
+    scheduler.add(_sequence(1, 4, 1))
+    _steps(scheduler, most=2)
+    scheduler.add(_sequence(2, 4, 1))
+    assert _steps(scheduler) == [[0], [0], [0], [2]]
+
+
+def test_requests_that_begin_alike_compute_it_once() -> None:
+    scheduler, _ = _scheduler(blocks=40, max_sequences=3, step_rows=64, keep=True)
+    alike = [_sequence(number, 0, 2) for number in range(3)]
+    for one in alike:
+        one.prompt_ids = [5] * 40
+        scheduler.add(one)
+    assert _steps(scheduler) == [[0], [0, 1, 2], [1, 2]]
+    assert [one.reused for one in alike] == [0, 32, 32]

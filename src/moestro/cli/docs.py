@@ -20,9 +20,9 @@ _SECTIONS = (
     (
         "How a model is opened",
         RuntimeOptions,
-        "`generate` and `trace record` (all), `bench` (all but max-sequences and learn), `plan` (memory, context, "
-        "max-sequences, threads, level), `eval` (memory, level, quality, level-policy, threads, policy, auto-pack) and "
-        "`demo` (level)",
+        "`generate` (all), `trace record` (all but prefix-cache), `bench` (all but max-sequences, learn and "
+        "prefix-cache), `plan` (memory, context, max-sequences, threads, level), `eval` (memory, level, quality, "
+        "level-policy, threads, policy, auto-pack) and `demo` (level)",
     ),
     ("How tokens are picked", SamplingParams, "`generate` and `trace record`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,7 @@ from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import say
 from moestro.cli.console import print_json, print_table
 from moestro.cli.opening import locate_store
+from moestro.cli.options import Only
 from moestro.cli.picture import check_picture_path
 from moestro.cli.progress import Lines, read_text
 from moestro.cli.trace_picture import draw_trace
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from moestro.trace import Trace
     from moestro.trace.summary import Summary
 
+# A trace tells of every token, so that nothing can be reused.
+_OPENING = Only(*(one.name for one in fields(RuntimeOptions) if one.name != "prefix_cache"))
+
 TraceFile = Annotated[Path, typer.Argument(help="A trace, as `moestro trace record` writes it.")]
 Experts = Annotated[
     int, typer.Option(help="Experts of a layer, for files that do not say it (0: the largest id plus one).")
@@ -32,7 +36,7 @@ Experts = Annotated[
 
 def record(
     model: Model,
-    options: RuntimeOptions,
+    options: Annotated[RuntimeOptions, _OPENING],
     sampling: SamplingParams,
     out: Annotated[Path, typer.Option(help="The trace to write, a .npz file.")],
     prompt: Annotated[

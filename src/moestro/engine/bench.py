@@ -133,8 +133,15 @@ class _Bench:
         # Requests decode while others are prompted, and until all have caught up.
         self._spare = (len(self._chunks) + 1) * (what.concurrency - 1) + 2
         needed = what.prompt_tokens + what.gen_tokens + self._spare
-        # A measurement, under replayed routing above all, is nothing to be remembered in the store.
-        self._options = replace(options, max_sequences=what.concurrency, context=options.context or needed, learn="off")
+        # A measurement, under replayed routing above all, is nothing to be remembered, in the store or between runs.
+        self._options = replace(
+            options,
+            max_sequences=what.concurrency,
+            context=options.context or needed,
+            learn="off",
+            prefix_cache=False,
+            guides=False,
+        )
         if self._options.context < needed:
             raise RequestError(
                 f"A run needs a context of {needed} tokens, and {options.context} were asked for. Leave --context out, "

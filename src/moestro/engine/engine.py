@@ -6,6 +6,7 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 
 from moestro.config import SamplingParams
+from moestro.engine.prefixes import Prefixes
 from moestro.engine.sampling import Constraint, Sampler
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
@@ -27,7 +28,8 @@ class KVUse:
 class Engine:
     """Requests in, tokens out. Knows no text and no planes. Not thread-safe.
 
-    `quality` is that of requests that ask for none, `level_policy` what it is spent by.
+    `quality` is that of requests that ask for none, `level_policy` what it is spent by. `prefix_cache`: KV rows of what
+    requests begin with are kept and shared.
     """
 
     def __init__(
@@ -41,10 +43,12 @@ class Engine:
         vocabulary: int,
         quality: str = EXACT,
         level_policy: str = "fixed",
+        prefix_cache: bool = False,
     ) -> None:
         self._quality, self._level_policy = quality, level_policy
         self._runner = runner
-        self._scheduler = Scheduler(kv=runner.kv, max_sequences=max_sequences, step_rows=step_rows)
+        self._prefixes = Prefixes(runner.kv, keep=prefix_cache)
+        self._scheduler = Scheduler(prefixes=self._prefixes, max_sequences=max_sequences, step_rows=step_rows)
         self._context = context
         self._end_ids = end_ids
         self._vocabulary = vocabulary
@@ -116,12 +120,12 @@ class Engine:
     @property
     def kv_use(self) -> KVUse:
         """How the KV blocks are used. Any thread may ask."""
-        kv = self._runner.kv
-        return KVUse(blocks=kv.blocks, used=kv.blocks - kv.free_blocks, kept=0)
+        return KVUse(self._runner.kv.blocks, self._prefixes.used, self._prefixes.kept)
 
     def forget(self) -> None:
-        """Drop every expert in memory, between two steps."""
+        """Drop every expert in memory and the prefixes that nobody uses, between two steps."""
         self._runner.planes.clear()
+        self._prefixes.forget()
 
     @property
     def busy(self) -> bool:

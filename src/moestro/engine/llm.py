@@ -90,6 +90,7 @@ class LLM:
             vocabulary=vocabulary,
             quality=self.options.quality,
             level_policy=self._model.level_policy,
+            prefix_cache=self.options.prefix_cache,
         )
         self._load_s = time.perf_counter() - started
 
@@ -348,12 +349,13 @@ class LLM:
             token_ids=list(sequence.token_ids),
             finish_reason=sequence.finish_reason,
             prompt_tokens=len(sequence.prompt_ids),
+            cached_tokens=sequence.reused,
             logprobs=answer.logprobs(),
             timings=Timings(
                 load_s=self._load_s,
                 ttft_s=sequence.first_token_at - sequence.submitted_at,
                 decode_tokens_per_s=decoded / decode_s if decoded and decode_s else 0.0,
-                prefill_tokens_per_s=len(sequence.prompt_ids) / prefill_s if prefill_s else 0.0,
+                prefill_tokens_per_s=(len(sequence.prompt_ids) - sequence.reused) / prefill_s if prefill_s else 0.0,
             ),
         )
 

@@ -33,13 +33,15 @@ class TokenLogprob:
 @dataclass(frozen=True)
 class Completion:
     """A finished request. `finish_reason` is "stop" (by an end-of-text token, a stop string or the end of its guide) or
-    "length" (max_tokens reached). `logprobs` are those of its tokens, if asked for."""
+    "length" (max_tokens reached). `cached_tokens` of the prompt had been computed before. `logprobs` are those of
+    its tokens, if asked for."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
     timings: Timings
+    cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 
+from moestro.engine.prefixes import Prefixes
 from moestro.engine.sequence import Sequence
+from moestro.engine.waiting import WaitingLine
 from moestro.errors import PlaneReadError
 from moestro.runtime.batch import PackedBatch, Segment
-from moestro.runtime.kv import KVPool, blocks_for
 
 
 class Scheduler:
-    """First come, first served. A request starts when its whole KV room is free, so that it can never starve midway."""
+    """Who runs. A request starts when its whole KV room is free, so that it can never starve midway.
 
-    def __init__(self, *, kv: KVPool, max_sequences: int, step_rows: int) -> None:
-        self._kv = kv
+    One that waits may take the place of one that runs and has a lower rank (a higher `priority`), once at most for each
+    that gives way: what it has computed so far is kept as long as there is room, and computed again otherwise.
+    """
+
+    def __init__(self, *, prefixes: Prefixes, max_sequences: int, step_rows: int) -> None:
+        self._prefixes = prefixes
         self._max_sequences = max_sequences
         self._step_rows = step_rows
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingLine()
         self._running: list[Sequence] = []
 
     @property
@@ -26,7 +30,7 @@ class Scheduler:
         return bool(self._waiting or self._running)
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def next_step(self) -> tuple[PackedBatch, list[Sequence]]:
         """The packed batch of the next step, and the requests that get a new token from it, in order of logits."""
@@ -34,12 +38,12 @@ class Scheduler:
         segments: list[Segment] = []
         sampled: list[Sequence] = []
         room = self._step_rows
-        for sequence in sorted(self._running, key=_prefill_last):
+        for sequence in sorted(self._running, key=_long_last):
             tokens = sequence.pending(room)
             if not tokens:
                 continue
             complete = sequence.is_complete_after(len(tokens))
-            decode = bool(sequence.token_ids)
+            decode = bool(sequence.token_ids) and len(tokens) == 1
             segments.append(
                 Segment(sequence.number, tokens, sequence.cached, sequence.blocks, complete, decode, sequence.budget)
             )
@@ -52,7 +56,9 @@ class Scheduler:
         """The batch went through: its rows are cached. Until then, the same rows come again with the next step."""
         ends = {segment.request: segment.end for segment in batch.segments}
         for sequence in self._running:
-            sequence.cached = ends.get(sequence.number, sequence.cached)
+            if sequence.number in ends:
+                sequence.cached = ends[sequence.number]
+                self._prefixes.written(sequence)
 
     def fail(self, batch: PackedBatch, error: PlaneReadError) -> list[Sequence]:
         """End the requests of a failed step that needed the plane, all of them if that is not known."""
@@ -74,21 +80,38 @@ class Scheduler:
         """Take a request out, whether it has ended or not."""
         if sequence in self._running:
             self._running.remove(sequence)
-            self._kv.release(sequence.blocks)
-            sequence.blocks = []
+            self._prefixes.end(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_sequences:
-            needed = blocks_for(self._waiting[0].most_rows)
-            if needed > self._kv.free_blocks:
+        while self._waiting:
+            first = self._waiting.first()
+            if self._prefixes.is_coming(first, self._running):
                 return
-            sequence = self._waiting.popleft()
-            sequence.blocks = self._kv.allocate(needed)
-            sequence.started_at = time.perf_counter()
-            self._running.append(sequence)
+            if len(self._running) == self._max_sequences and not self._make_way(first):
+                return
+            if not self._prefixes.start(first):
+                return
+            self._waiting.start(first)
+            if not first.started_at:
+                first.started_at = time.perf_counter()
+                first.reused = first.cached
+            self._running.append(first)
+
+    def _make_way(self, first: Sequence) -> bool:
+        """Have the last of those of lower rank give up its place, if there is one."""
+        lower = [one for one in self._running if one.priority > first.priority and not one.yielded]
+        if not lower:
+            return False
+        last = max(lower, key=lambda one: (one.priority, one.number))
+        self._running.remove(last)
+        self._prefixes.end(last)
+        last.yielded = True
+        self._waiting.add_back(last)
+        return True
 
 
-def _prefill_last(sequence: Sequence) -> bool:
-    return not sequence.token_ids
+def _long_last(sequence: Sequence) -> bool:
+    """Prompts, and what has to be computed again, come after those that need one row."""
+    return sequence.cached + 1 < sequence.known_tokens or not sequence.token_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,14 +14,18 @@ from moestro.engine.logprobs import TokenLikelihood
 from moestro.engine.sampling import Sampler
 from moestro.errors import MoestroError, RequestError
 
+if TYPE_CHECKING:
+    from moestro.engine.prefixes import NamedBlock
+
 
 @dataclass
 class Sequence:
-    """A request in flight. `cached` counts tokens whose KV rows are written, `reused` those of them that
-    had been there before; `sampled` counts also an end-of-text token.
+    """A request in flight. `cached` counts tokens whose KV rows are written, `reused` those of the prompt that had
+    been there before; `sampled` counts also an end-of-text token.
 
     `budget`: nats that each of its tokens may lose to lower levels. `listener` is told of each token of the answer and
-    says whether the answer ends with it. Times in seconds of time.perf_counter.
+    says whether the answer ends with it. `chain` are the first of its `blocks`, which others may use too; `yielded`
+    says that it gave up its place once. Times in seconds of time.perf_counter.
     """
 
     prompt_ids: list[int]
@@ -32,8 +37,10 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     likelihoods: list[TokenLikelihood] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    chain: list[NamedBlock] = field(default_factory=list)
     cached: int = 0
     reused: int = 0
+    yielded: bool = False
     finish_reason: str | None = None
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
@@ -50,13 +57,21 @@ class Sequence:
 
     def pending(self, limit: int) -> list[int]:
         """The next tokens to feed, at most `limit`: the rest of the prompt, or the last token."""
-        known = len(self.prompt_ids) + len(self.token_ids)
-        end = min(known, self.cached + limit)
-        return [self._token(position) for position in range(self.cached, end)]
+        return self.tokens(self.cached, min(self.known_tokens, self.cached + limit))
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    def tokens(self, first: int, end: int) -> list[int]:
+        """Those at these places of the prompt and the answer so far, both seen as one."""
+        prompt = len(self.prompt_ids)
+        return [*self.prompt_ids[first:end], *self.token_ids[max(0, first - prompt) : max(0, end - prompt)]]
 
     def is_complete_after(self, rows: int) -> bool:
         """Whether feeding `rows` more tokens reaches the last known one, so that the next can be sampled."""
-        return self.cached + rows == len(self.prompt_ids) + len(self.token_ids)
+        return self.cached + rows == self.known_tokens
 
     def pick(self, logits_V: torch.Tensor, end_ids: frozenset[int]) -> None:
         """Take the next token from its logits; a guide that allows none ends the request with an error."""
@@ -98,7 +113,3 @@ class Sequence:
     def _finish(self, reason: str, now: float) -> None:
         self.finish_reason = reason
         self.finished_at = now
-
-    def _token(self, position: int) -> int:
-        prompt = len(self.prompt_ids)
-        return self.prompt_ids[position] if position < prompt else self.token_ids[position - prompt]
