@@ -42,8 +42,8 @@ from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
 from moestro.spans import Clock, Spans
+from moestro.store.folders import cache_folder
 from moestro.store.layout import Layout
-from moestro.store.locate import cache_folder
 from moestro.store.reader import Store
 
 
