@@ -27,10 +27,10 @@ def observe_router(desk: Desk) -> APIRouter:
 
     @router.get("/stats")
     async def stats() -> dict[str, Any]:
-        """Requests, which experts are in memory at how many bits, hits, waits, what memory is for."""
-        return {"model": desk.host.name, "created": desk.host.created} | stats_json(
-            desk.serving(None).service.snapshot()
-        )
+        """Requests, hits, waits, what memory is for; by layer and expert: bits in memory, tokens routed there."""
+        serving = desk.serving(None)
+        head = {"model": desk.host.name, "created": desk.host.created}
+        return head | stats_json(serving.service.snapshot()) | {"uses": serving.llm.expert_counts().tolist()}
 
     @router.post("/admin/flush")
     async def flush() -> dict[str, Any]:

@@ -1,9 +1,9 @@
-// Layer x expert: colour by the bits in memory; what comes in and what leaves flashes.
+// Layer x expert: colour by the bits in memory. What comes in (a miss) and what leaves flashes; a dot is a hit.
 
 const FLASH_MS = 900;
 const $ = (id) => document.getElementById(id);
 
-const state = { levels: [], changed: [], all: [], cursor: null };
+const state = { levels: [], uses: [], changed: [], hit: [], all: [], cursor: null };
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -16,7 +16,7 @@ function shade(bits) {
   return String(state.all.length === 1 ? 4 : 1 + Math.round((place * 4) / (state.all.length - 1)));
 }
 
-export function showLevels(levels) {
+export function showExperts(levels, uses) {
   const now = performance.now();
   const before = state.levels;
   state.all = [...new Set([...state.all, ...levels.flat()])].filter((bits) => bits > 0).sort((a, b) => a - b);
@@ -27,7 +27,15 @@ export function showLevels(levels) {
       return state.changed[layer]?.[expert];
     }),
   );
+  state.hit = levels.map((row, layer) =>
+    row.map((bits, expert) => {
+      const last = state.uses[layer]?.[expert];
+      const used = last !== undefined && uses[layer][expert] > last;
+      return used && bits && before[layer]?.[expert] ? now : state.hit[layer]?.[expert];
+    }),
+  );
   state.levels = levels;
+  state.uses = uses;
   const cells = levels.flat();
   const held = cells.filter((bits) => bits > 0).length;
   $("resident").textContent = `${held} of ${cells.length} are in memory.`;
@@ -38,7 +46,7 @@ export function showLevels(levels) {
 
 function legend() {
   const names = [["absent", "not in memory"], ...state.all.map((bits) => [shade(bits), `${bits} bits`])];
-  names.push(["in", "came in"], ["out", "left"]);
+  names.push(["hit", "hit"], ["in", "miss: came in"], ["out", "left"]);
   const text = JSON.stringify(names);
   if ($("legend").dataset.shown === text) return;
   $("legend").dataset.shown = text;
@@ -70,6 +78,7 @@ function draw(now = performance.now()) {
   const context = canvas.getContext("2d");
   context.scale(ratio, ratio);
   const shades = { absent: colour("--absent"), in: colour("--flash-in"), out: colour("--flash-out") };
+  shades.hit = colour("--hit");
   for (let one = 1; one <= 5; one++) shades[one] = colour(`--l${one}`);
   const gap = cell > 5 ? 1 : 0;
   let flashing = false;
@@ -86,6 +95,14 @@ function draw(now = performance.now()) {
         context.fillRect(expert * cell, layer * height, cell - gap, height - gap);
         context.globalAlpha = 1;
       }
+      const hit = 1 - (now - (state.hit[layer]?.[expert] ?? -Infinity)) / FLASH_MS;
+      if (hit > 0) {
+        flashing = true;
+        context.globalAlpha = Math.min(1, hit);
+        context.fillStyle = shades.hit;
+        context.fillRect((expert + 0.3) * cell, (layer + 0.3) * height, 0.4 * cell - gap, 0.4 * height - gap);
+        context.globalAlpha = 1;
+      }
     }
   }
   if (state.cursor) {
@@ -100,7 +117,7 @@ function tell(layer, expert) {
   const bits = state.levels[layer]?.[expert];
   if (bits === undefined) return;
   state.cursor = { layer, expert };
-  $("cell").textContent = `Layer ${layer}, expert ${expert}: ${bits ? `${bits} bits in memory` : "not in memory"}`;
+  $("cell").textContent = `Layer ${layer}, expert ${expert}: ${bits ? `${bits} bits in memory` : "not in memory"}, ${state.uses[layer][expert]} tokens`;
   requestAnimationFrame(draw);
 }
 

@@ -1,7 +1,7 @@
 // The machine room: asks /stats twice a second while the page is seen, and shows differences as rates.
 
 import { get, Refused } from "./api.js";
-import { showLevels, startMap } from "./heatmap.js";
+import { showExperts, startMap } from "./heatmap.js";
 
 const PERIOD_MS = 500;
 const KEPT = 120;
@@ -42,7 +42,7 @@ function show(now, at) {
   status(requests.running ? "answering" : "ready");
   if (last) rates(now, last.now, (at - last.at) / 1000);
   last = { now, at };
-  showLevels(now.levels);
+  showExperts(now.levels, now.uses);
   showSplit(stats);
 }
 
