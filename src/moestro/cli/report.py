@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def to_json(completion: Completion, stats: Stats) -> dict[str, Any]:
     """The object of `generate --json`. Keys, once published, stay."""
-    return {**asdict(completion), "stats": asdict(stats)}
+    # What one prompt without a flag for it cannot have is left out.
+    known = {name: value for name, value in asdict(completion).items() if name not in ("logprobs", "cached_tokens")}
+    return {**known, "stats": asdict(stats)}
 
 
 def summary(completion: Completion, stats: Stats) -> str:
