@@ -6,7 +6,16 @@ import sys
 from collections.abc import Iterator
 
 from moestro.cli.options import flags_of
-from moestro.config import BenchOptions, PackOptions, RuntimeOptions, SamplingParams, SimulateOptions
+from moestro.config import (
+    BenchOptions,
+    ChatOptions,
+    LoadOptions,
+    PackOptions,
+    RuntimeOptions,
+    SamplingParams,
+    ServeOptions,
+    SimulateOptions,
+)
 
 _HEAD = """\
 # Options
@@ -20,7 +29,7 @@ _SECTIONS = (
     (
         "How a model is opened",
         RuntimeOptions,
-        "`generate` (all), `trace record` (all but prefix-cache), `bench` (all but max-sequences, learn and "
+        "`generate` (all), `serve` and `chat` (all but max-sequences), `trace record` (all but prefix-cache), `bench` (all but max-sequences, learn and "
         "prefix-cache), `plan` (memory, context, max-sequences, threads, level), `eval` (memory, level, quality, "
         "level-policy, threads, policy, auto-pack) and `demo` (level)",
     ),
@@ -28,6 +37,9 @@ _SECTIONS = (
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),
     ("What is simulated", SimulateOptions, "`simulate`"),
     ("What is measured", BenchOptions, "`bench`"),
+    ("How a server listens", ServeOptions, "`serve`, which also reads them from a TOML file (`--config`)"),
+    ("How a conversation asks", ChatOptions, "`chat`"),
+    ("What a server is asked under load", LoadOptions, "`bench-serve`"),
 )
 
 
