@@ -14,11 +14,25 @@ from moestro.store.locate import locate_source
 from packing import pack_raw
 from server.running import Running, server
 
+_TEMPLATE = """\
+{% if tools %}Functions, to be called as <tool_call>{"name": ..., "arguments": ...}</tool_call>:
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif %}\
+{% for m in messages %}{{ m['content'] }}\
+{% for call in m['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}
+{% endfor %}{% if thinking %}<think>
+{% endif %}{# answers may reason up to </think> #}"""
+
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of the built-in model. Do not change it."""
-    return pack_raw(locate_source(MODEL), tmp_path_factory.mktemp("served") / "store").path
+    """A store of the built-in model whose chat template takes tools, and may have it reason. Do not change it."""
+    source = tmp_path_factory.mktemp("source")
+    for file in locate_source(MODEL).iterdir():
+        if file.name != "chat_template.jinja":
+            (source / file.name).symlink_to(file)
+    (source / "chat_template.jinja").write_text(_TEMPLATE)
+    return pack_raw(source, tmp_path_factory.mktemp("served") / "store").path
 
 
 @pytest.fixture(scope="session")

@@ -52,10 +52,13 @@ class Running:
 
     def until_ready(self) -> None:
         """Wait as clients do: by asking /health."""
-        while (answer := httpx.get(f"{self.url}/health", timeout=30)).status_code != 200:
+        while self.process.poll() is None:
+            answer = httpx.get(f"{self.url}/health", timeout=30)
+            if answer.status_code == 200:
+                return
             assert answer.status_code == 503, answer.text
-            assert self.process.poll() is None, self.lines
             time.sleep(0.1)
+        raise AssertionError(self.lines)
 
     def end(self, sent: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to end. Returns its exit code."""

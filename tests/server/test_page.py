@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -49,8 +50,8 @@ def _is_failure(message: Any) -> bool:
 
 def test_a_chat_streams_and_the_room_shows_it(page: Any, http: httpx.Client) -> None:
     http.post("/admin/flush", headers={"Authorization": "Bearer boss"})
-    page.wait_for_function("document.getElementById('status').textContent === 'ready'")
-    page.wait_for_function("document.getElementById('resident').textContent.startsWith('0 of 256')")
+    page.locator("#status").filter(has_text="ready").wait_for()
+    page.locator("#resident").filter(has_text=re.compile("^0 of 256")).wait_for()
     before = page.evaluate("document.getElementById('map').toDataURL()")
     page.locator("summary").click()
     page.locator("#max-tokens").fill("200")
@@ -66,7 +67,7 @@ def test_a_chat_streams_and_the_room_shows_it(page: Any, http: httpx.Client) -> 
     assert page.locator(".user").inner_text().strip() == PROMPT.strip()
     assert page.evaluate("window.seen.size") > 10  # it came in pieces
     assert "200 tokens (length)" in page.locator(".note").inner_text()
-    page.wait_for_function("!document.getElementById('resident').textContent.startsWith('0 of')")
+    page.locator("#resident").filter(has_text=re.compile("^[1-9]")).wait_for()
     assert page.evaluate("document.getElementById('map').toDataURL()") != before
     assert "MiB given" in page.locator("#given").inner_text()
     assert page.locator("#split div").count() == 5
@@ -77,7 +78,7 @@ def test_an_answer_can_be_stopped_from_the_keyboard(page: Any) -> None:
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.type("hello")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('.assistant')?.textContent.length > 0")
+    page.locator(".assistant").filter(has_text=re.compile(".")).wait_for()
     page.keyboard.press("Escape")
     page.wait_for_selector(".note")
     page.locator("#map").focus()

@@ -16,6 +16,7 @@ from moestro.server.guard import Guard
 from moestro.server.host import ModelHost
 from moestro.server.observe import observe_router
 from moestro.server.page import page_router
+from moestro.server.responses import responses_router
 from moestro.server.rules import Rules
 from moestro.server.small import small_router
 
@@ -30,7 +31,7 @@ def make_app(host: ModelHost, options: ServeOptions, rules: Rules) -> ASGIApp:
         redirect_slashes=False,
     )
     desk = make_desk(host)
-    for router in (chat_router, completions_router, small_router, observe_router):
+    for router in (chat_router, completions_router, responses_router, small_router, observe_router):
         app.include_router(router(desk))
     app.include_router(page_router())
     install_handlers(app)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -21,8 +22,10 @@ from moestro.server.guides import ResponseFormat, guide_of
 from moestro.server.host import Serving
 from moestro.server.logprobs import chat_logprobs
 from moestro.server.messages import Message, for_template
+from moestro.server.parts import Kind, Marks, Part, Splitter
 from moestro.server.sampling import choices_of, sampling_of
 from moestro.server.stream import EventStream, until_gone
+from moestro.server.tools import Tool, marks_of, tools_for_template
 
 
 class ChatRequest(SamplingFields):
@@ -34,6 +37,9 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the model's chat template.")
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = Field(None, description="Without effect.")
@@ -41,6 +47,14 @@ class ChatRequest(SamplingFields):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = Field(None, description="Without effect.")
     prompt_cache_key: str | None = Field(None, description="Without effect: prefixes are found by their tokens.")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversation as the engine takes it, and what to look for in answers."""
+
+    ask: Ask
+    marks: Marks
 
 
 def chat_router(desk: Desk) -> APIRouter:
@@ -51,16 +65,15 @@ def chat_router(desk: Desk) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
         serving = desk.serving(body.model)
-        ask = await asyncio.to_thread(_ask, body, serving)
+        prepared = await asyncio.to_thread(prepare, body, serving)
         answers = desk.answers(serving)
-        writer = ChatWriter(desk.host.name, with_logprobs=bool(body.logprobs))
+        writer = ChatWriter(desk.host.name, prepared, with_logprobs=bool(body.logprobs))
         try:
-            submitting = answers.submit([ask], priority=body.priority or 0, deadline_s=body.deadline_s)
+            submitting = answers.submit([prepared.ask], priority=body.priority or 0, deadline_s=body.deadline_s)
             await until_gone(request, submitting)
             if body.stream:
                 include_usage = bool(body.stream_options and body.stream_options.include_usage)
-                chunks = writer.stream(answers, choices=len(ask.sampling), include_usage=include_usage)
-                return EventStream(chunks, leave=answers.cancel)
+                return EventStream(writer.stream(answers, include_usage=include_usage), leave=answers.cancel)
             return json_response(await until_gone(request, writer.whole(answers)))
         except BaseException:
             answers.cancel()
@@ -69,12 +82,14 @@ def chat_router(desk: Desk) -> APIRouter:
     return router
 
 
-def _ask(body: ChatRequest, serving: Serving) -> Ask:
+def prepare(body: ChatRequest, serving: Serving) -> Prepared:
+    """Everything of a request that can be wrong is found here. Raises ApiError, RequestError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs: true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ApiError(400, "max_tokens is given beside max_completion_tokens. Leave it out.", param="max_tokens")
-    prompt = serving.llm.chat_prompt(for_template(body.messages), settings=body.chat_template_kwargs)
+    tools = tools_for_template(body.tools, body.tool_choice, serving)
+    prompt = serving.llm.chat_prompt(for_template(body.messages), tools=tools, settings=body.chat_template_kwargs)
     sampling = sampling_of(
         body,
         serving.defaults,
@@ -82,51 +97,66 @@ def _ask(body: ChatRequest, serving: Serving) -> Ask:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         guide=guide_of(body.response_format),
     )
-    return Ask(prompt, choices_of(sampling, body.n or 1))
+    return Prepared(Ask(prompt, choices_of(sampling, body.n or 1)), marks_of(serving, prompt, tools=bool(tools)))
 
 
 class ChatWriter:
     """Writes answers as OpenAI does, in pieces or whole."""
 
-    def __init__(self, model: str, *, with_logprobs: bool) -> None:
+    def __init__(self, model: str, prepared: Prepared, *, with_logprobs: bool) -> None:
         self._id, self._model, self._created = f"chatcmpl-{secrets.token_hex(12)}", model, int(time.time())
         self._with_logprobs = with_logprobs
+        self._splitters = [Splitter(prepared.marks) for _ in prepared.ask.sampling]
 
-    async def stream(self, answers: Answers, *, choices: int, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
         """Chunks: the role of each choice at once, then what comes."""
-        for index in range(choices):
-            yield self._chunk([self._choice(index, {"role": "assistant", "content": ""}, None)])
+        for index in range(len(self._splitters)):
+            yield self._chunk([self._choice(index, {"role": "assistant", "content": ""})])
         async for index, event in answers.events():
-            if event.text or event.logprobs:
-                piece = self._choice(index, {"content": event.text}, None)
-                if self._with_logprobs:
+            deltas = [_delta(part) for part in self._parts(index, event)]
+            if event.logprobs and not deltas:
+                deltas.append({"content": ""})
+            for number, delta in enumerate(deltas):
+                piece = self._choice(index, delta)
+                if self._with_logprobs and number == 0:
                     piece["logprobs"] = chat_logprobs(event.logprobs)
                 yield self._chunk([piece])
             if event.finish_reason is not None:
-                yield self._chunk([self._choice(index, {}, event.finish_reason)])
+                yield self._chunk([self._choice(index, {}, self._reason(index, event))])
         if include_usage:
             yield self._chunk([]) | {"usage": answers.total.as_json(), "timings": timings_json(answers)}
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """The object that has everything."""
-        events: dict[int, list[Event]] = {}
+        choices: dict[int, dict[str, Any]] = {}
         async for index, event in answers.events():
-            events.setdefault(index, []).append(event)
+            choice = choices.setdefault(index, self._unfinished(index))
+            for part in self._parts(index, event):
+                _add(choice["message"], part)
+            if self._with_logprobs:
+                choice["logprobs"]["content"] += chat_logprobs(event.logprobs)["content"]
+            if event.finish_reason is not None:
+                choice["finish_reason"] = self._reason(index, event)
         return self._head("chat.completion") | {
-            "choices": [self._finished(index, events[index]) for index in sorted(events)],
+            "choices": [choices[index] for index in sorted(choices)],
             "usage": answers.total.as_json(),
             "timings": timings_json(answers),
         }
 
-    def _finished(self, index: int, events: list[Event]) -> dict[str, Any]:
-        text = "".join(event.text for event in events)
-        tokens = [token for event in events for token in event.logprobs]
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": chat_logprobs(tokens) if self._with_logprobs else None,
-            "finish_reason": events[-1].finish_reason,
-        }
+    def _parts(self, index: int, event: Event) -> Iterator[Part]:
+        yield from self._splitters[index].push(event.text)
+        if event.finish_reason is not None:
+            yield from self._splitters[index].finish()
+
+    def _reason(self, index: int, event: Event) -> str | None:
+        return (
+            "tool_calls" if event.finish_reason == "stop" and self._splitters[index].has_calls else event.finish_reason
+        )
+
+    def _unfinished(self, index: int) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        logprobs: dict[str, Any] | None = {"content": []} if self._with_logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": None}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -134,5 +164,16 @@ class ChatWriter:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head("chat.completion.chunk") | {"choices": choices}
 
-    def _choice(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    def _choice(self, index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    return {part.kind.value: [part.call] if part.kind is Kind.CALL else part.text}
+
+
+def _add(message: dict[str, Any], part: Part) -> None:
+    if part.call is not None:
+        message.setdefault("tool_calls", []).append({key: part.call[key] for key in ("id", "type", "function")})
+    else:
+        message[part.kind.value] = message.get(part.kind.value, "") + part.text
