@@ -49,6 +49,9 @@ class RuntimeOptions:
     prefix_cache: bool = option(
         True, "Keep what was computed for the beginnings of requests while the KV cache has room, for others like them."
     )
+    lend_kv: bool = option(
+        True, "Let experts have what of the KV cache's memory no request needs; they give it back when one does."
+    )
     guides: bool = option(
         False,
         "Load what structured output needs: 0.7 KB for each token of the vocabulary, beside the memory given.",

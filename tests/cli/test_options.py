@@ -70,6 +70,7 @@ OTHER = {
     "quality": "fast",
     "level_policy": "gate",
     "prefix_cache": False,
+    "lend_kv": False,
     "auto_pack": False,
     "max_tokens": 11,
     "temperature": 0.25,

@@ -113,13 +113,13 @@ class ArenaMachine(RuleBasedStateMachine):
         self.nbytes = pages * PAGE + 100
         self.arena = Arena(self.nbytes, self.extent_bytes, self.sizes)
         self.used: list[Slot] = []
+        self.open = -(-self.nbytes // self.extent_bytes)
 
     def extent_size(self, extent: int) -> int:
         return min(self.extent_bytes, self.nbytes - extent * self.extent_bytes)
 
     def must_succeed(self, size: int) -> bool:
-        count = -(-self.nbytes // self.extent_bytes)
-        for extent in range(count):
+        for extent in range(self.open):
             users = [slot for slot in self.used if slot.extent == extent]
             room = self.extent_size(extent) // size
             if room and (not users or (users[0].nbytes == size and len(users) < room)):
@@ -135,6 +135,14 @@ class ArenaMachine(RuleBasedStateMachine):
         if slot is not None:
             assert slot.nbytes == size
             self.used.append(slot)
+
+    @rule(pages=st.integers(0, 70))
+    def resize(self, pages: int) -> None:
+        self.arena.resize(pages * PAGE)
+        whole = -(-self.nbytes // self.extent_bytes)
+        self.open = whole if pages * PAGE >= self.nbytes else min(whole, pages * PAGE // self.extent_bytes)
+        assert self.arena.nbytes == sum(self.extent_size(extent) for extent in range(self.open))
+        assert all(self.arena.is_open(slot) == (slot.extent < self.open) for slot in self.used)
 
     @precondition(lambda self: self.used)
     @rule(data=st.data())

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from moestro.trace import Trace
     from moestro.trace.summary import Summary
 
-# A trace tells of every token, so that nothing can be reused.
-_OPENING = Only(*(one.name for one in fields(RuntimeOptions) if one.name != "prefix_cache"))
+# A trace tells of every token and knows no memory.
+_OPENING = Only(*(one.name for one in fields(RuntimeOptions) if one.name not in ("prefix_cache", "lend_kv")))
 
 TraceFile = Annotated[Path, typer.Argument(help="A trace, as `moestro trace record` writes it.")]
 Experts = Annotated[

@@ -140,6 +140,7 @@ class _Bench:
             context=options.context or needed,
             learn="off",
             prefix_cache=False,
+            lend_kv=False,
             guides=False,
         )
         if self._options.context < needed:

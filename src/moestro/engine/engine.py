@@ -13,6 +13,7 @@ from moestro.engine.sequence import Sequence
 from moestro.errors import PlaneReadError, RequestError
 from moestro.policy.levels import EXACT, budget_of
 from moestro.runtime.runner import ModelRunner
+from moestro.runtime.shares import MemoryShares
 from moestro.spans import Event, Part
 
 
@@ -29,7 +30,7 @@ class Engine:
     """Requests in, tokens out. Knows no text and no planes. Not thread-safe.
 
     `quality` is that of requests that ask for none, `level_policy` what it is spent by. `prefix_cache`: KV rows of what
-    requests begin with are kept and shared.
+    requests begin with are kept and shared. `shares`: what KV blocks and experts trade by, if they do.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Engine:
         quality: str = EXACT,
         level_policy: str = "fixed",
         prefix_cache: bool = False,
+        shares: MemoryShares | None = None,
     ) -> None:
         self._quality, self._level_policy = quality, level_policy
         self._runner = runner
-        self._prefixes = Prefixes(runner.kv, keep=prefix_cache)
+        self._prefixes = Prefixes(runner.kv, keep=prefix_cache, shares=shares)
         self._scheduler = Scheduler(prefixes=self._prefixes, max_sequences=max_sequences, step_rows=step_rows)
         self._context = context
         self._end_ids = end_ids

@@ -78,7 +78,7 @@ class LLM:
         end_ids, vocabulary = end_token_ids(store, config), int(config.vocab_size)
         self._guides = _open_guides(self.tokenizer, vocabulary, end_ids) if self.options.guides else None
         self._closed_stats: Stats | None = None
-        self._model = open_model(store, self.options, clock=clock)
+        self._model = open_model(store, self.options, clock=clock, lend_kv=self.options.lend_kv)
         self._spans = self._model.runner.spans
         self.plan = self._model.plan
         self._engine_of_model = Engine(
@@ -91,6 +91,7 @@ class LLM:
             quality=self.options.quality,
             level_policy=self._model.level_policy,
             prefix_cache=self.options.prefix_cache,
+            shares=self._model.shares,
         )
         self._load_s = time.perf_counter() - started
 
@@ -226,7 +227,7 @@ class LLM:
         if self._closed_stats is not None:
             return self._closed_stats
         plan, planes, runner = self.plan, self._open.runner.planes.stats, self._open.runner.stats
-        foreseen = self._open.runner.foreseen
+        foreseen, shares = self._open.runner.foreseen, self._open.shares
         return Stats(
             hits=planes.hits,
             misses=planes.misses,
@@ -254,8 +255,8 @@ class LLM:
             model_bytes=plan.model_bytes,
             dense_bytes=plan.dense_bytes,
             expert_bytes=plan.expert_bytes,
-            arena_bytes=plan.arena_bytes,
-            kv_bytes=plan.kv_bytes,
+            arena_bytes=shares.arena_bytes if shares else plan.arena_bytes,
+            kv_bytes=shares.kv_bytes if shares else plan.kv_bytes,
             activation_bytes=plan.activation_bytes,
             staging_bytes=plan.staging_bytes,
             level=plan.level,

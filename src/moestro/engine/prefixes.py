@@ -16,6 +16,10 @@ from itertools import count
 
 from moestro.engine.sequence import Sequence
 from moestro.runtime.kv import BLOCK_ROWS, KVPool, blocks_for
+from moestro.runtime.shares import MemoryShares
+
+_WINDOW = 16
+"""So many requests end before memory that they did not need is given away."""
 
 _Name = tuple[int, float, bytes]
 
@@ -36,11 +40,14 @@ class Prefixes:
     Those used least recently go first, of a chain its end. With `keep` false nothing is kept or shared.
     """
 
-    def __init__(self, kv: KVPool, *, keep: bool) -> None:
-        self._kv, self._keep = kv, keep
+    def __init__(self, kv: KVPool, *, keep: bool, shares: MemoryShares | None = None) -> None:
+        self._kv, self._keep, self._shares = kv, keep, shares
         self._named: dict[_Name, NamedBlock] = {}
         self._idle: OrderedDict[int, NamedBlock] = OrderedDict()
         self._serials = count(1)
+        self._ends = 0
+        self._peaks = [0, 0]  # blocks that requests used at once, in this window and the one before it
+        self._fit_need()
 
     @property
     def kept(self) -> int:
@@ -59,8 +66,11 @@ class Prefixes:
         """
         chain = self._known(sequence)
         needed = blocks_for(sequence.most_rows) - len(chain)
-        if needed > self._kv.free_blocks + len(self._idle) - sum(not one.users for one in chain):
-            return False
+        lacking = needed - self._kv.free_blocks - len(self._idle) + sum(not one.users for one in chain)
+        if lacking > 0:
+            if self._shares is None or self._kv.limit + lacking > self._kv.blocks:
+                return False
+            self._shares.give_kv(self._kv.limit + lacking)
         for one in chain:
             self._use(one)
         while self._kv.free_blocks < needed:
@@ -69,6 +79,7 @@ class Prefixes:
         sequence.chain = chain
         sequence.blocks = [one.block for one in chain] + self._kv.allocate(needed)
         sequence.cached = len(chain) * BLOCK_ROWS
+        self._peaks[0] = max(self._peaks[0], self.used)
         return True
 
     def written(self, sequence: Sequence) -> None:
@@ -96,12 +107,31 @@ class Prefixes:
             if not one.users:
                 self._idle[one.serial] = one
         sequence.blocks, sequence.chain, sequence.cached = [], [], 0
+        self._ends += 1
+        if self._ends % _WINDOW == 0:
+            self._fit_need()
+            self._peaks = [self.used, self._peaks[0]]
 
     def forget(self) -> None:
         """Keep nothing of what nobody uses."""
         for one in self._idle.values():
             self._drop(one)
         self._idle.clear()
+        self._peaks = [self.used, 0]
+        self._fit_need()
+
+    def _fit_need(self) -> None:
+        """Give experts what requests have not needed of late; blocks that are kept there go."""
+        if self._shares is None:
+            return
+        needed = max(*self._peaks, self._shares.least_blocks)
+        if 4 * needed > 3 * self._kv.limit:
+            return
+        for one in tuple(self._idle.values()):
+            if one.block >= needed:
+                del self._idle[one.serial]
+                self._drop(one)
+        self._shares.give_kv(max(needed, self._kv.used_until))
 
     def is_coming(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         """Whether a request that runs is computing a block that this one could begin with: waiting saves the work."""

@@ -61,15 +61,41 @@ class Arena:
         self.slot_sizes = _slot_classes(slot_sizes)
         assert self.slot_sizes[-1] <= extent_bytes, (self.slot_sizes, extent_bytes)
         self.nbytes = nbytes
+        """Bytes of the extents in use, all at first."""
         self.extent_bytes = extent_bytes
         self.used_bytes = 0
         self._used = dict.fromkeys(self.slot_sizes, 0)
         self._extent_sizes = [min(extent_bytes, nbytes - start) for start in range(0, nbytes, extent_bytes)]
+        self._open_extents = len(self._extent_sizes)
         self._empty = dict.fromkeys(range(len(self._extent_sizes)))
         self._free: dict[int, list[int]] = {}  # extent in use -> offsets of its free slots
         self._taken: dict[int, dict[int, Slot]] = {}  # extent in use -> its slots in use, by offset
         # class -> number of free slots -> extents: the fullest are filled first, so that others run empty
         self._open: dict[int, dict[int, dict[int, None]]] = {size: {} for size in self.slot_sizes}
+
+    def resize(self, nbytes: int) -> None:
+        """Use only as many whole extents, from the first on, as `nbytes` hold (all of them where that is no limit).
+
+        Slots in use beyond stay until they are freed; no other is taken there.
+        """
+        count = min(len(self._extent_sizes), nbytes // self.extent_bytes)
+        if nbytes >= sum(self._extent_sizes):
+            count = len(self._extent_sizes)
+        for extent in range(min(count, self._open_extents), max(count, self._open_extents)):
+            opens = extent < count
+            if extent in self._taken:
+                size, free = next(iter(self._taken[extent].values())).nbytes, len(self._free[extent])
+                self._move(size, extent, 0 if opens else free, free if opens else 0)
+            elif opens:
+                self._empty[extent] = None
+            else:
+                del self._empty[extent]
+        self._open_extents = count
+        self.nbytes = sum(self._extent_sizes[:count])
+
+    def is_open(self, slot: Slot) -> bool:
+        """Whether the slot lies in an extent that may be used."""
+        return slot.extent < self._open_extents
 
     def slot_bytes(self, nbytes: int) -> int:
         """Size of the slot that a plane of `nbytes` gets: the smallest class that holds it."""
@@ -88,7 +114,7 @@ class Arena:
 
     def capacity(self, nbytes: int) -> int:
         """How many planes of `nbytes` fit when every extent is given to their class."""
-        return sum(size // self.slot_bytes(nbytes) for size in self._extent_sizes)
+        return sum(size // self.slot_bytes(nbytes) for size in self._extent_sizes[: self._open_extents])
 
     def taken(self, extent: int) -> Iterator[Slot]:
         """The slots in use in this extent."""
@@ -115,12 +141,14 @@ class Arena:
         self._used[slot.nbytes] -= slot.nbytes
         free = self._free[slot.extent]
         free.append(slot.offset)
-        if self._taken[slot.extent]:
-            self._move(slot.nbytes, slot.extent, len(free) - 1, len(free))
+        used, opened = bool(self._taken[slot.extent]), self.is_open(slot)
+        if opened:
+            self._move(slot.nbytes, slot.extent, len(free) - 1, len(free) if used else 0)
+        if used:
             return
-        self._move(slot.nbytes, slot.extent, len(free) - 1, 0)
         del self._free[slot.extent], self._taken[slot.extent]
-        self._empty[slot.extent] = None
+        if opened:
+            self._empty[slot.extent] = None
 
     def _fullest(self, size: int) -> int | None:
         by_free = self._open[size]

@@ -67,6 +67,13 @@ class HostBuffer:
         """Make every page resident now, content unchanged (by default pages become resident as they are used)."""
         self.tensor[::PAGE].bitwise_or_(0)
 
+    def release(self, first: int) -> None:
+        """Give whole pages from byte `first` on back to the system; they hold zeros when they are next used."""
+        assert self._map is not None, "the buffer is closed"
+        start, end = self._start + round_up(first, PAGE), self._start + self.nbytes // PAGE * PAGE
+        if start < end:
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def close(self) -> None:
         """Let go of the memory; it returns to the system once the last tensor or view of it is gone too."""
         self._tensor = self._map = None

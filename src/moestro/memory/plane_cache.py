@@ -145,6 +145,49 @@ class PlaneCache:
             for plane in tuple(self._planes.by_key.values()):
                 self._drop(plane)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena that are in use."""
+        return self._arena.nbytes
+
+    def resize(self, nbytes: int) -> None:
+        """Use the arena's first `nbytes` from now on; waits for reads into the rest. No stream may be open.
+
+        Planes beyond move to where they may stay; for them the policy gives up what is worth least of all.
+        """
+        with self._lock:
+            assert not self._streams, "resize() within a stream"
+            self._arena.resize(nbytes)
+            for plane in tuple(self._loading.values()):
+                if not self._arena.is_open(plane.slot) and self._cancel(plane):
+                    self._stats.cancelled_prefetches += 1
+            while not all(self._arena.is_open(plane.slot) for plane in self._loading.values()):
+                self._changed.wait()
+            for plane in tuple(self._planes.by_key.values()):
+                if not self._arena.is_open(plane.slot) and plane.key in self._planes.by_key:
+                    self._bring_in(plane)
+
+    def _bring_in(self, plane: HeldPlane) -> None:
+        """Move a plane into an extent that is open, or evict it if all others are worth more."""
+        slot = self._arena.alloc(plane.nbytes)
+        while slot is None:
+            need = Need(plane.key, plane.nbytes, urgent=True)
+            key = self._policy.victim(need, EvictableView(self._planes, plane.nbytes, ()))
+            if key is None or key == plane.key:
+                self._evict(plane)
+                return
+            victim = self._planes.by_key[key]
+            stays = self._arena.is_open(victim.slot)
+            for one in self._planes.to_evict_for(plane.nbytes, victim) if stays else [victim]:
+                self._evict(one)
+            slot = self._arena.alloc(plane.nbytes)
+        self._buffer.view(slot.offset, plane.nbytes)[:] = self._buffer.view(plane.slot.offset, plane.nbytes)
+        self._planes.remove(plane)
+        self._arena.free(plane.slot)
+        plane.slot = slot
+        self._planes.add(plane)
+        self.drops += 1  # whoever remembers where it was has to ask again
+
     def _issue(
         self,
         key: PlaneKey,

@@ -5,6 +5,7 @@ Shapes: N blocks, B rows a block, H heads, D key width, V value width, T rows of
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,37 +51,61 @@ def blocks_for(rows: int) -> int:
 
 
 class KVPool:
-    """Blocks of every layer over one byte buffer of `blocks * block_bytes(layers)` bytes; nothing else is allocated."""
+    """Blocks over one byte buffer of `blocks * block_bytes(layers)` bytes; nothing else is allocated.
+
+    A block is contiguous, all layers' rows of it, and the first free ones are taken: what is in use lies at the
+    buffer's beginning, and the rest of it need not have pages. Blocks below `limit` (all of them at first) may be used.
+    """
 
     def __init__(self, *, layers: Sequence[LayerKV], blocks: int, buffer: torch.Tensor) -> None:
         assert buffer.dtype == torch.uint8
         assert buffer.numel() >= blocks * block_bytes(layers)
         self.layers = tuple(layers)
         self.blocks = blocks
-        self._free = list(range(blocks - 1, -1, -1))
+        self.block_bytes = block_bytes(layers)
+        self.limit = blocks
+        self._free = list(range(blocks))  # a heap
+        self._used = bytearray(blocks)
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         offset = 0
         for layer in layers:
-            for pools, heads, width, stride in (
+            for pools, heads, width, nbytes in (
                 (self._keys, layer.heads, layer.key_width, layer.key_block_bytes),
                 (self._values, layer.value_heads, layer.value_width, layer.value_block_bytes),
             ):
-                pools.append(_pool_view(buffer[offset : offset + blocks * stride], blocks, heads, width, stride))
-                offset += blocks * stride
+                pools.append(_pool_view(buffer[offset:], blocks, heads, width, self.block_bytes))
+                offset += nbytes
 
     @property
     def free_blocks(self) -> int:
-        return len(self._free)
+        """Blocks below the limit that nobody has."""
+        return len(self._free) - (self.blocks - self.limit)
+
+    @property
+    def used_until(self) -> int:
+        """The number after that of the last block in use, 0 where none is."""
+        return self._used.rfind(1) + 1
+
+    def resize(self, limit: int) -> None:
+        """Use blocks below `limit` only, from now on."""
+        assert self.used_until <= limit <= self.blocks
+        self.limit = limit
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free blocks; the scheduler has made sure that they exist."""
-        assert count <= len(self._free), "KV blocks were promised that do not exist"
-        return [self._free.pop() for _ in range(count)]
+        assert count <= self.free_blocks, "KV blocks were promised that do not exist"
+        blocks = [heapq.heappop(self._free) for _ in range(count)]
+        for block in blocks:
+            self._used[block] = 1
+        return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        assert not set(blocks) & set(self._free), "a KV block was released twice"
-        self._free.extend(reversed(blocks))
+        """Give blocks back."""
+        for block in blocks:
+            assert self._used[block], "a KV block was released twice"
+            self._used[block] = 0
+            heapq.heappush(self._free, block)
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's key blocks [N, H, B, D] and value blocks [N, H, B, V]."""

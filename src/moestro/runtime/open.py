@@ -41,6 +41,7 @@ from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, p
 from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
+from moestro.runtime.shares import MemoryShares, most_arena_bytes
 from moestro.spans import Clock, Spans
 from moestro.store.folders import cache_folder
 from moestro.store.layout import Layout
@@ -61,6 +62,7 @@ class OpenModel:
     chosen: Chosen
     history: History | None
     level_policy: str
+    shares: MemoryShares | None = None
 
     def close(self) -> None:
         """Stop the transfer threads, keep what was learned and give the memory back."""
@@ -115,11 +117,13 @@ def open_model(
     native: bool = True,
     logit_rows: int = 0,
     clock: Clock = time.perf_counter,
+    lend_kv: bool = False,
 ) -> OpenModel:
     """Open `store` within the memory that `options` give.
 
     With `native` False every family runs on the general path, which tests compare with. `logit_rows`: how many rows of
-    a step can get logits (0: the last one of each sequence). `clock` is what time is attributed by.
+    a step can get logits (0: the last one of each sequence). `clock` is what time is attributed by. With
+    `lend_kv` whoever gives KV blocks to requests has to keep to the model's `shares`, where it has some.
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -148,7 +152,10 @@ def open_model(
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
     blueprint = describe(skeleton, probed) if native else None
-    return _assemble(store, skeleton, plan, probed, blueprint, options, level_policy, router, kernels, Spans(clock))
+    arena_bytes = most_arena_bytes(plan) if lend_kv else plan.arena_bytes
+    return _assemble(
+        store, skeleton, plan, probed, blueprint, options, level_policy, router, kernels, Spans(clock), arena_bytes
+    )
 
 
 def _assemble(
@@ -162,6 +169,7 @@ def _assemble(
     router: BitRouter | None,
     kernels: Kernels,
     spans: Spans,
+    arena_bytes: int,
 ) -> OpenModel:
     chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
     whole = plan.arena_bytes >= plan.whole_arena_bytes
@@ -176,10 +184,10 @@ def _assemble(
     transfers = _transfers(store, spans.clock)
     dense_buffer, tensors = read_dense(store, transfers.reader)
     place_dense(skeleton.model, tensors, kernels)
-    arena_buffer, kv_buffer = HostBuffer(plan.arena_bytes), HostBuffer(plan.kv_bytes)
+    arena_buffer, kv_buffer = HostBuffer(arena_bytes), HostBuffer(plan.kv_bytes)
     planes = PlaneCache(
         arena=Arena(
-            plan.arena_bytes,
+            arena_bytes,
             plan.extent_bytes,
             sorted({plane.nbytes for layout in layouts for plane in layout.planes}),
         ),
@@ -189,7 +197,11 @@ def _assemble(
         locate=store.plane,
     )
     planes.watch = spans
+    planes.resize(plan.arena_bytes)
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
+    shares = None
+    if arena_bytes > plan.arena_bytes:
+        shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
     experts = open_experts(
         skeleton=skeleton,
         kernels=kernels,
@@ -242,6 +254,7 @@ def _assemble(
         chosen=chosen,
         history=history,
         level_policy=level_policy,
+        shares=shares,
     )
 
 

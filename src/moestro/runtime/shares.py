@@ -1,0 +1,72 @@
+"""KV blocks and experts' planes trade places: memory that no request's KV rows need holds experts meanwhile.
+
+The plan gives each of them a part that it can rely on: the experts `plan.arena_bytes`, whatever requests need, and KV
+blocks a quarter of one sequence's context. Of the rest KV blocks have what requests need, and the experts what is left.
+"""
+
+from __future__ import annotations
+
+from moestro.memory.pages import HUGE_PAGE, HostBuffer, round_up
+from moestro.memory.plane_cache import PlaneCache
+from moestro.runtime.kv import KVPool, blocks_for
+from moestro.runtime.plan import Plan
+
+
+def least_kv_blocks(plan: Plan) -> int:
+    """KV blocks that experts never take the place of."""
+    return min(plan.kv_blocks, max(1, blocks_for(plan.context) // 4))
+
+
+def most_arena_bytes(plan: Plan) -> int:
+    """What experts get while no request needs KV blocks; `plan.arena_bytes` where there is nothing to trade.
+
+    Traded are whole extents, so that up to one of them cannot be used when KV blocks need all that they can come to.
+    """
+    spare = plan.kv_bytes - round_up(least_kv_blocks(plan) * (plan.kv_bytes // plan.kv_blocks), HUGE_PAGE)
+    most = min(plan.whole_arena_bytes, plan.arena_bytes + max(0, spare))
+    affords_one = plan.arena_bytes - plan.extent_bytes >= plan.least_bytes - plan.fixed_bytes
+    return most if affords_one and most - plan.arena_bytes >= 2 * plan.extent_bytes else plan.arena_bytes
+
+
+class MemoryShares:
+    """Who has how much of the bytes that KV blocks and planes have together. For one thread, between steps."""
+
+    def __init__(
+        self, plan: Plan, *, planes: PlaneCache, arena_buffer: HostBuffer, kv: KVPool, kv_buffer: HostBuffer
+    ) -> None:
+        self._planes, self._arena_buffer, self._kv, self._kv_buffer = planes, arena_buffer, kv, kv_buffer
+        self._together = plan.arena_bytes + plan.kv_bytes
+        self._most_arena = most_arena_bytes(plan)
+        self.least_blocks = least_kv_blocks(plan)
+        # Finer steps would not free an extent.
+        self._step = max(1, plan.extent_bytes // kv.block_bytes)
+        self.trades = self._most_arena > plan.arena_bytes
+
+    @property
+    def arena_bytes(self) -> int:
+        """What experts have now."""
+        return self._planes.nbytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """What KV blocks have now."""
+        return self._kv.limit * self._kv.block_bytes
+
+    def give_kv(self, blocks: int) -> None:
+        """Let KV have `blocks` blocks, or a few more: those in use are all below. The experts get the rest."""
+        if not self.trades:
+            return
+        kv = self._kv
+        limit = min(kv.blocks, round_up(max(blocks, self.least_blocks), self._step))
+        if limit == kv.limit:
+            return
+        taken = min(round_up(limit * kv.block_bytes, HUGE_PAGE), kv.blocks * kv.block_bytes)
+        arena = min(self._most_arena, self._together - taken)
+        if limit < kv.limit:
+            kv.resize(limit)
+            self._kv_buffer.release(limit * kv.block_bytes)
+            self._planes.resize(arena)
+        else:
+            self._planes.resize(arena)
+            self._arena_buffer.release(self._planes.nbytes)
+            kv.resize(limit)
