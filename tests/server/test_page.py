@@ -87,6 +87,8 @@ def test_an_answer_can_be_stopped_from_the_keyboard(page: Any) -> None:
 
 
 def test_texts_are_text(page: Any) -> None:
+    page.locator("summary").click()
+    page.locator("#max-tokens").fill("5")
     page.locator("#question").fill("<img src=x onerror=alert(1)>")
     page.keyboard.press("Enter")
     page.wait_for_selector(".note", timeout=60_000)

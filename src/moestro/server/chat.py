@@ -32,7 +32,9 @@ class ChatRequest(SamplingFields):
     """OpenAI's fields; what has no effect here is taken only with the values that ask for nothing."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Left out: what the context has room for.")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Left out: what the context has room for."
+    )
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -40,13 +42,17 @@ class ChatRequest(SamplingFields):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the model's chat template.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Variables of the model's chat template."
+    )
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = Field(None, description="Without effect.")
+    metadata: dict[str, str] | None = Field(default=None, description="Without effect.")
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = Field(None, description="Without effect.")
-    prompt_cache_key: str | None = Field(None, description="Without effect: prefixes are found by their tokens.")
+    safety_identifier: str | None = Field(default=None, description="Without effect.")
+    prompt_cache_key: str | None = Field(
+        default=None, description="Without effect: prefixes are found by their tokens."
+    )
 
 
 @dataclass(frozen=True)

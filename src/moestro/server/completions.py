@@ -32,7 +32,7 @@ class CompletionRequest(SamplingFields):
     """OpenAI's fields; `echo`, `suffix` and `best_of` only with the values that change nothing."""
 
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Most new tokens; 16 if left out.")
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Most new tokens; 16 if left out.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None

@@ -70,12 +70,12 @@ class ResponsesRequest(Fields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextSettings | None = None
     stream: bool | None = None
-    store: Literal[False] | None = Field(None, description="Nothing is stored, also if left out.")
+    store: Literal[False] | None = Field(default=None, description="Nothing is stored, also if left out.")
     metadata: dict[str, str] | None = None
     user: str | None = None
     truncation: Literal["disabled"] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="moestro's own.")
-    quality: str | None = Field(None, description="moestro's own.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(default=None, description="moestro's own.")
+    quality: str | None = Field(default=None, description="moestro's own.")
 
 
 def responses_router(desk: Desk) -> APIRouter:

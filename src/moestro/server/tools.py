@@ -47,7 +47,7 @@ def tools_for_template(tools: Sequence[Tool] | None, choice: str | None, serving
 def marks_of(serving: Serving, prompt: Sequence[int], *, tools: bool) -> Marks:
     """What to look for in an answer to this prompt."""
     reasoning = has_reasoning(template_of(serving))
-    tail = serving.llm.tokenizer.decode(list(prompt[-_TAIL:])) if reasoning else ""
+    tail = str(serving.llm.tokenizer.decode(list(prompt[-_TAIL:]))) if reasoning else ""
     return Marks(reasoning=reasoning, calls=tools, thinking=tail.rstrip().endswith(THINK))
 
 
