@@ -49,6 +49,10 @@ class Serving:
     defaults: Defaults
 
 
+class _GivenUp(Exception):  # noqa: N818
+    """The server ends before its model has been packed."""
+
+
 class ModelHost:
     """Opens the model in the background; `serving` is what requests work with.
 
@@ -64,63 +68,67 @@ class ModelHost:
         self._open_llm, self._max_queue = open_llm, max_queue
         self._loading = Loading(Phase.OPENING)
         self._serving: Serving | None = None
-        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
 
     def start(self, opened: Callable[[], None]) -> None:
         """Begin to open the model; `opened` is called by that thread when it is done or has failed (see `error`)."""
         # A daemon: when the server is ended while it opens or packs a model, nobody waits for that.
-        threading.Thread(target=self._open, args=(opened,), name="moestro-open", daemon=True).start()
+        self._thread = threading.Thread(target=self._open, args=(opened,), name="moestro-open", daemon=True)
+        self._thread.start()
 
     @property
     def loading(self) -> Loading:
-        return self._loading
-
-    @property
-    def opening(self) -> bool:
-        """Whether the thread that opens the model is still at it."""
-        return self._serving is None and self.error is None and not self._closed
+        """Where the model is in its life."""
+        return Loading(Phase.DRAINING) if self._ending.is_set() else self._loading
 
     @property
     def serving(self) -> Serving:
         """The model. Raises ApiError (503) while it is not there."""
-        if self._serving is None or self._loading.phase is not Phase.READY:
+        if self._serving is None or self.loading.phase is not Phase.READY:
             raise self.not_ready()
         return self._serving
 
     def not_ready(self) -> ApiError:
         """Why nothing is answered now."""
-        phase = self._loading.phase
-        if phase is Phase.DRAINING:
+        now = self.loading
+        if now.phase is Phase.DRAINING:
             return ApiError(503, "The server is shutting down and takes no more requests.", code="shutting_down")
-        done = ""
-        if self._loading.total_bytes:
-            done = f" ({self._loading.done_bytes / self._loading.total_bytes:.0%})"
-        message = f"The model is not ready yet: {phase.value}{done}. /health tells when it is."
+        done = f" ({now.done_bytes / now.total_bytes:.0%})" if now.total_bytes else ""
+        message = f"The model is not ready yet: {now.phase.value}{done}. /health tells when it is."
         return ApiError(503, message, code="model_loading", headers={"Retry-After": "2"})
 
     def drain(self) -> None:
         """Take no more requests; those that run go on."""
-        self._loading = Loading(Phase.DRAINING)
+        self._ending.set()
 
-    def close(self) -> None:
-        """End what still runs, and give the memory back."""
+    def close(self, *, wait_s: float) -> bool:
+        """End what still runs, and give the memory back. False if the model is still being opened after `wait_s`."""
         self.drain()
+        if self._thread is not None:
+            self._thread.join(wait_s)
+            if self._thread.is_alive():
+                return False
         if self._serving is not None:
             self._serving.service.close(drain_s=0.0)
             self._serving.llm.close()
-            self._serving, self._closed = None, True
+            self._serving = None
+        return True
 
     def _open(self, opened: Callable[[], None]) -> None:
         try:
             llm = self._open_llm(self._packing)
             defaults = read_defaults(llm.path)
             self._serving = Serving(llm, Service(llm, max_queue=self._max_queue), defaults)
-            if self._loading.phase is not Phase.DRAINING:
-                self._loading = Loading(Phase.READY)
+            self._loading = Loading(Phase.READY)
+        except _GivenUp:
+            pass
         except Exception as error:  # whoever started the server is told, whatever it is
             self.error = error
             self._loading = Loading(Phase.FAILED)
         opened()
 
     def _packing(self, step: PackProgress) -> None:
+        if self._ending.is_set():
+            raise _GivenUp
         self._loading = Loading(Phase.PACKING, step.done_bytes, step.total_bytes)

@@ -20,6 +20,9 @@ from moestro.server.listen import address
 from moestro.server.registry import registered
 from moestro.server.rules import Rules
 
+_PATIENCE_S = 3.0
+"""How long a model that is being opened gets to stop; packing goes on another time from where it was."""
+
 Say = Callable[[str], None]
 
 
@@ -59,10 +62,10 @@ def serve(
 
         host.start(opened)
         asyncio.run(server.serve(sockets=[listener]))
-        host.close()
+        closed = host.close(wait_s=_PATIENCE_S)
     if host.error is not None:
         raise host.error
-    if host.opening:
+    if not closed:
         _leave_at_once()
 
 

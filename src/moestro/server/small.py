@@ -45,7 +45,10 @@ def small_router(desk: Desk) -> APIRouter:
             told |= {"done_bytes": now.done_bytes, "total_bytes": now.total_bytes}
             told["progress"] = round(now.done_bytes / now.total_bytes, 4)
         if now.phase is Phase.READY:
-            return json_response(told)
+            if host.serving.service.snapshot().accepting:
+                return json_response(told)
+            failed = ApiError(503, "The engine has failed and answers no more; the log says why. Start the server again.")
+            return json_response({"status": "failed"} | failed.body(), status=503)
         return json_response(told | host.not_ready().body(), status=503, headers={"Retry-After": "2"})
 
     @router.get("/v1/models")
