@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from typing import Annotated
 
 import typer
@@ -49,10 +50,12 @@ app.add_typer(_trace, name="trace")
 
 
 class _Notes(logging.Handler):
-    """Warnings of the rooms below become `note: ...` on standard error."""
+    """Warnings of the rooms below become `note: ...` on standard error, with the traceback of what was not foreseen."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say("note", record.getMessage())
+        if record.exc_info:
+            traceback.print_exception(*record.exc_info)
 
 
 def _show_version(asked: bool) -> None:

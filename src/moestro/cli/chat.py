@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +46,8 @@ def chat(
         quality = options.quality if _differs(options, "quality") else ""
         _talk(Server(Connection(model, key=api_key), chatting, quality=quality), chatting)
         return
-    with open_llm(model, options) as llm:
-        _talk(Local(llm, chatting, name=model), chatting)
+    with open_llm(model, options) as llm, closing(Local(llm, chatting, name=model)) as partner:
+        _talk(partner, chatting)
 
 
 def _differs(options: RuntimeOptions, name: str) -> bool:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moestro.client.connection import Connection
@@ -13,6 +14,8 @@ from moestro.config import ChatOptions, SamplingParams
 
 if TYPE_CHECKING:
     from moestro import LLM
+    from moestro.engine.events import Event
+    from moestro.engine.results import Stats
 
 Message = dict[str, str]
 
@@ -100,33 +103,50 @@ class Server:
 
 
 class Local:
-    """A model in this process."""
+    """A model in this process, run by a thread of its own, so that Ctrl-C hits who waits for it and not its steps."""
 
     def __init__(self, llm: LLM, options: ChatOptions, *, name: str) -> None:
+        from moestro.engine.service import Service
         from moestro.server.defaults import read_defaults
 
-        self.name, self._llm = name, llm
+        self.name, self._llm, self._service = name, llm, Service(llm)
         self._values: dict[str, Any] = {**read_defaults(llm.path).values, **_asked(options)}
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str | Told]:
         prompt = self._llm.chat_prompt(list(messages))
-        values = {"seed": secrets.randbits(63), **self._values}
-        before, start, first = self._llm.stats(), time.perf_counter(), 0.0
-        for delta in self._llm.stream(prompt, SamplingParams(**values)):
-            first = first or time.perf_counter()
-            if delta.text:
-                yield delta.text
-            if delta.completion is not None:
-                now, whole = self._llm.stats(), delta.completion
-                yield Told(
-                    tokens=len(whole.token_ids),
-                    ttft_s=first - start,
-                    decode_s=time.perf_counter() - first,
-                    finish_reason=whole.finish_reason,
-                    hits=now.hits - before.hits,
-                    misses=now.misses - before.misses,
-                    bytes_read=now.bytes_read - before.bytes_read,
-                )
+        sampling = SamplingParams(**{"seed": secrets.randbits(63), **self._values})
+        events: SimpleQueue[Event] = SimpleQueue()
+        before = self._llm.stats()
+        submitted = self._service.submit(prompt, sampling, events.put)
+        try:
+            while (event := events.get()).finish_reason is None:
+                if event.text:
+                    yield event.text
+        finally:
+            self._service.cancel(submitted)
+        if event.error is not None:
+            raise event.error
+        if event.text:
+            yield event.text
+        yield _told(event, before, self._llm.stats())
+
+    def close(self) -> None:
+        """End the thread; the model stays open."""
+        self._service.close(drain_s=0.0)
+
+
+def _told(event: Event, before: Stats, now: Stats) -> Told:
+    assert event.usage is not None
+    assert event.timings is not None
+    return Told(
+        tokens=event.usage.completion_tokens,
+        ttft_s=event.timings.ttft_s,
+        decode_s=event.timings.decode_s,
+        finish_reason=str(event.finish_reason),
+        hits=now.hits - before.hits,
+        misses=now.misses - before.misses,
+        bytes_read=now.bytes_read - before.bytes_read,
+    )
 
 
 def _asked(options: ChatOptions) -> dict[str, Any]:

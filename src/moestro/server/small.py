@@ -47,7 +47,9 @@ def small_router(desk: Desk) -> APIRouter:
         if now.phase is Phase.READY:
             if host.serving.service.snapshot().accepting:
                 return json_response(told)
-            failed = ApiError(503, "The engine has failed and answers no more; the log says why. Start the server again.")
+            failed = ApiError(
+                503, "The engine has failed and answers no more; the log says why. Start the server again."
+            )
             return json_response({"status": "failed"} | failed.body(), status=503)
         return json_response(told | host.not_ready().body(), status=503, headers={"Retry-After": "2"})
 
