@@ -153,7 +153,7 @@ class ServeOptions:
     max_queue: int = option(64, "Requests that may wait; more are refused with status 429.")
     max_request: str = option("4MiB", "Longest body of a request in bytes.")
     structured: bool = option(True, "Offer answers that follow a schema or an expression; a few MB of library.")
-    drain: float = option(30.0, "Seconds that requests get to end after SIGTERM or Ctrl-C.")
+    drain: int = option(30, "Seconds that requests get to end after SIGTERM or Ctrl-C.")
 
     def __post_init__(self) -> None:
         check_types(self, ServeError)
@@ -162,8 +162,8 @@ class ServeOptions:
         for name in ("max_concurrency", "max_queue"):
             if getattr(self, name) < 0:
                 raise ServeError(f"{name} is {getattr(self, name)}, expected a whole number of at least 0.")
-        if not 0 <= self.drain < 1e6:
-            raise ServeError(f"drain is {self.drain}, expected seconds of at least 0.")
+        if self.drain < 1:
+            raise ServeError(f"drain is {self.drain}, expected whole seconds of at least 1.")
         if self.api_key and self.api_key_file:
             raise ServeError("Give either --api-key or --api-key-file: the file may hold several keys.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import openai
 import pytest
 
 from cli.running import assert_user_error, run
+from moestro.cli.options import flags_of
+from moestro.config import ChatOptions, LoadOptions, ServeOptions
 from server.running import NAME, PROMPT, Running, server
 
 LONG = {"prompt": PROMPT, "max_tokens": 220, "temperature": 0, "ignore_eos": True}
@@ -106,6 +109,17 @@ def test_one_end_lets_requests_finish_and_refuses_others(keyed: Running) -> None
 )
 def test_what_cannot_be_served(store: Path, flags: list[str], words: tuple[str, ...]) -> None:
     assert_user_error(run("serve", store, *flags), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("serve", ServeOptions), ("chat", ChatOptions), ("bench-serve", LoadOptions)]
+)
+def test_every_option_is_in_the_help(name: str, options: type) -> None:
+    shown = re.sub(r"\s+", " ", run(name, "--help", env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"}).stdout)
+    for flag in flags_of(options):
+        assert flag.help in shown
+        assert f"[env var: {flag.variable}]" in shown
+        assert all(f"{one} " in shown for one in flag.declaration.split("/"))
 
 
 def test_a_file_of_settings(store: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(options.drain)),
+        timeout_graceful_shutdown=options.drain,
     )
     server = _Server(config, host)
     with registered(url, host.name, memory):
