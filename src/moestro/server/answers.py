@@ -13,7 +13,7 @@ from moestro.engine.events import Event, RequestTimings, Usage
 from moestro.engine.service import Service
 from moestro.engine.submitted import Submitted
 from moestro.errors import MoestroError
-from moestro.server.errors import as_api_error
+from moestro.server.errors import ApiError, as_api_error
 from moestro.server.metrics import Metrics
 
 
@@ -103,6 +103,10 @@ class Answers:
                 self._count(number, event)
                 if event.error is not None:
                     raise as_api_error(event.error)
+                if event.finish_reason == "cancelled":  # by the server itself: the client is still there
+                    raise ApiError(
+                        503, "The server is shutting down: the answer is not complete.", code="shutting_down"
+                    )
             yield number, event
 
     def cancel(self) -> None:

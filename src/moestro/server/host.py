@@ -102,6 +102,12 @@ class ModelHost:
         """Take no more requests; those that run go on."""
         self._ending.set()
 
+    def end_requests(self) -> None:
+        """End what still runs; whoever waits for it is told. Any thread."""
+        serving = self._serving
+        if serving is not None:
+            serving.service.close(drain_s=0.0)
+
     def close(self, *, wait_s: float) -> bool:
         """End what still runs, and give the memory back. False if the model is still being opened after `wait_s`."""
         self.drain()
@@ -109,8 +115,8 @@ class ModelHost:
             self._thread.join(wait_s)
             if self._thread.is_alive():
                 return False
+        self.end_requests()
         if self._serving is not None:
-            self._serving.service.close(drain_s=0.0)
             self._serving.llm.close()
             self._serving = None
         return True

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,9 @@ from moestro.server.listen import address
 from moestro.server.registry import registered
 from moestro.server.rules import Rules
 
+_GRACE_S = 5
+"""For the last words to clients whose requests were ended."""
+
 _PATIENCE_S = 3.0
 """How long a model that is being opened gets to stop; packing goes on another time from where it was."""
 
@@ -29,7 +33,7 @@ Say = Callable[[str], None]
 def serve(
     host: ModelHost, options: ServeOptions, *, listener: socket.socket, rules: Rules, memory: str, say: Say
 ) -> None:
-    """Answer requests until SIGTERM or SIGINT, then let those under way end; a second signal cancels them.
+    """Answer requests until SIGTERM or SIGINT, then let those under way end; a second signal ends them.
 
     Args:
         memory: what the model was given, for `moestro ps`.
@@ -48,9 +52,10 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=options.drain,
+        proxy_headers=False,
+        timeout_graceful_shutdown=options.drain + _GRACE_S,
     )
-    server = _Server(config, host)
+    server = _Server(config, host, drain_s=options.drain)
     with registered(url, host.name, memory):
         say(f"listening on {url}; opening {host.name}")
 
@@ -77,11 +82,11 @@ def _leave_at_once() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but a signal ends the process with code 0, and requests that come while it ends are told so."""
+    """uvicorn's, but a signal ends the process with code 0, and clients are told why they get no (whole) answer."""
 
-    def __init__(self, config: uvicorn.Config, host: ModelHost) -> None:
+    def __init__(self, config: uvicorn.Config, host: ModelHost, *, drain_s: float) -> None:
         super().__init__(config)
-        self._host = host
+        self._host, self._drain_s, self._signals = host, drain_s, 0
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -93,7 +98,10 @@ class _Server(uvicorn.Server):
                 signal.signal(one, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.should_exit:
-            self.force_exit = True
+        self._signals += 1
         self.should_exit = True
+        self.force_exit = self._signals > 2
         self._host.drain()
+        ender = threading.Timer(self._drain_s if self._signals == 1 else 0.0, self._host.end_requests)
+        ender.daemon = True
+        ender.start()
