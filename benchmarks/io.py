@@ -57,7 +57,7 @@ def _changed(variant: str) -> Iterator[dict[str, str]]:
     name, _, value = variant.partition("=")
     threads = int(value) if name == "threads" else THREADS
     request = {"request_bytes": 4096} if name == "single" else {}
-    with patch.object(runtime_open, "_transfers", lambda _: TransferEngine(threads, **request)):
+    with patch.object(runtime_open, "_transfers", lambda _, clock: TransferEngine(threads, clock=clock, **request)):
         if name == "buffered":
             with patch.object(FileReader, "_open_direct", lambda *_: None):
                 yield {}

@@ -5,10 +5,12 @@
         [--out docs/benchmarks/memory-budget.json]
 
 A share is one of the GGUF file's bytes. moestro is told the share less what its process takes before any weight (its
-floor, measured first) and a margin; llama.cpp maps its file, as users run it. Files are evicted from the page cache
+floor, measured first) and a margin; llama.cpp maps its file and does not repack it (a repacked copy cannot be dropped
+and read again: with it llama.cpp is killed where memory is less than the file). Files are evicted from the page cache
 before each run. Every round runs every contender once at every share; a process warms up first (moestro: one answer;
 llama-bench: its own warm-up). Reported are medians over rounds and the ratio of medians; `roofline` is that of the
-bytes that moestro moved, at the speeds of disk, memory and processor measured in the same process.
+bytes that moestro moved, at the speeds of disk, memory and processor measured in the same process. Rounds can be run
+one by one: those that the file of `--out` has are kept.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def main() -> None:
     contenders = [_contender(one) for one in arguments.store]
     peer = Contender("llama.cpp", arguments.gguf, "")
     floor = _floor(contenders[0].path)
-    samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    samples = _earlier(arguments.out)
     for number in range(arguments.rounds):
         for share in (float(text) for text in arguments.shares.split(",")):
             limit = int(share * arguments.gguf.stat().st_size)
@@ -58,6 +60,14 @@ def main() -> None:
         arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
 
 
+def _earlier(out: Path | None) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Runs of the file that this one's are added to."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    if out and out.exists():
+        found = json.loads(out.read_text())["samples"]
+    return found
+
+
 def _contender(text: str) -> Contender:
     name, path = text.split("=", 1)
     folder, _, quality = path.partition(":")
@@ -66,13 +76,13 @@ def _contender(text: str) -> Contender:
 
 def _floor(store: Path) -> int:
     """What a moestro process takes before any weight."""
-    command = [sys.executable, "-m", "moestro", "plan", str(store), "--memory", "1TiB", "--json"]
+    command = [sys.executable, "-m", "moestro.cli", "plan", str(store), "--memory", "1TiB", "--json"]
     return int(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["floor_bytes"])
 
 
 def _moestro(one: Contender, limit: int, floor: int, arguments: argparse.Namespace) -> dict[str, Any]:
     evict(*(file for file in one.path.iterdir() if file.is_file()))
-    command = [sys.executable, "-m", "moestro", "bench", str(one.path), "--memory", str(limit - floor - MARGIN)]
+    command = [sys.executable, "-m", "moestro.cli", "bench", str(one.path), "--memory", str(limit - floor - MARGIN)]
     command += ["--context", "512", "--prompt-tokens", str(arguments.prompt), "--gen-tokens", str(arguments.tokens)]
     command += ["--repeat", "1", "--quality", one.quality, "--json"]
     if arguments.text:
@@ -92,7 +102,7 @@ def _moestro(one: Contender, limit: int, floor: int, arguments: argparse.Namespa
 def _llama_bench(one: Contender, limit: int, arguments: argparse.Namespace) -> dict[str, Any]:
     evict(one.path)
     command = [arguments.bench, "-m", str(one.path), "-p", str(arguments.prompt), "-n", str(arguments.peer_tokens)]
-    out, peak = _limited([*command, "-t", str(os.cpu_count()), "-r", "1", "-o", "json"], limit)
+    out, peak = _limited([*command, "-t", str(os.cpu_count()), "--repack", "0", "-r", "1", "-o", "json"], limit)
     runs = json.loads(out)
     rate = {"decode" if run["n_gen"] else "prompt": run["avg_ts"] for run in runs}
     return {**rate, "peak": peak}

@@ -24,7 +24,7 @@ def plan_of(folder: Path, options: RuntimeOptions, memory_bytes: int = 1 << 40, 
     skeleton = build_skeleton(config_from_dict(store.config_dict))
     return make_plan(
         shape_of_store(store, skeleton, options.level),
-        probe_for(skeleton, options, native=native),
+        probe_for(skeleton, options, packed=store.manifest.encoding != "raw", native=native),
         replace(options, memory=str(memory_bytes)),
         config=skeleton.config,
         floor_bytes=0,

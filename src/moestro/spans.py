@@ -97,6 +97,7 @@ class Timeline:
         self.readers = 0
         self._rows = array("d")
         self._lane_of_thread: dict[int, int] = {}
+        self._ended_in_lane: dict[int, float] = {}
         self._lock = threading.Lock()
 
     def add(self, event: Event, begun: float, ended: float, values: tuple[float, ...]) -> None:
@@ -104,13 +105,14 @@ class Timeline:
         self._add(LANES.index(event.value.lane), event, begun, ended, values)
 
     def add_read(self, begun: float, ended: float, values: tuple[float, ...]) -> None:
-        """A read of the thread that calls."""
+        """A read of the thread that calls. Of planes read in one request, each begins where the one before ended."""
         thread = threading.get_ident()
         lane = self._lane_of_thread.get(thread)
         if lane is None:
             with self._lock:
                 lane = self._lane_of_thread[thread] = len(LANES) + self.readers
                 self.readers += 1
+        begun, self._ended_in_lane[lane] = max(begun, self._ended_in_lane.get(lane, begun)), ended
         self._add(lane, Event.READ, begun, ended, values)
 
     def _add(self, lane: int, event: Event, begun: float, ended: float, values: tuple[float, ...]) -> None:

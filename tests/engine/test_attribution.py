@@ -90,15 +90,15 @@ def test_each_part_gets_what_is_spent_on_it(store: Path, monkeypatch: pytest.Mon
         clock.pass_time(slow["compute"])
         compute(self, *arguments)
 
-    read = TransferEngine._carry_out
+    read = TransferEngine._read
 
-    def slow_read(self: TransferEngine, one: Any) -> None:
+    def slow_read(self: TransferEngine, tickets: Any) -> Any:
         calls["read"] += 1
         clock.pass_time(slow["read"])
-        read(self, one)
+        return read(self, tickets)
 
     monkeypatch.setattr(RawExperts, "compute", slow_compute)
-    monkeypatch.setattr(TransferEngine, "_carry_out", slow_read)
+    monkeypatch.setattr(TransferEngine, "_read", slow_read)
     with _open(store, share=0.0, clock=clock, prefetch="off") as llm:
         llm.generate(PROMPTS[0], SAMPLING)
         time_s = llm.stats().time_s

@@ -13,7 +13,7 @@ from moestro import LLM, SamplingParams
 from moestro.engine.events import Event, Phase
 from moestro.engine.service import Service
 from moestro.engine.submitted import Submitted
-from moestro.errors import PlaneReadError, QueueFullError, RequestError, ServiceError
+from moestro.errors import BudgetError, PlaneReadError, QueueFullError, RequestError, ServiceError
 from moestro.store.reader import Store
 
 PROMPTS = ["def main(argv):\n    ", "The dictionary", "Der Befehl", "1 + 2 ="]
@@ -173,6 +173,25 @@ def test_what_is_forgotten_is_read_again(service: Service, llm: LLM) -> None:
     again = _submit(service, llm, PROMPTS[0], SamplingParams(max_tokens=8))[1]
     assert again.last().finish_reason == "length"
     assert again.token_ids == first.token_ids
+
+
+def test_memory_is_made_less_and_more_between_steps(service: Service, llm: LLM) -> None:
+    given, running = llm.plan.memory_bytes, _submit(service, llm, PROMPTS[0], LONG)[1]
+    _until(running.has_begun)
+    service.resize(given - (4 << 20))
+    assert service.snapshot().stats.memory_bytes == given - (4 << 20)
+    with pytest.raises(BudgetError, match="opened with"):
+        service.resize(given + 4096)
+    service.resize(given)
+    assert running.last().finish_reason == "length"
+    assert running.token_ids == _tokens_of_long(service, llm)
+
+
+def _tokens_of_long(service: Service, llm: LLM) -> list[int]:
+    """What the same request gets when nothing happens meanwhile."""
+    listener = _submit(service, llm, PROMPTS[0], LONG)[1]
+    listener.last()
+    return listener.token_ids
 
 
 def test_closing_drains_or_cancels(llm: LLM) -> None:

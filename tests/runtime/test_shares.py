@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moestro import LLM, SamplingParams
+from moestro.errors import BudgetError
 from moestro.memory.pages import mapping_usage
 from moestro.runtime.plan import Plan
 from moestro.runtime.shares import MemoryShares, least_kv_blocks
@@ -36,9 +37,7 @@ def llm(store: Path) -> Iterator[LLM]:
 
 
 def _shares(llm: LLM) -> MemoryShares:
-    shares = llm._model.shares
-    assert shares is not None
-    return shares
+    return llm._model.shares
 
 
 def _within(llm: LLM) -> None:
@@ -120,6 +119,26 @@ def test_planes_that_move_keep_their_bytes_and_the_worthiest_stay(llm: LLM) -> N
     assert [one.token_ids for one in llm.generate(_prompts(8, 30), SHORT)] == [one.token_ids for one in again]
 
 
+@pytest.mark.parametrize("lend_kv", [True, False])
+def test_the_number_can_be_made_smaller_and_what_it_was(store: Path, lend_kv: bool) -> None:
+    with LLM(store, lend_kv=lend_kv, **OPENED) as llm:
+        given, arena = llm.plan.memory_bytes, llm.stats().arena_bytes
+        before = llm.generate(_prompts(8, 30), SHORT)
+        llm.resize(given - (5 << 20))
+        assert arena - (8 << 20) < llm.stats().arena_bytes <= arena - (5 << 20)
+        assert llm.stats().memory_bytes == given - (5 << 20)
+        llm.generate(_prompts(8, 490), SHORT)
+        assert llm.stats().arena_bytes <= llm.plan.arena_bytes - (5 << 20)
+        assert [one.token_ids for one in llm.generate(_prompts(8, 30), SHORT)] == [one.token_ids for one in before]
+        llm.resize(given)
+        llm.engine.forget()
+        assert llm.stats().arena_bytes == arena
+        for wrong in (given + 1, llm.plan.least_bytes - 1):
+            with pytest.raises(BudgetError, match=f"to {given} bytes"):
+                llm.resize(wrong)
+        assert llm.stats().memory_bytes == given
+
+
 PEAK = """
 import json, sys
 from moestro import LLM, SamplingParams
@@ -129,7 +148,7 @@ with LLM(sys.argv[1], memory="56MiB", context=512, max_sequences=6) as llm:
         prompts = [[(7 * i + 31 * n + tokens) % 4000 for i in range(tokens)] for n in range(6)]
         llm.generate(prompts, sampling)
     stats = llm.stats()
-    trades = llm._model.shares is not None
+    trades = llm._model.shares.trades
 print(json.dumps([stats.peak_rss_bytes, stats.process_floor_bytes, stats.memory_bytes, trades]))
 """
 

@@ -99,3 +99,18 @@ def test_admin_endpoints_want_the_admin_key(http: httpx.Client) -> None:
     error_of(http.post("/admin/flush"), 401)
     error_of(http.post("/admin/flush", headers={"Authorization": "Bearer none"}), 401)
     assert http.post("/admin/flush", headers={"Authorization": "Bearer boss"}).json() == {"flushed": True}
+
+
+def test_memory_can_be_made_less_and_what_it_was(http: httpx.Client) -> None:
+    boss = {"Authorization": "Bearer boss"}
+    body = {"prompt": "hello", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    before = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    for memory, experts in (("40MiB", 60), ("60MiB", 256)):
+        resized = http.post("/admin/resize", json={"memory": memory}, headers=boss)
+        assert resized.json()["memory_bytes"] == int(memory[:2]) << 20
+        assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == before
+        held = sum(level > 0 for row in http.get("/stats").json()["levels"] for level in row)
+        assert held <= experts
+    for memory in ("1MiB", "1TiB", "much"):
+        assert error_of(http.post("/admin/resize", json={"memory": memory}, headers=boss), 400)["param"] == "memory"
+    error_of(http.post("/admin/resize", json={"memory": "40MiB"}), 401)

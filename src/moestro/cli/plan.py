@@ -36,7 +36,7 @@ def _to_json(model: str, planned: Plan) -> dict[str, Any]:
 
 def _draw(model: str, planned: Plan) -> None:
     parts: list[tuple[str, int, str]] = [
-        ("dense weights", planned.dense_bytes, ""),
+        ("dense weights", planned.dense_bytes, "input embeddings stay on disk" if planned.lookup_on_disk else ""),
         ("expert arena", planned.arena_bytes, f"{planned.arena_experts} of {planned.total_experts} experts"),
         ("KV cache", planned.kv_bytes, f"{planned.max_sequences} x {planned.context} tokens"),
         ("activations", planned.activation_bytes, f"steps of up to {planned.step_rows} tokens"),

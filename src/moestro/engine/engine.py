@@ -48,7 +48,7 @@ class Engine:
         shares: MemoryShares | None = None,
     ) -> None:
         self._quality, self._level_policy = quality, level_policy
-        self._runner = runner
+        self._runner, self._shares = runner, shares
         self._prefixes = Prefixes(runner.kv, keep=prefix_cache, shares=shares)
         self._scheduler = Scheduler(prefixes=self._prefixes, max_sequences=max_sequences, step_rows=step_rows)
         self._context = context
@@ -128,6 +128,11 @@ class Engine:
         """Drop every expert in memory and the prefixes that nobody uses, between two steps."""
         self._runner.planes.clear()
         self._prefixes.forget()
+
+    def resize(self, memory_bytes: int) -> None:
+        """Make the number of bytes another one, between two steps. Raises BudgetError as `MemoryShares.resize`."""
+        assert self._shares is not None
+        self._shares.resize(memory_bytes)
 
     @property
     def busy(self) -> bool:

@@ -41,6 +41,9 @@ from moestro.store.reader import Store
 if TYPE_CHECKING:
     from moestro.engine.guides import Guides
 
+_HUGE_PAGES_S = 10.0
+"""How long what the kernel said about huge pages is repeated."""
+
 Prompt = str | List[int]
 
 
@@ -78,6 +81,7 @@ class LLM:
         end_ids, vocabulary = end_token_ids(store, config), int(config.vocab_size)
         self._guides = _open_guides(self.tokenizer, vocabulary, end_ids) if self.options.guides else None
         self._closed_stats: Stats | None = None
+        self._huge_pages: tuple[float, bool] | None = None
         self._model = open_model(store, self.options, clock=clock, lend_kv=self.options.lend_kv)
         self._spans = self._model.runner.spans
         self.plan = self._model.plan
@@ -251,12 +255,12 @@ class LLM:
             expert_s=runner.experts_s - planes.stall_seconds,
             peak_rss_bytes=peak_resident_bytes(),
             process_floor_bytes=plan.floor_bytes,
-            memory_bytes=plan.memory_bytes,
+            memory_bytes=shares.memory_bytes,
             model_bytes=plan.model_bytes,
             dense_bytes=plan.dense_bytes,
             expert_bytes=plan.expert_bytes,
-            arena_bytes=shares.arena_bytes if shares else plan.arena_bytes,
-            kv_bytes=shares.kv_bytes if shares else plan.kv_bytes,
+            arena_bytes=shares.arena_bytes,
+            kv_bytes=shares.kv_bytes,
             activation_bytes=plan.activation_bytes,
             staging_bytes=plan.staging_bytes,
             level=plan.level,
@@ -266,7 +270,7 @@ class LLM:
             levels_applied=self._open.runner.levels_applied,
             path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
-            huge_pages=self._open.arena_buffer.huge_pages,
+            huge_pages=self._backed_by_huge_pages(),
         )
 
     def expert_counts(self) -> np.ndarray:
@@ -274,6 +278,14 @@ class LLM:
         if self._closed_stats is not None:
             return self._counts_LE
         return self._open.runner.expert_counts.copy()
+
+    def resize(self, memory_bytes: int) -> None:
+        """Make the number of bytes another one, while nothing generates: at most what the model was opened with.
+
+        Raises:
+            BudgetError: it is above that, or too little for the KV cache and two experts.
+        """
+        self._engine.resize(memory_bytes)
 
     def residency(self) -> np.ndarray:
         """Bits of each expert that are in memory or on their way there, 0 for none: int8 [MoE layers, experts].
@@ -320,6 +332,13 @@ class LLM:
     def _engine(self) -> Engine:
         self._require_open()
         return self._engine_of_model
+
+    def _backed_by_huge_pages(self) -> bool:
+        """As of the last ten seconds: the kernel takes tens of milliseconds to tell, and servers are asked all the time."""
+        now = time.monotonic()
+        if self._huge_pages is None or now - self._huge_pages[0] > _HUGE_PAGES_S:
+            self._huge_pages = (now, self._open.arena_buffer.huge_pages)
+        return self._huge_pages[1]
 
     def _require_open(self) -> None:
         if self._closed_stats is not None:

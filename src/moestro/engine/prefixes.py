@@ -68,7 +68,7 @@ class Prefixes:
         needed = blocks_for(sequence.most_rows) - len(chain)
         lacking = needed - self._kv.free_blocks - len(self._idle) + sum(not one.users for one in chain)
         if lacking > 0:
-            if self._shares is None or self._kv.limit + lacking > self._kv.blocks:
+            if self._shares is None or not self._shares.trades or self._kv.limit + lacking > self._kv.blocks:
                 return False
             self._shares.give_kv(self._kv.limit + lacking)
         for one in chain:
@@ -122,7 +122,7 @@ class Prefixes:
 
     def _fit_need(self) -> None:
         """Give experts what requests have not needed of late; blocks that are kept there go."""
-        if self._shares is None:
+        if self._shares is None or not self._shares.trades:
             return
         needed = max(*self._peaks, self._shares.least_blocks)
         if 4 * needed > 3 * self._kv.limit:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moestro.hf.linears import lookup_names
 from moestro.hf.skeleton import Skeleton
 from moestro.runtime.plan import Plan
 from moestro.runtime.probe import probe
@@ -100,7 +101,7 @@ class Costs:
         model: Any = skeleton.model
         state = model.state_dict(keep_vars=True)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
-        looked_up = {name for name in skeleton.dense if state[name] is embedding and embedding is not head.weight}
+        looked_up = lookup_names(skeleton)
         matrices = sum(
             math.prod(shape)
             for name, (shape, _) in skeleton.dense.items()

@@ -18,7 +18,7 @@ from moestro.config import SamplingParams
 from moestro.engine.events import Event, ServiceSnapshot
 from moestro.engine.llm import LLM
 from moestro.engine.submitted import Submitted, state_of
-from moestro.errors import QueueFullError, RequestError, ServiceError
+from moestro.errors import MoestroError, QueueFullError, RequestError, ServiceError
 
 _LOG = logging.getLogger("moestro")
 _FIRST_GUESS_S = 1.0
@@ -128,13 +128,16 @@ class Service:
         Raises:
             ServiceError: the service is closed, or has failed.
         """
-        done: Future[None] = Future()
-        with self._changed:
-            if self._refusal is not None:
-                raise self._refusal
-            self._commands.append((self._engine.forget, done))
-            self._changed.notify_all()
-        done.result()
+        self._between_steps(self._engine.forget)
+
+    def resize(self, memory_bytes: int) -> None:
+        """Make the number of bytes another one, between two steps: at most what the model was opened with.
+
+        Raises:
+            BudgetError: it is above that, or too little for the KV cache and two experts.
+            ServiceError: the service is closed, or has failed.
+        """
+        self._between_steps(lambda: self._engine.resize(memory_bytes))
 
     def close(self, *, drain_s: float | None = None) -> None:
         """Take no more requests, finish those there are, and end the thread. Those not done after `drain_s` seconds
@@ -154,6 +157,16 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(drain_s=None if kind is None else 0.0)
+
+    def _between_steps(self, command: Callable[[], None]) -> None:
+        """Have the service's thread do something, and wait until it is done."""
+        done: Future[None] = Future()
+        with self._changed:
+            if self._refusal is not None:
+                raise self._refusal
+            self._commands.append((command, done))
+            self._changed.notify_all()
+        done.result()
 
     def _require_room(self) -> None:
         if self._refusal is not None:
@@ -195,8 +208,12 @@ class Service:
         for one in unwanted:
             self._engine.cancel(one.answer.sequence)
         for command, done in commands:
-            command()
-            done.set_result(None)
+            try:
+                command()
+            except MoestroError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
         return True
 
     def _end_overdue(self) -> None:

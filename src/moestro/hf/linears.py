@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -42,6 +43,13 @@ def head_names(skeleton: Skeleton) -> frozenset[str]:
         return frozenset()
     state = skeleton.model.state_dict(keep_vars=True)
     return frozenset(name for name in skeleton.dense if state[name] is head.weight)
+
+
+def lookup_names(skeleton: Skeleton) -> frozenset[str]:
+    """The dense tensors of which rows are looked up and nothing else: an embedding that is not tied to the head."""
+    embedding: Any = skeleton.model.get_input_embeddings()
+    state = skeleton.model.state_dict(keep_vars=True)
+    return frozenset(name for name in skeleton.dense if state[name] is embedding.weight) - head_names(skeleton)
 
 
 def _beside_experts(model: nn.Module) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from moestro.kernels.base import Kernels, MatrixSpec
 from moestro.kernels.specs import FLAT_BITS
+from moestro.runtime.lookup import RowsOnDisk
 from moestro.runtime.narrow import guard
 
 _CONVERSIONS = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float)
@@ -83,8 +84,38 @@ class PackedMatrix:
     spec: MatrixSpec
 
 
-class PackedWeight(DenseWeight):
-    """A DenseWeight whose values are codes of 8 or 4 bits: it has a shape, but no storage of its own."""
+class _Bodiless(DenseWeight):
+    """A DenseWeight that has a shape, but no storage of its own."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise AssertionError(f"{func} met a matrix that is no tensor")
+
+
+class LookupWeight(_Bodiless):
+    """A DenseWeight of which only rows are looked up, from disk."""
+
+    matrix: RowsOnDisk
+
+    @classmethod
+    def of(cls, matrix: RowsOnDisk, kernels: Kernels) -> LookupWeight:
+        """Wrap a matrix on disk."""
+        weight: LookupWeight = torch.Tensor._make_wrapper_subclass(cls, matrix.shape, dtype=torch.float32)
+        weight.kernels, weight.matrix = kernels, matrix
+        return weight
+
+    def product(self, rows_TK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG002
+        raise AssertionError(f"{self.matrix.name} is on disk to be looked up, not to be multiplied with")
+
+    def rows(self, ids_R: torch.Tensor) -> torch.Tensor:
+        return self.matrix.table_CK[self.matrix.places(ids_R)].to(torch.float32)
+
+    def unpacked(self) -> torch.Tensor:
+        raise AssertionError(f"{self.matrix.name} is on disk to be looked up, not to be used as a whole")
+
+
+class PackedWeight(_Bodiless):
+    """A DenseWeight whose values are codes of 8 or 4 bits."""
 
     matrix: PackedMatrix
 
@@ -110,12 +141,12 @@ class PackedWeight(DenseWeight):
     def _planes(self) -> tuple[int, ...]:
         return (self.matrix.bytes.data_ptr(),)
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise AssertionError(f"{func} met a quantised matrix that was not unpacked for it")
+
+Stored = torch.Tensor | PackedMatrix | RowsOnDisk
+"""A dense tensor of a store: as it was, quantised, or left on disk."""
 
 
-def place_dense(model: nn.Module, tensors: Mapping[str, torch.Tensor | PackedMatrix], kernels: Kernels) -> None:
+def place_dense(model: nn.Module, tensors: Mapping[str, Stored], kernels: Kernels) -> None:
     """Put the stored dense tensors into the model in place of its meta parameters and buffers."""
     put_tensors(model, {name: _placed(tensor, kernels) for name, tensor in tensors.items()})
 
@@ -131,7 +162,9 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             _replace(model, name, replaced[id(old)])
 
 
-def _placed(tensor: torch.Tensor | PackedMatrix, kernels: Kernels) -> torch.Tensor:
+def _placed(tensor: Stored, kernels: Kernels) -> torch.Tensor:
+    if isinstance(tensor, RowsOnDisk):
+        return LookupWeight.of(tensor, kernels)
     if isinstance(tensor, PackedMatrix):
         return PackedWeight.of(tensor, kernels)
     if not tensor.is_floating_point():

@@ -12,6 +12,7 @@ import torch
 from moestro.bit_router import BitRouter, stored_bit_router_bytes
 from moestro.config import RuntimeOptions
 from moestro.errors import StoreError
+from moestro.hf.linears import lookup_names
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
 from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
@@ -29,6 +30,7 @@ from moestro.policy.observation import Shape
 from moestro.runtime.bit_router import LevelScores, open_bit_router
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
+from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.experts import open_experts
 from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, open_history, stored_nets_bytes
 from moestro.runtime.history import History
@@ -36,6 +38,7 @@ from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.levels import LayerLevels, level_table, levels_up_to
 from moestro.runtime.lookahead import Gates
+from moestro.runtime.lookup import RowsOnDisk
 from moestro.runtime.native import Blueprint, NativeForward, describe
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
@@ -59,16 +62,19 @@ class OpenModel:
     transfers: TransferEngine
     arena_buffer: HostBuffer
     buffers: tuple[HostBuffer, ...]
+    rows_on_disk: tuple[RowsOnDisk, ...]
     chosen: Chosen
     history: History | None
     level_policy: str
-    shares: MemoryShares | None = None
+    shares: MemoryShares
 
     def close(self) -> None:
         """Stop the transfer threads, keep what was learned and give the memory back."""
         self.transfers.close()
         if self.history is not None:
             self.history.save()
+        for rows in self.rows_on_disk:
+            rows.close()
         for buffer in self.buffers:
             buffer.close()
 
@@ -103,6 +109,7 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int) -> ModelShape:
         skeleton,
         name=store.path.name,
         dense_bytes=store.dense_file.stat().st_size,
+        lookup_bytes=sum(store.dense[name].nbytes for name in lookup_names(skeleton)),
         nets_bytes=stored_nets_bytes(store.path),
         bit_router_bytes=stored_bit_router_bytes(store.path),
         layouts=layouts_of(store, level),
@@ -139,7 +146,8 @@ def open_model(
     if level_policy == BY_NET:
         bits = levels_up_to(store, level_of(store, options.level))
         router = open_bit_router(store, hidden=int(skeleton.config.hidden_size), bits=bits)
-    probed = probe_for(skeleton, options, native=native, logit_rows=logit_rows)
+    packed = not any(is_raw(layer.layout) for layer in store.layers)
+    probed = probe_for(skeleton, options, packed=packed, native=native, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
     return_large_blocks()
     floor = measure_floor(kernels)
@@ -182,8 +190,10 @@ def _assemble(
         history = open_history(options, chosen, store, shape)
         foresight = make_foresight(chosen, store.path, shape, history)
     transfers = _transfers(store, spans.clock)
-    dense_buffer, tensors = read_dense(store, transfers.reader)
-    place_dense(skeleton.model, tensors, kernels)
+    left = lookup_names(skeleton) if plan.lookup_on_disk else frozenset()
+    dense_buffer, tensors = read_dense(store, transfers.reader, leave=left)
+    rows = {name: RowsOnDisk(name, store.dense[name], store.dense_file, places=plan.step_rows) for name in sorted(left)}
+    place_dense(skeleton.model, {**tensors, **rows}, kernels)
     arena_buffer, kv_buffer = HostBuffer(arena_bytes), HostBuffer(plan.kv_bytes)
     planes = PlaneCache(
         arena=Arena(
@@ -199,9 +209,7 @@ def _assemble(
     planes.watch = spans
     planes.resize(plan.arena_bytes)
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
-    shares = None
-    if arena_bytes > plan.arena_bytes:
-        shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
+    shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
     experts = open_experts(
         skeleton=skeleton,
         kernels=kernels,
@@ -251,6 +259,7 @@ def _assemble(
         transfers=transfers,
         arena_buffer=arena_buffer,
         buffers=(dense_buffer, arena_buffer, kv_buffer),
+        rows_on_disk=tuple(rows.values()),
         chosen=chosen,
         history=history,
         level_policy=level_policy,

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from moestro.config import RuntimeOptions
 from moestro.errors import BudgetError
+from moestro.hf.linears import lookup_names
 from moestro.hf.skeleton import Skeleton
 from moestro.kernels.cpu import scratch_bytes
 from moestro.memory.arena import extent_bytes_for, least_bytes_for
@@ -25,6 +26,7 @@ from moestro.runtime.bit_router import bit_router_bytes
 from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.foresight import foresight_bytes
 from moestro.runtime.kv import block_bytes, blocks_for
+from moestro.runtime.lookup import lookup_table_bytes
 from moestro.runtime.native import describe
 from moestro.runtime.probe import Probe, probe
 from moestro.store.layout import Layout
@@ -51,6 +53,9 @@ _HISTORY_BYTES = 40
 _ACTIVATION_MARGIN = 1.25
 """Room for what an allocator keeps beside the live tensors that the probe counts."""
 
+LEAST_SPARED_BYTES = 16 << 20
+"""Embeddings stay in memory where leaving them on disk would not save this much."""
+
 _LEAST_CHAINS = 2
 """Experts that the arena holds at least: one loads while the other is computed."""
 
@@ -61,6 +66,7 @@ class ModelShape:
 
     `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level. `packed` are the inputs of
     the widest up projection, down projection and dense matrix where weights are quantised (None where they are not).
+    `lookup_bytes` of the dense bytes are a matrix of which only rows are looked up, `lookup_row_bytes` each.
     `nets_bytes` are those of the learned predictor that comes with it, `bit_router_bytes` those of its bit router, used
     or not.
     """
@@ -73,6 +79,8 @@ class ModelShape:
     packed: tuple[int, int, int] | None = None
     nets_bytes: int = 0
     bit_router_bytes: int = 0
+    lookup_bytes: int = 0
+    lookup_row_bytes: int = 0
 
     @classmethod
     def of(
@@ -81,6 +89,7 @@ class ModelShape:
         *,
         name: str,
         dense_bytes: int,
+        lookup_bytes: int,
         nets_bytes: int,
         bit_router_bytes: int,
         layouts: Sequence[Layout],
@@ -90,6 +99,10 @@ class ModelShape:
         return cls(
             name=name,
             dense_bytes=dense_bytes,
+            lookup_bytes=lookup_bytes,
+            lookup_row_bytes=max(
+                (lookup_bytes // skeleton.dense[name][0][0] for name in lookup_names(skeleton)), default=0
+            ),
             chains=tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts),
             experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
             level=level,
@@ -116,13 +129,19 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is placed where. All sizes in bytes; `floor_bytes` (the process itself) is not part of `memory_bytes`."""
+    """What is placed where. All sizes in bytes; `floor_bytes` (the process itself) is not part of `memory_bytes`.
+
+    With `lookup_on_disk` the input embeddings stay on disk but for the rows used last; `spared_bytes` is what that
+    leaves for experts, or would (0: the embeddings are small, or are needed whole). `dense_bytes` are those in memory.
+    """
 
     level: int
     memory_bytes: int
     floor_bytes: int
     model_bytes: int
     dense_bytes: int
+    lookup_on_disk: bool
+    spared_bytes: int
     expert_bytes: int
     kv_bytes: int
     activation_bytes: int
@@ -146,9 +165,14 @@ class Plan:
         return self.dense_bytes + self.kv_bytes + self.activation_bytes + self.staging_bytes
 
     def bytes_for_experts(self, share: float) -> int:
-        """The memory to give so that the arena has `share` (0 to 1) of the experts' bytes, at least the least."""
-        arena = self.whole_arena_bytes if share >= 1 else int(share * self.expert_bytes)
-        return max(self.least_bytes, self.fixed_bytes + round_up(arena, PAGE))
+        """The memory to give so that the arena has `share` (0 to 1) of the experts' bytes, at least the least.
+
+        With a share of 1 the whole model is in memory.
+        """
+        fixed = self.fixed_bytes + self.lookup_on_disk * self.spared_bytes
+        if share >= 1:
+            return max(self.least_bytes, fixed + round_up(self.whole_arena_bytes, PAGE))
+        return max(self.least_bytes, fixed - self.spared_bytes + round_up(int(share * self.expert_bytes), PAGE))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -189,16 +213,19 @@ def resolve_context(config: PreTrainedConfig, asked: int) -> int:
     return asked or min(limit, DEFAULT_CONTEXT)
 
 
-def probe_for(skeleton: Skeleton, options: RuntimeOptions, *, native: bool = True, logit_rows: int = 0) -> Probe:
+def probe_for(
+    skeleton: Skeleton, options: RuntimeOptions, *, packed: bool = False, native: bool = True, logit_rows: int = 0
+) -> Probe:
     """The probe of a step as `options` allow it, on the path that it will take (`native` False: always the general).
 
-    `logit_rows` get logits (0: the last row of each sequence).
+    `packed`: experts are quantised. `logit_rows` get logits (0: the last row of each sequence).
     """
     if not 1 <= options.max_sequences <= STEP_ROWS:
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
     rows, wanted = min(STEP_ROWS, context * options.max_sequences), logit_rows or options.max_sequences
-    probed = probe(skeleton, rows=rows, history=context * options.max_sequences, logit_rows=wanted)
+    history = context * options.max_sequences
+    probed = probe(skeleton, rows=rows, history=history, logit_rows=wanted, packed=packed)
     blueprint = describe(skeleton, probed) if native else None
     if blueprint is None:
         return probed
@@ -230,18 +257,24 @@ def make_plan(
     kv_bytes = kv_blocks * block_bytes(probed.kv_layers)
     activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
     staging_bytes = _staging_bytes(shape, probed, options, config, context)
-    fixed = shape.dense_bytes + kv_bytes + activation_bytes + staging_bytes
     extent = extent_bytes_for(shape.plane_sizes)
     whole = _whole_arena(shape, extent)
     least_arena = min(whole, max(least_bytes_for(chain * _LEAST_CHAINS, extent) for chain in shape.chains))
-    arena = max(0, min(whole, (memory_bytes - fixed) // PAGE * PAGE))
+    spared = _spared_bytes(shape, probed.rows)
+    room = memory_bytes - kv_bytes - activation_bytes - staging_bytes
+    on_disk = spared > 0 and room - shape.dense_bytes < whole
+    dense_bytes = shape.dense_bytes - on_disk * spared
+    arena = max(0, min(whole, (room - dense_bytes) // PAGE * PAGE))
+    least = shape.dense_bytes - spared + kv_bytes + activation_bytes + staging_bytes + least_arena
     arena_experts = _experts_in(shape, arena, extent)
     return Plan(
         level=shape.level,
         memory_bytes=memory_bytes,
         floor_bytes=floor_bytes,
         model_bytes=shape.dense_bytes + shape.expert_bytes,
-        dense_bytes=shape.dense_bytes,
+        dense_bytes=dense_bytes,
+        lookup_on_disk=on_disk,
+        spared_bytes=spared,
         expert_bytes=shape.expert_bytes,
         kv_bytes=kv_bytes,
         activation_bytes=activation_bytes,
@@ -251,7 +284,7 @@ def make_plan(
         extent_bytes=extent,
         arena_experts=arena_experts,
         total_experts=sum(shape.experts),
-        least_bytes=fixed + least_arena,
+        least_bytes=least,
         expected_bytes_per_token=_expected_bytes_per_token(shape, probed, arena_experts),
         context=context,
         max_sequences=options.max_sequences,
@@ -259,6 +292,12 @@ def make_plan(
         step_rows=probed.rows,
         fits=arena >= least_arena,
     )
+
+
+def _spared_bytes(shape: ModelShape, rows: int) -> int:
+    """What it saves to leave embeddings on disk, or 0 where it is too little to read a row for every token."""
+    spared = shape.lookup_bytes - lookup_table_bytes(shape.lookup_row_bytes, rows)
+    return spared if spared >= LEAST_SPARED_BYTES else 0
 
 
 def _staging_bytes(

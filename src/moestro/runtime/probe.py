@@ -20,9 +20,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moestro.errors import UnsupportedModelError
-from moestro.hf.skeleton import Skeleton
+from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.reference import ReferenceKernels
 from moestro.runtime import hooks
+from moestro.runtime.activation import find_activation
 from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.expert_mlp import expert_mlp
@@ -61,8 +62,11 @@ class Probe:
     history: int
 
 
-def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int) -> Probe:
+def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int, packed: bool = False) -> Probe:
     """Run `rows` tokens through the skeleton on the meta device, as if `history` tokens were cached in all.
+
+    With `packed`, experts are quantised: those whose activation the kernels know then keep nothing between their
+    projections but the kernels' scratch, which is not counted here.
 
     Raises:
         UnsupportedModelError: the family needs something that packed batches do not do.
@@ -71,8 +75,17 @@ def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int) -> Pr
     hooks.install(skeleton.model)
     shapes = _run(skeleton, rows=2, history=2, logit_rows=1, layers=None)
     layers = tuple(shapes.layers[index] for index in range(len(shapes.layers)))
+    fused = _fused(skeleton) if packed else frozenset()
     with _PeakMemory() as memory:
-        _run(skeleton, rows=rows, history=max(history, rows), logit_rows=logit_rows, layers=layers, memory=memory)
+        _run(
+            skeleton,
+            rows=rows,
+            history=max(history, rows),
+            logit_rows=logit_rows,
+            layers=layers,
+            memory=memory,
+            fused=fused,
+        )
     return Probe(
         kv_layers=layers,
         attention=tuple(shapes.attention[index] for index in range(len(layers))),
@@ -83,6 +96,12 @@ def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int) -> Pr
         rows=rows,
         history=history,
     )
+
+
+def _fused(skeleton: Skeleton) -> frozenset[int]:
+    """The experts' modules (ids) whose whole MLP is one call of the kernels where experts are quantised."""
+    modules = (module for module in skeleton.model.modules() if is_experts_module(module))
+    return frozenset(id(module) for module in modules if find_activation(module) is not None)
 
 
 def _refuse_unpackable(skeleton: Skeleton) -> None:
@@ -102,9 +121,10 @@ def _run(
     logit_rows: int,
     layers: tuple[LayerKV, ...] | None,
     memory: _PeakMemory | None = None,
+    fused: frozenset[int] = frozenset(),
 ) -> _ProbeContext:
     family = skeleton.config.model_type
-    context = _ProbeContext(family=family, history=history, known=layers, memory=memory)
+    context = _ProbeContext(family=family, history=history, known=layers, memory=memory, fused=fused)
     token_ids = torch.zeros((1, rows), dtype=torch.int64, device="meta")
     positions = torch.zeros((1, rows), dtype=torch.int64, device="meta")
     with torch.inference_mode(), forward_pass(context):
@@ -130,9 +150,15 @@ def _run(
 
 class _ProbeContext:
     def __init__(
-        self, *, family: str, history: int, known: tuple[LayerKV, ...] | None, memory: _PeakMemory | None
+        self,
+        *,
+        family: str,
+        history: int,
+        known: tuple[LayerKV, ...] | None,
+        memory: _PeakMemory | None,
+        fused: frozenset[int],
     ) -> None:
-        self.family, self.history, self.known, self.memory = family, history, known, memory
+        self.family, self.history, self.known, self.memory, self.fused = family, history, known, memory, fused
         self.cache = HookedCache(family, self.cache_rows)
         self.layers: dict[int, LayerKV] = {}
         self.attention: dict[int, LayerAttention] = {}
@@ -205,6 +231,8 @@ class _ProbeContext:
         rows, hidden = hidden_TH.shape
         self.experts_per_token.append(index_TK.shape[1])
         outputs_TKH = hidden_TH.new_empty((rows, index_TK.shape[1], hidden), dtype=torch.float32)
+        if id(module) in self.fused:
+            return outputs_TKH[:, 0] * weights_TK[:, :1]
         views = {name: param[0] for name, param in module.named_parameters(recurse=False)}
         if module.is_transposed:
             views = {name: view.t() if view.ndim == 2 else view for name, view in views.items()}

@@ -6,6 +6,8 @@ blocks a quarter of one sequence's context. Of the rest KV blocks have what requ
 
 from __future__ import annotations
 
+from moestro.errors import BudgetError
+from moestro.memory.budget import format_bytes
 from moestro.memory.pages import HUGE_PAGE, HostBuffer, round_up
 from moestro.memory.plane_cache import PlaneCache
 from moestro.runtime.kv import KVPool, blocks_for
@@ -24,8 +26,13 @@ def most_arena_bytes(plan: Plan) -> int:
     """
     spare = plan.kv_bytes - round_up(least_kv_blocks(plan) * (plan.kv_bytes // plan.kv_blocks), HUGE_PAGE)
     most = min(plan.whole_arena_bytes, plan.arena_bytes + max(0, spare))
-    affords_one = plan.arena_bytes - plan.extent_bytes >= plan.least_bytes - plan.fixed_bytes
+    affords_one = plan.arena_bytes - plan.extent_bytes >= _least_arena_bytes(plan)
     return most if affords_one and most - plan.arena_bytes >= 2 * plan.extent_bytes else plan.arena_bytes
+
+
+def _least_arena_bytes(plan: Plan) -> int:
+    """Room for two experts. (The least number of all counts embeddings as left on disk.)"""
+    return plan.least_bytes - plan.fixed_bytes + (0 if plan.lookup_on_disk else plan.spared_bytes)
 
 
 class MemoryShares:
@@ -35,12 +42,14 @@ class MemoryShares:
         self, plan: Plan, *, planes: PlaneCache, arena_buffer: HostBuffer, kv: KVPool, kv_buffer: HostBuffer
     ) -> None:
         self._planes, self._arena_buffer, self._kv, self._kv_buffer = planes, arena_buffer, kv, kv_buffer
-        self._together = plan.arena_bytes + plan.kv_bytes
+        self._plan = plan
+        self._withheld = 0
         self._most_arena = most_arena_bytes(plan)
         self.least_blocks = least_kv_blocks(plan)
         # Finer steps would not free an extent.
         self._step = max(1, plan.extent_bytes // kv.block_bytes)
-        self.trades = self._most_arena > plan.arena_bytes
+        self.trades = arena_buffer.nbytes >= self._most_arena > plan.arena_bytes
+        """Whether there is anything to trade."""
 
     @property
     def arena_bytes(self) -> int:
@@ -52,21 +61,53 @@ class MemoryShares:
         """What KV blocks have now."""
         return self._kv.limit * self._kv.block_bytes
 
+    @property
+    def memory_bytes(self) -> int:
+        """The number of bytes as it is now."""
+        return self._plan.memory_bytes - self._withheld
+
+    def resize(self, memory_bytes: int) -> None:
+        """Make the number of bytes another one, at most the one that the model was opened with.
+
+        What goes is taken from the experts, and its pages go back to the system. KV blocks stay what they were.
+
+        Raises:
+            BudgetError: it is above that, or too little for the KV blocks and two experts.
+        """
+        plan = self._plan
+        # Of the arena whole extents can be used: up to one of them is lost.
+        least = min(plan.fixed_bytes + _least_arena_bytes(plan) + plan.extent_bytes, plan.memory_bytes)
+        if not least <= memory_bytes <= plan.memory_bytes:
+            raise BudgetError(
+                f"The memory cannot be made {format_bytes(memory_bytes)} ({memory_bytes} bytes) while the model is "
+                f"open. Expected {least} to {plan.memory_bytes} bytes, which it was opened with; open it anew for more."
+            )
+        self._withheld = plan.memory_bytes - memory_bytes
+        before = self._planes.nbytes
+        self._planes.resize(self._arena_beside(self._kv.limit))
+        if self._planes.nbytes < before:
+            self._arena_buffer.release(self._planes.nbytes)
+
     def give_kv(self, blocks: int) -> None:
         """Let KV have `blocks` blocks, or a few more: those in use are all below. The experts get the rest."""
         if not self.trades:
             return
         kv = self._kv
         limit = min(kv.blocks, round_up(max(blocks, self.least_blocks), self._step))
-        if limit == kv.limit:
-            return
-        taken = min(round_up(limit * kv.block_bytes, HUGE_PAGE), kv.blocks * kv.block_bytes)
-        arena = min(self._most_arena, self._together - taken)
+        arena = self._arena_beside(limit)
         if limit < kv.limit:
             kv.resize(limit)
             self._kv_buffer.release(limit * kv.block_bytes)
             self._planes.resize(arena)
-        else:
+        elif limit > kv.limit:
             self._planes.resize(arena)
             self._arena_buffer.release(self._planes.nbytes)
             kv.resize(limit)
+
+    def _arena_beside(self, kv_blocks: int) -> int:
+        """The experts' bytes when so many KV blocks may be used."""
+        plan, kv = self._plan, self._kv
+        taken = min(round_up(kv_blocks * kv.block_bytes, HUGE_PAGE), plan.kv_bytes)
+        most = self._most_arena if self.trades else plan.arena_bytes
+        left = plan.memory_bytes - self._withheld - plan.fixed_bytes + plan.kv_bytes
+        return min(most, left - taken)

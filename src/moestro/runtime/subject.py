@@ -10,15 +10,17 @@ from pathlib import Path
 from moestro.bit_router import stored_bit_router_bytes
 from moestro.config import RuntimeOptions
 from moestro.foresight.train import nets_bytes
+from moestro.hf.linears import lookup_names
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load_config
 from moestro.kernels import make_kernels
 from moestro.policy.observation import Shape
+from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.foresight import stored_nets_bytes
 from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.open import measure_floor
 from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import probe
-from moestro.store.dtypes import config_dtype
+from moestro.store.dtypes import config_dtype, tensor_bytes
 from moestro.store.layout import Layout
 from moestro.store.locate import AUTOMATIC, locate_shapes
 from moestro.store.manifest import has_manifest
@@ -30,7 +32,8 @@ from moestro.store.reader import Store
 class Subject:
     """A model's shapes. `store` is None for a checkpoint; sizes are then those that its store would have.
 
-    `layouts` are those of whole chains, `levels` the ones that can be asked for, `exact_level` the default among them.
+    `lookup_bytes` of the dense bytes are embeddings of which only rows are looked up. `layouts` are those of whole
+    chains, `levels` the ones that can be asked for, `exact_level` the default among them.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class Subject:
     levels: tuple[int, ...]
     exact_level: int
     dense_bytes: int
+    lookup_bytes: int
     dense_bits: int
     nets_bytes: int
     bit_router_bytes: int = 0
@@ -57,6 +61,7 @@ class Subject:
             self.skeleton,
             name=self.path.name,
             dense_bytes=self.dense_bytes,
+            lookup_bytes=self.lookup_bytes,
             nets_bytes=self.nets_bytes,
             bit_router_bytes=self.bit_router_bytes,
             layouts=[cut(layout, chosen) for layout in self.layouts],
@@ -100,7 +105,8 @@ class Subject:
             RequestError: the model does not have the level asked for.
         """
         shape = self.shape(options.level)
-        probed = probe_for(self.skeleton, options, logit_rows=logit_rows)
+        packed = not any(is_raw(layout) for layout in self.layouts)
+        probed = probe_for(self.skeleton, options, packed=packed, logit_rows=logit_rows)
         floor = measure_floor(make_kernels("auto", threads=compute_threads(options)))
         return make_plan(shape, probed, options, config=self.skeleton.config, floor_bytes=floor)
 
@@ -117,6 +123,7 @@ class Subject:
             levels=store.manifest.levels,
             exact_level=store.manifest.exact_level,
             dense_bytes=store.dense_file.stat().st_size,
+            lookup_bytes=sum(store.dense[name].nbytes for name in lookup_names(skeleton)),
             dense_bits=store.manifest.dense_bits,
             nets_bytes=stored_nets_bytes(store.path),
             bit_router_bytes=stored_bit_router_bytes(store.path),
@@ -137,6 +144,7 @@ class Subject:
             levels=levels,
             exact_level=levels[-1] if AUTOMATIC.is_raw else AUTOMATIC.exact_level,
             dense_bytes=planned_dense_bytes(skeleton, dtype, AUTOMATIC),
+            lookup_bytes=sum(tensor_bytes(dtype, skeleton.dense[name][0]) for name in lookup_names(skeleton)),
             dense_bits=16 if AUTOMATIC.is_raw else AUTOMATIC.dense_bits,
             nets_bytes=_planned_nets_bytes(skeleton) if AUTOMATIC.calibration else 0,
         )

@@ -10,10 +10,18 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from moestro.engine.events import ServiceSnapshot
-from moestro.errors import MoestroError
+from moestro.errors import BudgetError, MoestroError
+from moestro.memory.budget import parse_bytes
 from moestro.server.desk import Desk
-from moestro.server.errors import as_api_error
+from moestro.server.errors import ApiError, as_api_error
+from moestro.server.fields import Fields
 from moestro.server.metrics import CONTENT_TYPE
+
+
+class ResizeRequest(Fields):
+    """A size such as 512MiB, 2GB."""
+
+    memory: str
 
 
 def observe_router(desk: Desk) -> APIRouter:
@@ -40,6 +48,18 @@ def observe_router(desk: Desk) -> APIRouter:
         except MoestroError as error:
             raise as_api_error(error) from error
         return {"flushed": True}
+
+    @router.post("/admin/resize")
+    async def resize(body: ResizeRequest) -> dict[str, Any]:
+        """Make the number of bytes another one, at most the one that the server began with; requests go on."""
+        serving = desk.serving(None)
+        try:
+            await asyncio.to_thread(serving.service.resize, parse_bytes(body.memory))
+        except BudgetError as error:
+            raise ApiError(400, str(error), param="memory") from error
+        except MoestroError as error:
+            raise as_api_error(error) from error
+        return {"memory_bytes": parse_bytes(body.memory)}
 
     return router
 

@@ -15,7 +15,7 @@ import torch
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
 from moestro.runtime.batch import PackedBatch
-from moestro.runtime.dense import PackedWeight, stored
+from moestro.runtime.dense import LookupWeight, PackedWeight, stored
 from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
 from moestro.runtime.native.blueprint import Blueprint, LayerParts, known_rows
@@ -50,6 +50,9 @@ class NativeForward:
         self._outputs = torch.empty(known_rows(rows) * blueprint.experts_per_token, blueprint.hidden)
         self._routing = np.empty((0, 0, 0), dtype=np.int64), np.empty((0, 0, 0), dtype=np.float32)
         self._cos, self._sin = _rotation(blueprint.rotary, context)
+        embedding: Any = blueprint.embedding.weight
+        self._lookup = embedding.matrix if isinstance(embedding, LookupWeight) else None
+        self._token_ids = torch.empty(0, dtype=torch.int64)  # those of the step, kept while the decoder reads them
         self._rows = rows
         self._replay: Replay | None = None
         self._decoder = self._make_decoder(rows)
@@ -112,8 +115,9 @@ class NativeForward:
             shape = (self._blueprint.moe_layers, batch.rows, self._blueprint.experts_per_token)
             places = math.prod(shape)
             self._routing = self._ids[:places].reshape(shape), self._weights[:places].reshape(shape)
+        self._token_ids = batch.token_ids_T if self._lookup is None else self._lookup.places(batch.token_ids_T)
         self._decoder.begin(
-            batch.token_ids_T.data_ptr(),
+            self._token_ids.data_ptr(),
             batch.rows,
             batch.block_table_SM.data_ptr(),
             sequences,
@@ -195,7 +199,9 @@ def _weight(module: Any) -> _native.Weight:
         packed, (offset,) = weight_NK.matrix, weight_NK.matrix.spec.offsets
         kind, data, group = _KINDS[packed.spec.encoding], packed.bytes.data_ptr() + offset, packed.spec.group
     else:
-        plain_NK = stored(weight_NK)
+        on_disk = isinstance(weight_NK, LookupWeight)
+        plain_NK = weight_NK.matrix.table_CK if on_disk else stored(weight_NK)
+        outputs = len(plain_NK)
         assert plain_NK.is_contiguous()
         kind, data, group = WEIGHT_DTYPES.index(plain_NK.dtype), plain_NK.data_ptr(), 0
     return _native.Weight(kind=kind, data=data, outputs=outputs, inputs=inputs, group=group, bias=bias)
