@@ -334,7 +334,7 @@ class LLM:
         return self._engine_of_model
 
     def _backed_by_huge_pages(self) -> bool:
-        """As of the last ten seconds: the kernel takes tens of milliseconds to tell, and servers are asked all the time."""
+        """As of the last ten seconds: the kernel takes tens of milliseconds to tell, and servers are asked often."""
         now = time.monotonic()
         if self._huge_pages is None or now - self._huge_pages[0] > _HUGE_PAGES_S:
             self._huge_pages = (now, self._open.arena_buffer.huge_pages)
