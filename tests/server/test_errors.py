@@ -105,7 +105,7 @@ def test_memory_can_be_made_less_and_what_it_was(http: httpx.Client) -> None:
     boss = {"Authorization": "Bearer boss"}
     body = {"prompt": "hello", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
     before = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
-    for memory, experts in (("40MiB", 60), ("60MiB", 256)):
+    for memory, experts in (("40MiB", 120), ("60MiB", 256)):
         resized = http.post("/admin/resize", json={"memory": memory}, headers=boss)
         assert resized.json()["memory_bytes"] == int(memory[:2]) << 20
         assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == before
