@@ -33,8 +33,10 @@ class Answer:
         self._detokenizer = Detokenizer(tokenizer)
         self._told_text = 0
         self._told_tokens = 0
+        self._decoded = 0
         self._ended = False
-        sequence.listener = self._take
+        if sequence.sampling.stop:
+            sequence.listener = self._stops
 
     @property
     def finished(self) -> bool:
@@ -53,6 +55,7 @@ class Answer:
 
     def news(self) -> News:
         """What has come since the last call."""
+        self._decode()
         if self.finished:
             self._end()
         text, tokens = self.text[self._told_text :], self.sequence.token_ids[self._told_tokens :]
@@ -71,11 +74,19 @@ class Answer:
         data = self._texts.data(token)
         return TokenLogprob(token, data.decode("utf-8", "replace"), data, logprob, top)
 
-    def _take(self, token: int) -> bool:
-        self.text += self._stop.push(self._detokenizer.push(token))
+    def _stops(self) -> bool:
+        """Whether the answer ends with the token that has just come."""
+        self._decode()
         return self._stop.found
+
+    def _decode(self) -> None:
+        """Without stop strings only when somebody wants the text: steps need not wait for it."""
+        for token in self.sequence.token_ids[self._decoded :]:
+            self.text += self._stop.push(self._detokenizer.push(token))
+        self._decoded = len(self.sequence.token_ids)
 
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
+            self._decode()
             self.text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()

@@ -48,7 +48,7 @@ class Sequence:
     finished_at: float | None = None
     sampled: int = 0
     error: MoestroError | None = None
-    listener: Callable[[int], bool] | None = None
+    listener: Callable[[], bool] | None = None
 
     @property
     def most_rows(self) -> int:
@@ -94,7 +94,7 @@ class Sequence:
         self.token_ids.append(token)
         if likelihood is not None:
             self.likelihoods.append(likelihood)
-        heard = self.listener is not None and self.listener(token)
+        heard = self.listener is not None and self.listener()
         if heard or self.sampler.complete:
             self._finish("stop", now)
         elif len(self.token_ids) >= self.sampling.max_tokens:
