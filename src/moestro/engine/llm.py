@@ -27,6 +27,7 @@ from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_token
 from moestro.errors import RequestError
 from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import peak_resident_bytes
+from moestro.memory.pages import PagesWatch
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
 from moestro.policy.order import make_load_order
@@ -40,9 +41,6 @@ from moestro.store.reader import Store
 
 if TYPE_CHECKING:
     from moestro.engine.guides import Guides
-
-_HUGE_PAGES_S = 10.0
-"""How long what the kernel said about huge pages is repeated."""
 
 Prompt = str | List[int]
 
@@ -81,8 +79,8 @@ class LLM:
         end_ids, vocabulary = end_token_ids(store, config), int(config.vocab_size)
         self._guides = _open_guides(self.tokenizer, vocabulary, end_ids) if self.options.guides else None
         self._closed_stats: Stats | None = None
-        self._huge_pages: tuple[float, bool] | None = None
         self._model = open_model(store, self.options, clock=clock, lend_kv=self.options.lend_kv)
+        self._pages = PagesWatch(self._model.arena_buffer)
         self._spans = self._model.runner.spans
         self.plan = self._model.plan
         self._engine_of_model = Engine(
@@ -270,7 +268,7 @@ class LLM:
             levels_applied=self._open.runner.levels_applied,
             path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
-            huge_pages=self._backed_by_huge_pages(),
+            huge_pages=self._pages.huge,
         )
 
     def expert_counts(self) -> np.ndarray:
@@ -313,7 +311,7 @@ class LLM:
         if self._closed_stats is None:
             self._closed_stats, self._counts_LE = self.stats(), self.expert_counts()
             self._model.close()
-            del self._model, self._engine_of_model
+            del self._model, self._engine_of_model, self._pages
 
     def __enter__(self) -> LLM:
         return self
@@ -332,13 +330,6 @@ class LLM:
     def _engine(self) -> Engine:
         self._require_open()
         return self._engine_of_model
-
-    def _backed_by_huge_pages(self) -> bool:
-        """As of the last ten seconds: the kernel takes tens of milliseconds to tell, and servers are asked often."""
-        now = time.monotonic()
-        if self._huge_pages is None or now - self._huge_pages[0] > _HUGE_PAGES_S:
-            self._huge_pages = (now, self._open.arena_buffer.huge_pages)
-        return self._huge_pages[1]
 
     def _require_open(self) -> None:
         if self._closed_stats is not None:
