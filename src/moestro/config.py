@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from moestro.errors import BudgetError, PackError, RequestError, TraceError
+from moestro.errors import BudgetError, PackError, RequestError, ServeError, TraceError
 from moestro.options import check_types, option
 from moestro.sampling import Guide, SamplingParams
 
 __all__ = [
     "BenchOptions",
+    "ChatOptions",
     "Guide",
+    "LoadOptions",
     "PackOptions",
     "RuntimeOptions",
     "SamplingParams",
+    "ServeOptions",
     "SimulateOptions",
     "check_types",
     "option",
@@ -126,6 +129,95 @@ class BenchOptions:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected a whole number of at least {bound}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How `serve` listens, and to whom. Environment twins: `MOESTRO_HOST`, `MOESTRO_PORT`, ...
+
+    Raises:
+        ServeError: a value is not valid, or leaves the server open to everybody.
+    """
+
+    host: str = option("127.0.0.1", "Address to listen on; other than this machine's own needs --api-key-file.")
+    port: int = option(8000, "Port to listen on (0: any that is free).")
+    model_name: str = option("", "Name of the model in requests (empty: that of its folder or hub id).")
+    api_key: str = option(
+        "", "Key that requests must bring (others can see it in lists of processes: prefer the file)."
+    )
+    api_key_file: str = option("", "File with keys that requests may bring, one a line.")
+    admin_key: str = option("", "Key of the admin endpoints (empty: there are none).")
+    insecure: bool = option(False, "Allow other machines without a key.")
+    cors: str = option("", "Origins whose web pages may call the server, apart by commas, or *.")
+    max_concurrency: int = option(0, "Requests answered at once (0: as many as pay and fit the memory, at most 16).")
+    max_queue: int = option(64, "Requests that may wait; more are refused with status 429.")
+    max_request: str = option("4MiB", "Longest body of a request in bytes.")
+    structured: bool = option(True, "Offer answers that follow a schema or an expression; a few MB of library.")
+    drain: int = option(30, "Seconds that requests get to end after SIGTERM or Ctrl-C.")
+
+    def __post_init__(self) -> None:
+        check_types(self, ServeError)
+        if not 0 <= self.port < 2**16:
+            raise ServeError(f"port is {self.port}, expected a whole number from 0 to 65535.")
+        for name in ("max_concurrency", "max_queue"):
+            if getattr(self, name) < 0:
+                raise ServeError(f"{name} is {getattr(self, name)}, expected a whole number of at least 0.")
+        if self.drain < 1:
+            raise ServeError(f"drain is {self.drain}, expected whole seconds of at least 1.")
+        if self.api_key and self.api_key_file:
+            raise ServeError("Give either --api-key or --api-key-file: the file may hold several keys.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How `chat` asks. Environment twins: `MOESTRO_SYSTEM`, `MOESTRO_MAX_TOKENS`, ...
+
+    Raises:
+        RequestError: a value is not valid.
+    """
+
+    system: str = option("", "What the assistant is told before the conversation.")
+    max_tokens: int = option(1024, "Most tokens of an answer.")
+    temperature: float = option(-1.0, "0 picks the likeliest token, higher is more random (-1: as its authors say).")
+    seed: int = option(-1, "Seed of each answer's random numbers (-1: another one for each).")
+
+    def __post_init__(self) -> None:
+        check_types(self, RequestError)
+        if self.max_tokens < 1:
+            raise RequestError(f"max_tokens is {self.max_tokens}, expected a whole number of at least 1.")
+        if self.temperature != -1 and not 0 <= self.temperature <= 100:
+            raise RequestError(f"temperature is {self.temperature}, expected a number from 0 to 100, or -1.")
+        if not -1 <= self.seed < 2**63:
+            raise RequestError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1, or -1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What `bench-serve` asks of a server. Environment twins: `MOESTRO_REQUESTS`, `MOESTRO_RATE`, ...
+
+    Raises:
+        RequestError: a value is not valid.
+    """
+
+    requests: int = option(64, "Requests in all.")
+    concurrency: int = option(4, "Clients, each of which sends its next request when the last is answered.")
+    rate: float = option(0.0, "Requests per second, at random moments (Poisson), instead of --concurrency.")
+    prompt_tokens: int = option(64, "Tokens of each prompt, of random ids.")
+    max_tokens: int = option(64, "Tokens of each answer; it does not end before.")
+    seed: int = option(0, "Seed of prompts, moments and sampling.")
+    temperature: float = option(0.0, "0 picks the likeliest token; higher is more random.")
+    ttft_slo: float = option(0.0, "Seconds to the first token within which an answer counts as good (0: any).")
+    itl_slo: float = option(0.0, "Seconds between tokens, on average over an answer, within which it counts (0: any).")
+    timeout: float = option(600.0, "Seconds after which an answer is given up.")
+
+    def __post_init__(self) -> None:
+        check_types(self, RequestError)
+        for name in ("requests", "concurrency", "prompt_tokens", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1.")
+        for name in ("rate", "seed", "temperature", "ttft_slo", "itl_slo", "timeout"):
+            if not 0 <= getattr(self, name) < 1e9:
+                raise RequestError(f"{name} is {getattr(self, name)}, expected a number of at least 0.")
 
 
 LEVELS = (2, 3, 4, 8)

@@ -41,6 +41,14 @@ class DiskError(MoestroError):
     """A disk cannot be measured where that was asked for."""
 
 
+class ServeError(MoestroError):
+    """A server cannot listen as asked: the port is taken, everybody could use it, a file of keys is unusable, ..."""
+
+
+class ClientError(MoestroError):
+    """A server that was asked cannot be reached, or refused."""
+
+
 class RequestError(MoestroError):
     """A request cannot be served as asked: prompt too long, bad sampling parameter, ..."""
 

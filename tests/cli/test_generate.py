@@ -31,6 +31,7 @@ STATS_KEYS = {
     "prefetch_recall",
     "prefetch_precision",
     "bytes_read",
+    "prefetched_bytes",
     "stall_s",
     "demand_stall_s",
     "late_prefetch_stall_s",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from typing import Annotated
 
 import typer
 
 import moestro
 from moestro.cli.bench import bench
+from moestro.cli.bench_serve import bench_serve
 from moestro.cli.boundary import DebugFlag, guarded, say
+from moestro.cli.chat import chat
 from moestro.cli.demo import demo
 from moestro.cli.doctor import doctor
 from moestro.cli.eval import evaluate
@@ -19,6 +22,8 @@ from moestro.cli.inspect import inspect
 from moestro.cli.options import Command, spread_options
 from moestro.cli.pack import pack
 from moestro.cli.plan import plan
+from moestro.cli.ps import ps
+from moestro.cli.serve import serve
 from moestro.cli.simulate import simulate
 from moestro.cli.trace import export_, fit, import_, record, show
 
@@ -30,9 +35,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (generate, pack, inspect, plan, bench, demo, simulate, doctor):
+for _command in (generate, chat, serve, ps, pack, inspect, plan, bench, demo, simulate, doctor):
     app.command()(guarded(spread_options(_command)))
 app.command("eval")(guarded(spread_options(evaluate)))
+app.command("bench-serve")(guarded(spread_options(bench_serve)))
 
 _trace = typer.Typer(
     help="Record, show and convert traces of which experts models use.", no_args_is_help=True, add_completion=False
@@ -44,10 +50,12 @@ app.add_typer(_trace, name="trace")
 
 
 class _Notes(logging.Handler):
-    """Warnings of the rooms below become `note: ...` on standard error."""
+    """Warnings of the rooms below become `note: ...` on standard error, with the traceback of what was not foreseen."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say("note", record.getMessage())
+        if record.exc_info:
+            traceback.print_exception(*record.exc_info)
 
 
 def _show_version(asked: bool) -> None:

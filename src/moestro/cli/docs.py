@@ -6,7 +6,16 @@ import sys
 from collections.abc import Iterator
 
 from moestro.cli.options import flags_of
-from moestro.config import BenchOptions, PackOptions, RuntimeOptions, SamplingParams, SimulateOptions
+from moestro.config import (
+    BenchOptions,
+    ChatOptions,
+    LoadOptions,
+    PackOptions,
+    RuntimeOptions,
+    SamplingParams,
+    ServeOptions,
+    SimulateOptions,
+)
 
 _HEAD = """\
 # Options
@@ -20,14 +29,17 @@ _SECTIONS = (
     (
         "How a model is opened",
         RuntimeOptions,
-        "`generate` (all), `trace record` (all but prefix-cache and lend-kv), `bench` (all but these, max-sequences "
-        "and learn), `plan` (memory, context, max-sequences, threads, level), `eval` (memory, level, quality, "
-        "level-policy, threads, policy, auto-pack) and `demo` (level)",
+        "`generate` (all), `serve` and `chat` (all but max-sequences), `trace record` (all but prefix-cache and "
+        "lend-kv), `bench` (all but these, max-sequences and learn), `plan` (memory, context, max-sequences, threads, "
+        "level), `eval` (memory, level, quality, level-policy, threads, policy, auto-pack) and `demo` (level)",
     ),
     ("How tokens are picked", SamplingParams, "`generate` and `trace record`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),
     ("What is simulated", SimulateOptions, "`simulate`"),
     ("What is measured", BenchOptions, "`bench`"),
+    ("How a server listens", ServeOptions, "`serve`, which also reads them from a TOML file (`--config`)"),
+    ("How a conversation asks", ChatOptions, "`chat`"),
+    ("What a server is asked under load", LoadOptions, "`bench-serve`"),
 )
 
 

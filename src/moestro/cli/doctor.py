@@ -35,7 +35,7 @@ def doctor(
     """
     from moestro.doctor import examine
     from moestro.memory.disk_profile import save_profile
-    from moestro.store.locate import cache_folder
+    from moestro.store.folders import cache_folder
 
     if path and store:
         raise RequestError("Both --path and --store are given. Give the folder to write into, or the store to read.")

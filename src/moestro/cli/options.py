@@ -23,6 +23,9 @@ _PANELS = {
     "PackOptions": "How the store is made",
     "SimulateOptions": "What is simulated",
     "BenchOptions": "What is measured",
+    "ServeOptions": "How it listens",
+    "ChatOptions": "How it asks",
+    "LoadOptions": "What is asked",
 }
 
 

@@ -27,6 +27,7 @@ from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_token
 from moestro.errors import RequestError
 from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import peak_resident_bytes
+from moestro.memory.pages import PagesWatch
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
 from moestro.policy.order import make_load_order
@@ -70,6 +71,7 @@ class LLM:
         self.options = replace(options or RuntimeOptions(), **settings)
         _check_before_packing(str(model), self.options)
         store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, pack=pack_apart, progress=progress))
+        self.path = store.path
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
         self._token_texts = TokenTexts(self.tokenizer)
@@ -78,6 +80,7 @@ class LLM:
         self._guides = _open_guides(self.tokenizer, vocabulary, end_ids) if self.options.guides else None
         self._closed_stats: Stats | None = None
         self._model = open_model(store, self.options, clock=clock, lend_kv=self.options.lend_kv)
+        self._pages = PagesWatch(self._model.arena_buffer)
         self._spans = self._model.runner.spans
         self.plan = self._model.plan
         self._engine_of_model = Engine(
@@ -205,13 +208,21 @@ class LLM:
             return [int(token) for token in prompt]
         return encode(self.tokenizer, prompt)
 
-    def chat_prompt(self, messages: List[Mapping[str, str]]) -> list[int]:
+    def chat_prompt(
+        self,
+        messages: List[Mapping[str, Any]],
+        *,
+        tools: List[Mapping[str, Any]] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The prompt, as token ids, that the model's chat template makes of `messages` ({"role": ..., "content": ...}).
+
+        `tools` are functions that may be called, as OpenAI describes them; `settings` are variables of the template.
 
         Raises:
             RequestError: the model has no chat template, or it does not take these messages.
         """
-        return chat_ids(self.tokenizer, messages, model=str(self._open.store.path))
+        return chat_ids(self.tokenizer, messages, model=str(self.path), tools=tools, settings=settings)
 
     def stats(self) -> Stats:
         """What was placed where, and what happened since the model was opened."""
@@ -231,6 +242,7 @@ class LLM:
             prefetch_recall=foreseen.recall,
             prefetch_precision=foreseen.precision,
             bytes_read=planes.bytes_read,
+            prefetched_bytes=planes.prefetched_bytes,
             stall_s=planes.stall_seconds,
             demand_stall_s=planes.stall_seconds - planes.late_stall_seconds,
             late_prefetch_stall_s=planes.late_stall_seconds,
@@ -256,7 +268,7 @@ class LLM:
             levels_applied=self._open.runner.levels_applied,
             path=self._open.runner.path,
             direct_io=self._open.transfers.direct,
-            huge_pages=self._open.arena_buffer.huge_pages,
+            huge_pages=self._pages.huge,
         )
 
     def expert_counts(self) -> np.ndarray:
@@ -299,7 +311,7 @@ class LLM:
         if self._closed_stats is None:
             self._closed_stats, self._counts_LE = self.stats(), self.expert_counts()
             self._model.close()
-            del self._model, self._engine_of_model
+            del self._model, self._engine_of_model, self._pages
 
     def __enter__(self) -> LLM:
         return self

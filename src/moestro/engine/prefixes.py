@@ -57,7 +57,7 @@ class Prefixes:
     @property
     def used(self) -> int:
         """Blocks that requests use."""
-        return self._kv.blocks - self._kv.free_blocks - len(self._idle)
+        return self._kv.limit - self._kv.free_blocks - len(self._idle)
 
     def start(self, sequence: Sequence) -> bool:
         """Give a request all blocks that it can come to need, those that hold its first tokens already among them.

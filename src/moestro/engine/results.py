@@ -65,8 +65,9 @@ class Stats:
     ahead, too late; `slowest_read_s` is the longest that the disk took over a request. `compute_s` is time in forward
     passes without it, of which `expert_s` went into experts. Of the experts that layers needed and that were not in
     memory, `prefetch_recall` is the share that had been asked for ahead, in time or late; of those asked for ahead,
-    `prefetch_precision` is the share that was needed at once (0 where there were none). `path` says how passes run:
-    "native" (a compiled call per layer) or "general" (transformers' own layers, with moestro's attention and experts).
+    `prefetch_precision` is the share that was needed at once (0 where there were none). Of `bytes_read`,
+    `prefetched_bytes` were asked for ahead. `path` says how passes run: "native" (a compiled call per layer) or
+    "general" (transformers' own layers, with moestro's attention and experts).
     `levels_applied` counts the experts of rows that need not be exact, by the level that was chosen for them ("0":
     left out).
 
@@ -88,6 +89,7 @@ class Stats:
     prefetch_recall: float
     prefetch_precision: float
     bytes_read: int
+    prefetched_bytes: int
     stall_s: float
     demand_stall_s: float
     late_prefetch_stall_s: float

@@ -31,10 +31,19 @@ def options_for(
     longest = max(len(ids) + one.max_tokens for ids, one in zip(prompts, sampling, strict=True))
     limit = resolve_context(subject.skeleton.config, options.context)
     fixed = replace(options, context=options.context or max(2, min(limit, longest)))
-    subject.plan(fixed).require_fit()
-    best, least = fixed, float("inf")
-    for count in _counts(fixed.max_sequences, min(_MOST, len(prompts))):
-        candidate = replace(fixed, max_sequences=count)
+    return most_at_once(subject, fixed, most=min(_MOST, len(prompts)))
+
+
+def most_at_once(subject: Subject, options: RuntimeOptions, *, most: int) -> RuntimeOptions:
+    """The options with as many sequences as make a token cheapest: at least as many as they have, at most `most`.
+
+    Raises:
+        BudgetError: the memory does not do for the options as they are.
+    """
+    subject.plan(options).require_fit()
+    best, least = options, float("inf")
+    for count in _counts(options.max_sequences, most):
+        candidate = replace(options, max_sequences=count)
         plan = subject.plan(candidate)
         if not plan.fits:
             break

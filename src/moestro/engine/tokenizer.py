@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -43,8 +43,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return token_ids
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, model: str) -> list[int]:
-    """The prompt that the chat template of `model` makes of `messages`.
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    model: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The prompt that the chat template of `model` makes of `messages`, of tools that may be called and of settings.
 
     Raises:
         RequestError: it has none, or it does not take these messages.
@@ -54,7 +61,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     try:
         conversation = [dict(message) for message in messages]
         # Ids, not text: templates write special tokens themselves, and encoding text would add them once more.
-        token_ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        token_ids = tokenizer.apply_chat_template(
+            conversation,
+            tools=[dict(tool) for tool in tools] if tools else None,
+            **{**(settings or {}), "add_generation_prompt": True, "return_dict": False, "tokenize": True},
+        )
     except Exception as error:  # templates are programs of the model's authors and raise what they like
         raise RequestError(f"The model's chat template does not take these messages: {error}") from error
     return list(cast(list[int], token_ids))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,10 @@ HUGE_PAGE = 2 << 20
 def round_up(nbytes: int, multiple: int) -> int:
     """The least multiple of `multiple` that is at least `nbytes`."""
     return -(-nbytes // multiple) * multiple
+
+
+_REPEATED_S = 10.0
+"""How long what the kernel said is repeated."""
 
 
 class HostBuffer:
@@ -77,6 +82,21 @@ class HostBuffer:
     def close(self) -> None:
         """Let go of the memory; it returns to the system once the last tensor or view of it is gone too."""
         self._tensor = self._map = None
+
+
+class PagesWatch:
+    """Whether huge pages back a buffer, as of the last ten seconds: the kernel takes tens of milliseconds to tell."""
+
+    def __init__(self, buffer: HostBuffer) -> None:
+        self._buffer = buffer
+        self._told: tuple[float, bool] | None = None
+
+    @property
+    def huge(self) -> bool:
+        now = time.monotonic()
+        if self._told is None or now - self._told[0] > _REPEATED_S:
+            self._told = (now, self._buffer.huge_pages)
+        return self._told[1]
 
 
 def _ask_for_huge_pages(mapping: mmap.mmap, start: int, nbytes: int) -> None:

@@ -297,6 +297,7 @@ class PlaneCache:
             waiting = [stream for stream in self._streams if plane in stream.loading]
             if ticket.error is None:
                 self._stats.bytes_read += plane.nbytes
+                self._stats.prefetched_bytes += plane.nbytes if plane.ahead else 0
             else:
                 self._drop(plane)
                 if not waiting:

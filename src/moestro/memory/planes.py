@@ -35,8 +35,8 @@ class CacheStats:
     whose read had not begun when their layer asked for other experts. `evictions`: planes that left to
     make room; `wasted_prefetches`: of these, the prefetched ones that nothing had asked for. `stall_seconds`: time a
     consumer waited for data with no chain at hand; `late_stall_seconds`: of it, waits that ended with the arrival of a
-    plane whose read had been begun ahead. `bytes_read` counts the bytes of planes that arrived, `wasted_bytes` those of
-    wasted prefetches.
+    plane whose read had been begun ahead. `bytes_read` counts the bytes of planes that arrived, `prefetched_bytes`
+    those of planes that had been asked for ahead, `wasted_bytes` those of wasted prefetches.
     """
 
     hits: int = 0
@@ -48,6 +48,7 @@ class CacheStats:
     failed_prefetches: int = 0
     evictions: int = 0
     bytes_read: int = 0
+    prefetched_bytes: int = 0
     wasted_bytes: int = 0
     stall_seconds: float = 0.0
     late_stall_seconds: float = 0.0

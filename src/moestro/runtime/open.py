@@ -46,8 +46,8 @@ from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
 from moestro.runtime.shares import MemoryShares, most_arena_bytes
 from moestro.spans import Clock, Spans
+from moestro.store.folders import cache_folder
 from moestro.store.layout import Layout
-from moestro.store.locate import cache_folder
 from moestro.store.reader import Store
 
 

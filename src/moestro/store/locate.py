@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +12,7 @@ from moestro.errors import StoreError
 from moestro.store.checkpoint import Checkpoint
 from moestro.store.checksum import checksum, to_hex
 from moestro.store.fingerprint import fingerprint
+from moestro.store.folders import cache_folder
 from moestro.store.hub import download, is_hub_id
 from moestro.store.manifest import MANIFEST_NAME, VERSION, has_manifest
 from moestro.store.pack import PackProgress
@@ -25,11 +25,6 @@ Progress = Callable[[PackProgress], None]
 
 BUILT_IN = ("tiny-qwen3moe-28m",)
 """Models that come with moestro."""
-
-
-def cache_folder() -> Path:
-    """Where stores that were packed automatically are kept: `MOESTRO_CACHE`, or ~/.cache/moestro."""
-    return Path(os.environ.get("MOESTRO_CACHE") or Path.home() / ".cache" / "moestro")
 
 
 class Packer(Protocol):

@@ -1,0 +1,1 @@
+"""Asks servers over HTTP, moestro's or others that speak OpenAI's protocol: conversations, load."""

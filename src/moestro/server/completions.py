@@ -1,0 +1,132 @@
+"""`/v1/completions`: text goes on from where prompts end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from moestro.engine.events import Event
+from moestro.server.answers import Answers, Ask
+from moestro.server.desk import Desk, timings_json
+from moestro.server.errors import ApiError, json_response
+from moestro.server.fields import MOST_CHOICES, SamplingFields, TokenId
+from moestro.server.host import Serving
+from moestro.server.logprobs import CompletionLogprobs
+from moestro.server.sampling import choices_of, sampling_of
+from moestro.server.stream import EventStream, until_gone
+
+_DEFAULT_TOKENS = 16
+"""OpenAI's."""
+
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class CompletionRequest(SamplingFields):
+    """OpenAI's fields; `echo`, `suffix` and `best_of` only with the values that change nothing."""
+
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Most new tokens; 16 if left out.")
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+    best_of: Literal[1] | None = None
+
+
+def completions_router(desk: Desk) -> APIRouter:
+    """The endpoint."""
+    router = APIRouter()
+
+    @router.post("/v1/completions", response_model=None)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Go on from one or several prompts, each of them text or token ids."""
+        serving = desk.serving(body.model)
+        asks = await asyncio.to_thread(_asks, body, serving)
+        answers = desk.answers(serving)
+        writer = _Writer(desk.host.name, len(asks) * (body.n or 1), with_logprobs=body.logprobs is not None)
+        submitting = answers.submit(asks, priority=body.priority or 0, deadline_s=body.deadline_s)
+        try:
+            await until_gone(request, submitting)
+            if body.stream:
+                include_usage = bool(body.stream_options and body.stream_options.include_usage)
+                return EventStream(writer.stream(answers, include_usage=include_usage), leave=answers.cancel)
+            return json_response(await until_gone(request, writer.whole(answers)))
+        except BaseException:
+            answers.cancel()
+            raise
+
+    return router
+
+
+def _asks(body: CompletionRequest, serving: Serving) -> list[Ask]:
+    prompts = _prompts(body, serving)
+    if len(prompts) * (body.n or 1) > MOST_CHOICES:
+        raise ApiError(400, f"prompt and n ask for more than {MOST_CHOICES} answers at once.", param="n")
+    most = body.max_tokens or _DEFAULT_TOKENS
+    sampling = sampling_of(body, serving.defaults, max_tokens=most, logprobs=body.logprobs)
+    return [Ask(prompt, choices_of(sampling, body.n or 1)) for prompt in prompts]
+
+
+def _prompts(body: CompletionRequest, serving: Serving) -> list[list[int]]:
+    prompt: Any = body.prompt
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    found = [serving.llm.encode(one) for one in ([prompt] if single else prompt)]
+    if not all(found):
+        raise ApiError(400, "prompt is empty. Expected at least one character of text.", param="prompt")
+    return found
+
+
+class _Writer:
+    """Writes answers as OpenAI does."""
+
+    def __init__(self, model: str, choices: int, *, with_logprobs: bool) -> None:
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._logprobs = [CompletionLogprobs() if with_logprobs else None for _ in range(choices)]
+
+    async def stream(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+        async for index, event in answers.events():
+            if not event.text and not event.token_ids and event.finish_reason is None:
+                continue
+            yield self._head | {"choices": [self._choice(index, event)]}
+        tail = self._head | {"choices": [], "usage": answers.total.as_json(), "timings": timings_json(answers)}
+        if include_usage:
+            yield tail
+
+    async def whole(self, answers: Answers) -> dict[str, Any]:
+        choices: dict[int, dict[str, Any]] = {}
+        async for index, event in answers.events():
+            piece = self._choice(index, event)
+            if index not in choices:
+                choices[index] = piece
+                continue
+            so_far = choices[index]
+            so_far["text"] += piece["text"]
+            so_far["finish_reason"] = piece["finish_reason"]
+            if so_far["logprobs"] is not None:
+                for name, values in piece["logprobs"].items():
+                    so_far["logprobs"][name].extend(values)
+        return self._head | {
+            "choices": [choices[index] for index in sorted(choices)],
+            "usage": answers.total.as_json(),
+            "timings": timings_json(answers),
+        }
+
+    def _choice(self, index: int, event: Event) -> dict[str, Any]:
+        logprobs = self._logprobs[index]
+        return {
+            "index": index,
+            "text": event.text,
+            "logprobs": None if logprobs is None else logprobs.take(event.logprobs),
+            "finish_reason": event.finish_reason,
+        }
