@@ -150,7 +150,7 @@ class Shelf:
             self.buffer.tensor,
             level=level,
             experts=EXPERTS,
-            whole=whole,
+            know=whole,
         )
         chains = [tuple((0, expert, plane) for plane in range(len(sizes))) for expert in range(EXPERTS)]
         self.experts = RoutedExperts(planes, [self.layer], [chains], level=level)

@@ -67,8 +67,8 @@ class PlaneCache:
         self._loading: dict[PlaneKey, HeldPlane] = {}
         self._streams: list[PlaneStream] = []
         self._step = 0  # streams so far
-        self.drops = 0
-        """How many planes have lost their slots so far."""
+        self.on_gone: Callable[[PlaneKey], None] | None = None
+        """Is told of each plane that leaves its slot, before anything else is put there; must not block."""
         self.watch: Watch | None = None
         self._stats = CacheStats()
         self._loaded: Counter[int] = Counter()  # bytes loaded of late, by slot class
@@ -186,7 +186,7 @@ class PlaneCache:
         self._arena.free(plane.slot)
         plane.slot = slot
         self._planes.add(plane)
-        self.drops += 1  # whoever remembers where it was has to ask again
+        self._say_gone(plane.key)
 
     def _issue(
         self,
@@ -281,10 +281,14 @@ class PlaneCache:
         return True
 
     def _drop(self, plane: HeldPlane) -> None:
-        self.drops += 1
+        self._say_gone(plane.key)
         self._planes.remove(plane)
         self._arena.free(plane.slot)
         self._policy.on_evict(plane.key)
+
+    def _say_gone(self, key: PlaneKey) -> None:
+        if self.on_gone is not None:
+            self.on_gone(key)
 
     def _arrived(self, plane: HeldPlane, ticket: Ticket) -> None:
         """A read ended, well or not. Called in a thread of the engine."""

@@ -19,6 +19,7 @@ from moestro import _native
 from moestro.errors import PlaneReadError
 from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import ExpertSpec, Kernels
+from moestro.keys import PlaneKey
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.policy.observation import Routing
@@ -54,17 +55,17 @@ class LayerExperts(Protocol):
         """Write the unweighted output of each arrived group into its places of `out_PH`."""
         ...
 
-    def forget(self) -> None:
-        """Planes may have moved."""
+    def forget(self, expert: int | None = None) -> None:
+        """Planes of this expert (None: of any) are not where they were."""
         ...
 
 
 class RoutedExperts:
     """The experts of all layers over one plane cache.
 
-    Where the arena has room for every plane, planes stay where they once arrived, and layers know it: a few rows whose
-    planes are all known go past the cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have
-    just washed it out of the processor's caches. So may whoever is given `known`, if it says so (`count_known`).
+    Where nothing is read ahead, layers know where planes lie: a few rows whose planes are all in memory go past the
+    cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have just washed it out of the processor's
+    caches. So may whoever is given `known`, if it says so (`count_known`). Policies hear of the routing all the same.
 
     Attributes:
         counts_LE: rows routed to each expert so far.
@@ -74,7 +75,7 @@ class RoutedExperts:
         levels: chooses the levels of rows that need not be exact, if there is one.
         spans: where the time of all this goes; the whole model's, once it is open.
         order: says in which order they are read; None: as they are asked for.
-        known: by layer, experts that can be computed where they lie, as of the last `forget_moved`; None where not.
+        known: by layer, experts that can be computed where they lie; None where none ever can.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class RoutedExperts:
     ) -> None:
         assert len(layers) == len(chains)
         self.planes = planes
-        self._drops = planes.drops
+        planes.on_gone = self._gone
         self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
         self.seconds = 0.0
         self.foresight: LayerForesight | None = None
@@ -117,7 +118,6 @@ class RoutedExperts:
             with self.spans.within(Part.PYTHON, Event.LAYER, layer, len(index_TK)):
                 hidden_TH, index_TK = hidden_TH.contiguous(), index_TK.to(torch.int64).contiguous()
                 weights_TK = plain(weights_TK).to(torch.float32).contiguous()
-                self.forget_moved()
                 sum_TH = self._from_known(layer, hidden_TH, index_TK, weights_TK)
                 return self._streamed(layer, hidden_TH, index_TK, weights_TK, owners) if sum_TH is None else sum_TH
         finally:
@@ -132,20 +132,25 @@ class RoutedExperts:
             for one in self._layers:
                 one.forget()  # what is known is computed at the exact level
 
-    def forget_moved(self) -> None:
-        """To be called before `known` is used: planes that the cache has dropped are not known any more."""
-        if self.planes.drops != self._drops:
-            self._drops = self.planes.drops
-            for one in self._layers:
-                one.forget()
+    def _gone(self, key: PlaneKey) -> None:
+        layer, expert, _ = key
+        self._layers[layer].forget(expert)
 
-    def count_known(self, first: int, index_LTK: np.ndarray) -> None:
+    def count_known(self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray) -> None:
         """Count the rows of layers from number `first` on that have been computed from `known`."""
         layers, experts = len(index_LTK), self.counts_LE.shape[1]
         numbers = index_LTK.reshape(layers, -1) + experts * np.arange(layers)[:, None]
         counts_LE = np.bincount(numbers.ravel(), minlength=layers * experts).reshape(layers, experts)
         self.counts_LE[first : first + layers] += counts_LE
         self.planes.count_hits(int(np.count_nonzero(counts_LE)))
+        foresight = self.foresight
+        if foresight is not None:
+            self.spans.begin(Part.POLICY)
+            for layer, routed in enumerate(zip(index_LTK, weights_LTK, counts_LE, strict=True), start=first):
+                index_TK, weights_TK, counts_E = routed
+                counts_E = counts_E[: len(self.chains[layer])]
+                foresight.passed(Routing(layer, index_TK, weights_TK, foresight.requests, counts_E))
+            self.spans.end()
 
     def _from_known(
         self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -161,7 +166,7 @@ class RoutedExperts:
         self.spans.end(Event.KNOWN if computed else None, layer, rows)
         if not computed:
             return None
-        self.count_known(layer, index_TK.numpy()[None])
+        self.count_known(layer, index_TK.numpy()[None], weights_TK.numpy()[None])
         return sum_TH
 
     def _streamed(
@@ -233,7 +238,7 @@ class StreamedExperts:
 
     known: None = None
 
-    def forget(self) -> None:
+    def forget(self, expert: int | None = None) -> None:
         pass
 
 
@@ -262,12 +267,12 @@ class PackedExperts:
     """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
 
     def __init__(
-        self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int, whole: bool
+        self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int, know: bool
     ) -> None:
         self._kernels, self._spec, self._level = kernels, spec, level
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
-        self.known = kernels.known_experts(spec, self._known_EP, level) if whole else None
+        self.known = kernels.known_experts(spec, self._known_EP, level) if know else None
 
     def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
         base = self._arena
@@ -283,8 +288,8 @@ class PackedExperts:
         whole = [place for place, group in enumerate(groups) if rows.bits_of(group) == self._level]
         self._known_EP[[rows.expert_of(groups[place]) for place in whole]] = planes_JP[whole]
 
-    def forget(self) -> None:
-        self._known_EP[:] = 0
+    def forget(self, expert: int | None = None) -> None:
+        self._known_EP[slice(None) if expert is None else expert] = 0
 
 
 class PackedExpertsWithModule(StreamedExperts):
@@ -327,14 +332,14 @@ def open_experts(
     layouts: Sequence[Layout],
     level: int,
     arena: torch.Tensor,
-    whole: bool,
+    know: bool,
 ) -> RoutedExperts:
     """The experts of a model at a level.
 
     Args:
         layouts: of each MoE layer, up to the planes of `level`.
         arena: the bytes in which `planes` holds planes.
-        whole: whether they have room for all planes.
+        know: whether experts in memory are computed without asking `planes`, which then reads nothing ahead.
     """
     views = SlotViews(arena_bytes=arena, layouts=layouts)
     modules = [module for module in skeleton.model.modules() if is_experts_module(module)]
@@ -346,7 +351,7 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), whole=whole))
+            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), know=know))
     return RoutedExperts(planes, layers, chains, level=level)
 
 
@@ -358,16 +363,16 @@ def packed_layer(
     *,
     level: int,
     experts: int,
-    whole: bool,
+    know: bool = False,
 ) -> LayerExperts:
     """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`.
 
-    With `whole` the arena has room for all planes, so that it is worth knowing where they lie.
+    With `know` it remembers where planes lie, and forgets what it is told to.
     """
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
     if spec is not None:
-        return PackedExperts(kernels, spec, arena, level=level, experts=experts, whole=whole)
+        return PackedExperts(kernels, spec, arena, level=level, experts=experts, know=know)
     _say_once(type(module))
     return PackedExpertsWithModule(kernels, module, matrices, arena)
 

@@ -163,6 +163,10 @@ class LayerForesight:
         self._meter.routed(time.perf_counter())
         self._foresight.observe(routing)
 
+    def passed(self, routing: Routing) -> None:
+        """A layer has routed, and was computed from planes that nobody had to be asked for."""
+        self._foresight.observe(routing)
+
     def asked(self, layer: int, hidden_TH: torch.Tensor, *, reading: bool) -> None:
         """All planes of the layer, whose experts take `hidden_TH`, have been asked for: read ahead what is worth it."""
         if self._foresight.prefetcher is None:

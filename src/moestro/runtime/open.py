@@ -217,7 +217,7 @@ def _assemble(
         layouts=layouts,
         level=plan.level,
         arena=arena_buffer.tensor,
-        whole=whole,
+        know=foresight is None or foresight.prefetcher is None,
     )
     experts.spans = spans
     experts.order = ReadOrder(options.order, transfers)

@@ -79,7 +79,6 @@ class NativeForward:
         ids_LTK, weights_LTK = self.routing
         done, address = 0, 0
         while True:
-            experts.forget_moved()
             computed_s = decoder.experts_seconds
             spans.begin(Part.DENSE)
             reached = decoder.run(address)
@@ -87,7 +86,7 @@ class NativeForward:
             spans.give(Part.EXPERTS, computed_s)
             spans.end(Event.DENSE, done, reached, computed_s)
             if reached > done:
-                experts.count_known(done, ids_LTK[done:reached])
+                experts.count_known(done, ids_LTK[done:reached], weights_LTK[done:reached])
             if reached == len(ids_LTK):
                 break
             if self._replay is not None:
