@@ -23,16 +23,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 from moestro import LLM, SamplingParams
+from moestro.config import RuntimeOptions
 from moestro.memory import pages
 from moestro.memory.direct import FileReader
 from moestro.memory.pages import HostBuffer
 from moestro.memory.transfer import THREADS, TransferEngine
 from moestro.runtime import open as runtime_open
+from moestro.runtime.subject import Subject
 from moestro.store.reader import Store
 
 CONTEXT, PROMPT, LONG_PROMPT = 512, 32, 256
-OVERHEAD = 230 << 20
-"""About what KV cache, activations and staging take beside weights."""
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def _measure(store: Store, variant: str, options: dict[str, str], asked: argpars
     ]
     chain = sum(plane.nbytes for plane in planes)
     experts = chain * sum(layer.num_experts for layer in store.layers)
-    memory = store.dense_file.stat().st_size + int(asked.share * experts) + OVERHEAD
+    memory = Subject.of_store(store).plan(RuntimeOptions(context=CONTEXT)).bytes_for_experts(asked.share)
     with LLM(store.path, memory=memory, context=CONTEXT, **options) as llm:
         _decode(llm, asked, seed=0)  # touches the memory, fills the cache
         runs = [_decode(llm, asked, seed=run + 1) for run in range(asked.runs)]
