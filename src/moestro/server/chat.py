@@ -16,7 +16,7 @@ from starlette.responses import Response
 from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
 from moestro.server.desk import Desk, timings_json
-from moestro.server.errors import ApiError, json_response
+from moestro.server.errors import ApiError
 from moestro.server.fields import SamplingFields
 from moestro.server.guides import ResponseFormat, guide_of
 from moestro.server.host import Serving
@@ -24,7 +24,7 @@ from moestro.server.logprobs import chat_logprobs
 from moestro.server.messages import Message, for_template
 from moestro.server.parts import Kind, Marks, Part, Splitter
 from moestro.server.sampling import choices_of, sampling_of
-from moestro.server.stream import EventStream, until_gone
+from moestro.server.stream import reply
 from moestro.server.tools import Tool, marks_of, tools_for_template
 
 
@@ -74,16 +74,14 @@ def chat_router(desk: Desk) -> APIRouter:
         prepared = await asyncio.to_thread(prepare, body, serving)
         answers = desk.answers(serving)
         writer = ChatWriter(desk.host.name, prepared, with_logprobs=bool(body.logprobs))
-        try:
-            submitting = answers.submit([prepared.ask], priority=body.priority or 0, deadline_s=body.deadline_s)
-            await until_gone(request, submitting)
-            if body.stream:
-                include_usage = bool(body.stream_options and body.stream_options.include_usage)
-                return EventStream(writer.stream(answers, include_usage=include_usage), leave=answers.cancel)
-            return json_response(await until_gone(request, writer.whole(answers)))
-        except BaseException:
-            answers.cancel()
-            raise
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return await reply(
+            request,
+            answers.submit([prepared.ask], priority=body.priority or 0, deadline_s=body.deadline_s),
+            stream=writer.stream(answers, include_usage=include_usage) if body.stream else None,
+            whole=lambda: writer.whole(answers),
+            leave=answers.cancel,
+        )
 
     return router
 

@@ -15,12 +15,12 @@ from starlette.responses import Response
 from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
 from moestro.server.desk import Desk, timings_json
-from moestro.server.errors import ApiError, json_response
+from moestro.server.errors import ApiError
 from moestro.server.fields import MOST_CHOICES, SamplingFields, TokenId
 from moestro.server.host import Serving
 from moestro.server.logprobs import CompletionLogprobs
 from moestro.server.sampling import choices_of, sampling_of
-from moestro.server.stream import EventStream, until_gone
+from moestro.server.stream import reply
 
 _DEFAULT_TOKENS = 16
 """OpenAI's."""
@@ -50,16 +50,14 @@ def completions_router(desk: Desk) -> APIRouter:
         asks = await asyncio.to_thread(_asks, body, serving)
         answers = desk.answers(serving)
         writer = _Writer(desk.host.name, len(asks) * (body.n or 1), with_logprobs=body.logprobs is not None)
-        submitting = answers.submit(asks, priority=body.priority or 0, deadline_s=body.deadline_s)
-        try:
-            await until_gone(request, submitting)
-            if body.stream:
-                include_usage = bool(body.stream_options and body.stream_options.include_usage)
-                return EventStream(writer.stream(answers, include_usage=include_usage), leave=answers.cancel)
-            return json_response(await until_gone(request, writer.whole(answers)))
-        except BaseException:
-            answers.cancel()
-            raise
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return await reply(
+            request,
+            answers.submit(asks, priority=body.priority or 0, deadline_s=body.deadline_s),
+            stream=writer.stream(answers, include_usage=include_usage) if body.stream else None,
+            whole=lambda: writer.whole(answers),
+            leave=answers.cancel,
+        )
 
     return router
 

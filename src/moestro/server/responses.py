@@ -16,12 +16,11 @@ from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
 from moestro.server.chat import ChatRequest, prepare
 from moestro.server.desk import Desk
-from moestro.server.errors import json_response
 from moestro.server.fields import Fields
 from moestro.server.guides import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from moestro.server.host import Serving
 from moestro.server.messages import AssistantMessage, Message, SystemMessage, UserMessage
-from moestro.server.stream import EventStream, until_gone
+from moestro.server.stream import reply
 
 
 class InputPart(Fields):
@@ -89,14 +88,14 @@ def responses_router(desk: Desk) -> APIRouter:
         ask = await asyncio.to_thread(_ask, body, serving)
         answers = desk.answers(serving)
         writer = _Writer(desk.host.name, body)
-        try:
-            await until_gone(request, answers.submit([ask]))
-            if body.stream:
-                return EventStream(writer.stream(answers), leave=answers.cancel, named=True)
-            return json_response(await until_gone(request, writer.whole(answers)))
-        except BaseException:
-            answers.cancel()
-            raise
+        return await reply(
+            request,
+            answers.submit([ask]),
+            stream=writer.stream(answers) if body.stream else None,
+            whole=lambda: writer.whole(answers),
+            leave=answers.cancel,
+            named=True,
+        )
 
     return router
 

@@ -11,7 +11,7 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from moestro.server.errors import ApiError, to_json
+from moestro.server.errors import ApiError, json_response, to_json
 
 _LOG = logging.getLogger("moestro.server")
 
@@ -74,6 +74,29 @@ class EventStream(Response):
     def _event(self, chunk: dict[str, Any]) -> bytes:
         name = f"event: {chunk['type']}\n".encode("ascii") if self._named and "type" in chunk else b""
         return name + b"data: " + to_json(chunk) + b"\n\n"
+
+
+async def reply(
+    request: Request,
+    submitting: Awaitable[object],
+    *,
+    stream: AsyncIterator[dict[str, Any]] | None,
+    whole: Callable[[], Awaitable[dict[str, Any]]],
+    leave: Callable[[], None],
+    named: bool = False,
+) -> Response:
+    """What comes of a call once it is submitted: `stream` as events if there is one, else one object.
+
+    `leave` is called when the client goes, when anything fails, and at the end of a stream.
+    """
+    try:
+        await until_gone(request, submitting)
+        if stream is not None:
+            return EventStream(stream, leave=leave, named=named)
+        return json_response(await until_gone(request, whole()))
+    except BaseException:
+        leave()
+        raise
 
 
 async def until_gone(request: Request, work: Awaitable[T]) -> T:
