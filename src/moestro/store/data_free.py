@@ -12,8 +12,8 @@ import torch
 
 from moestro.quant import LEVELS, make_encoding
 from moestro.quant.encoding import Encoding
-from moestro.store.calibration_facts import CalibrationText, rounded
-from moestro.store.expert_work import ExpertWork, Findings
+from moestro.store.calibration_facts import rounded
+from moestro.store.expert_work import ExpertWork, Findings, WithoutText
 from moestro.store.pack_plan import PackPlan
 from moestro.store.workers import in_order
 from moestro.store.writer import EncodedExpert
@@ -21,21 +21,11 @@ from moestro.store.writer import EncodedExpert
 _Done = tuple[int, int, dict[str, torch.Tensor], EncodedExpert]
 
 
-class DataFree:
+class DataFree(WithoutText):
     """An `ExpertEncoder` that looks at no text."""
 
     def __init__(self, *, warnings: tuple[str, ...] = ()) -> None:
         self._warnings = warnings
-
-    @property
-    def text(self) -> CalibrationText | None:
-        """None."""
-        return None
-
-    def scratch_bytes(self, plan: PackPlan) -> int:
-        """None are needed."""
-        del plan
-        return 0
 
     def dense_units(self, plan: PackPlan) -> frozenset[int]:
         """None."""

@@ -46,6 +46,20 @@ class ExpertEncoder(Protocol):
         """
 
 
+class WithoutText:
+    """What encoders that look at no text have in common."""
+
+    @property
+    def text(self) -> CalibrationText | None:
+        """None."""
+        return None
+
+    def scratch_bytes(self, plan: PackPlan) -> int:
+        """None are needed."""
+        del plan
+        return 0
+
+
 class ExpertWork:
     """The experts of a pack under way: their original weights, and where their codes go."""
 

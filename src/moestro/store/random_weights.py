@@ -21,12 +21,12 @@ from moestro.hf.skeleton import Skeleton
 from moestro.quant import make_encoding
 from moestro.quant.random_codes import random_flat, random_regions
 from moestro.quant.tiles import HEADER
-from moestro.store.calibration_facts import CalibrationText, rounded
+from moestro.store.calibration_facts import rounded
 from moestro.store.checkpoint import Checkpoint, read_config
 from moestro.store.data_free import decoded, relative_error
 from moestro.store.dense_file import FLAT_BITS, DenseSpec
 from moestro.store.dtypes import TORCH_DTYPES, dtype_name
-from moestro.store.expert_work import ExpertWork, Findings
+from moestro.store.expert_work import ExpertWork, Findings, WithoutText
 from moestro.store.layout import Layout
 from moestro.store.pack_plan import PackPlan
 from moestro.store.quantised import SourceTensor
@@ -144,21 +144,11 @@ class RandomTensor(SourceTensor):
         return torch.from_numpy(values).mul_(self._sizes.deviation(self._name, self.shape))
 
 
-class RandomCodes:
+class RandomCodes(WithoutText):
     """An `ExpertEncoder` that draws codes instead of looking for them. Quantised dense matrices are drawn, too."""
 
     def __init__(self, skeleton: Skeleton, seed: int) -> None:
         self._skeleton, self._sizes, self._seed = skeleton, RandomSizes(skeleton), seed
-
-    @property
-    def text(self) -> CalibrationText | None:
-        """None."""
-        return None
-
-    def scratch_bytes(self, plan: PackPlan) -> int:
-        """None are needed."""
-        del plan
-        return 0
 
     def dense_units(self, plan: PackPlan) -> frozenset[int]:
         """Those that are quantised."""
