@@ -18,6 +18,7 @@ from moestro.memory.pages import PAGE, HostBuffer, round_up
 from moestro.quant.groups import group_size
 from moestro.runtime.dense import PackedMatrix
 from moestro.runtime.slots import DTYPES
+from moestro.store.checksum import checksum_range
 from moestro.store.reader import DenseTensor, Store
 
 _CHUNK = 8 << 20
@@ -64,18 +65,10 @@ def _wanted(size: int, left: Collection[DenseTensor]) -> Iterator[tuple[int, int
 
 
 def _checksum_on_disk(file: Path, tensor: DenseTensor) -> int:
-    digest, chunk = xxhash.xxh3_64(), bytearray(1 << 20)
     with file.open("rb", buffering=0) as opened:
-        opened.seek(tensor.offset)
-        left = tensor.nbytes
-        while left:
-            count = opened.readinto(memoryview(chunk)[: min(left, len(chunk))])
-            if not count:
-                raise EOFError(f"the file ends before byte {tensor.offset + tensor.nbytes}")
-            digest.update(memoryview(chunk)[:count])
-            left -= count
+        found = checksum_range(opened.fileno(), tensor.offset, tensor.nbytes)
         os.posix_fadvise(opened.fileno(), tensor.offset, tensor.nbytes, os.POSIX_FADV_DONTNEED)
-    return digest.intdigest()
+    return found
 
 
 def _fill(file: Path, buffer: HostBuffer, start: int, size: int, reader: FileReader) -> None:
