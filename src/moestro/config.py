@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from moestro.errors import BudgetError, PackError, RequestError, ServeError, TraceError
-from moestro.options import check_types, option
+from moestro.options import check_least, check_types, option
 from moestro.sampling import Guide, SamplingParams
 
 __all__ = [
@@ -95,9 +95,7 @@ class SimulateOptions:
             raise TraceError("Give either --slots (experts of each layer) or --memory (bytes of experts).")
         if self.slots and not all(one.strip().isdecimal() and int(one) for one in self.slots.split(",")):
             raise TraceError(f"slots is {self.slots!r}, expected whole numbers from 1 on, apart by commas: 4,8,16.")
-        for name, value, least in (("concurrency", self.concurrency, 1), ("timed_tokens", self.timed_tokens, 0)):
-            if value < least:
-                raise TraceError(f"{name} is {value}, expected a whole number of at least {least}.")
+        check_least(self, TraceError, concurrency=1, timed_tokens=0)
         if not 0 <= self.compute < 1e6:
             raise TraceError(f"compute is {self.compute}, expected seconds of at least 0.")
         for name, chosen, known in (("prefetch", self.prefetch, ("on", "off")), ("fit", self.fit, ("half", "none"))):
@@ -125,10 +123,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         check_types(self, RequestError)
-        least = {"prompt_tokens": 1, "gen_tokens": 1, "repeat": 1, "warmup": 0, "concurrency": 1, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise RequestError(f"{name} is {getattr(self, name)}, expected a whole number of at least {bound}.")
+        check_least(self, RequestError, prompt_tokens=1, gen_tokens=1, repeat=1, warmup=0, concurrency=1, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +154,7 @@ class ServeOptions:
         check_types(self, ServeError)
         if not 0 <= self.port < 2**16:
             raise ServeError(f"port is {self.port}, expected a whole number from 0 to 65535.")
-        for name in ("max_concurrency", "max_queue"):
-            if getattr(self, name) < 0:
-                raise ServeError(f"{name} is {getattr(self, name)}, expected a whole number of at least 0.")
+        check_least(self, ServeError, max_concurrency=0, max_queue=0)
         if self.drain < 1:
             raise ServeError(f"drain is {self.drain}, expected whole seconds of at least 1.")
         if self.api_key and self.api_key_file:
@@ -183,8 +176,7 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         check_types(self, RequestError)
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}, expected a whole number of at least 1.")
+        check_least(self, RequestError, max_tokens=1)
         if self.temperature != -1 and not 0 <= self.temperature <= 100:
             raise RequestError(f"temperature is {self.temperature}, expected a number from 0 to 100, or -1.")
         if not -1 <= self.seed < 2**63:
@@ -212,9 +204,7 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         check_types(self, RequestError)
-        for name in ("requests", "concurrency", "prompt_tokens", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} is {getattr(self, name)}, expected a whole number of at least 1.")
+        check_least(self, RequestError, requests=1, concurrency=1, prompt_tokens=1, max_tokens=1)
         for name in ("rate", "seed", "temperature", "ttft_slo", "itl_slo", "timeout"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise RequestError(f"{name} is {getattr(self, name)}, expected a number of at least 0.")

@@ -17,6 +17,13 @@ def option(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, **extra})
 
 
+def check_least(options: Any, error: type[MoestroError], **least: int) -> None:
+    """Raise `error` for a field of a whole number that is less than it may be."""
+    for name, bound in least.items():
+        if getattr(options, name) < bound:
+            raise error(f"{name} is {getattr(options, name)}, expected a whole number of at least {bound}.")
+
+
 def check_types(options: Any, error: type[MoestroError]) -> None:
     """Raise `error` for a field whose value is not of the type it is declared with (a whole number may be a float)."""
     for one in fields(options):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moestro.errors import RequestError
-from moestro.options import check_types, option
+from moestro.options import check_least, check_types, option
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
@@ -100,8 +100,7 @@ class SamplingParams:
         check_types(self, RequestError)
         self._put(stop=_texts(self.stop), stop_token_ids=_ids("stop_token_ids", self.stop_token_ids))
         self._put(logit_bias=_biases(self.logit_bias), guide=Guide.of(self.guide))
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens}, expected a whole number of at least 1.")
+        check_least(self, RequestError, max_tokens=1)
         if not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"top_p is {self.top_p}, expected a number above 0 and at most 1.")
         if self.top_k < 0:
