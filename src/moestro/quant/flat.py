@@ -1,4 +1,4 @@
-"""Plain codes of 8 or 4 bits, for dense matrices: a scale and a middle per group, no planes.
+"""Plain codes of 8 or 4 bits, for dense matrices, of 4, 2 or 1 for deltas: a scale and a middle per group, no planes.
 
 Shapes: N rows (outputs), K columns (inputs), both padded inside.
 """
@@ -13,10 +13,15 @@ from moestro.quant.grid import Grid, spread, unit_for
 from moestro.quant.groups import group_size, groups, padded_columns, padded_rows
 from moestro.quant.hessian import compensation, importance
 from moestro.quant.rounding import Rule, round_compensated
-from moestro.quant.tiles import BITS4, BITS8, HEADER, code_bytes, pack_scaled, unpack_scaled
+from moestro.quant.tiles import BITS1, BITS2, BITS4, BITS8, HEADER, code_bytes, pack_scaled, unpack_scaled
 
-FORMS = {4: BITS4, 8: BITS8}
-_SHRINKS = {4: tuple(1.0 - 0.04 * step for step in range(10)), 8: (1.0,)}
+FORMS = {1: BITS1, 2: BITS2, 4: BITS4, 8: BITS8}
+_SHRINKS = {
+    1: tuple(1.0 - 0.04 * step for step in range(24)),
+    2: tuple(1.0 - 0.04 * step for step in range(20)),
+    4: tuple(1.0 - 0.04 * step for step in range(10)),
+    8: (1.0,),
+}
 _SWEEPS = 2
 
 _ROWS = 4096
