@@ -46,6 +46,11 @@ class RuntimeOptions:
         "How it is given up: ledger, gate, sensitivity, learned, fixed; auto: ledger if errors are known, else gate.",
     )
     order: str = option("auto", "In which order a layer's experts are read: auto (hebf), arrival, hebf or johnson.")
+    admit: str = option(
+        "auto",
+        "Who starts when a place is free: arrival (first come), alike (whose prompt shares most tokens with those that "
+        "run, who then share experts); auto: alike where not all experts fit in memory.",
+    )
     prefix_cache: bool = option(
         True, "Keep what was computed for the beginnings of requests while the KV cache has room, for others like them."
     )
@@ -63,6 +68,8 @@ class RuntimeOptions:
         check_types(self, BudgetError)
         if self.prefetch not in ("on", "off"):
             raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
+        if self.admit not in ("auto", "arrival", "alike"):
+            raise RequestError(f"admit is {self.admit!r}, expected auto, arrival or alike.")
         if self.learn not in ("auto", "on", "off"):
             raise RequestError(f"learn is {self.learn!r}, expected auto, on or off.")
 

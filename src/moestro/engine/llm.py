@@ -94,6 +94,7 @@ class LLM:
             level_policy=self._model.level_policy,
             prefix_cache=self.options.prefix_cache,
             shares=self._model.shares,
+            alike=self.options.admit == "alike" or (self.options.admit == "auto" and not self.plan.whole),
         )
         self._load_s = time.perf_counter() - started
 

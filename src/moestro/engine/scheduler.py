@@ -12,17 +12,18 @@ from moestro.runtime.batch import PackedBatch, Segment
 
 
 class Scheduler:
-    """Who runs. A request starts when its whole KV room is free, so that it can never starve midway.
+    """Who runs. A request starts when its whole KV room is free, so that it can never starve midway. With `alike` those
+    start together whose prompts share tokens, and so experts.
 
     One that waits may take the place of one that runs and has a lower rank (a higher `priority`), once at most for each
     that gives way: what it has computed so far is kept as long as there is room, and computed again otherwise.
     """
 
-    def __init__(self, *, prefixes: Prefixes, max_sequences: int, step_rows: int) -> None:
+    def __init__(self, *, prefixes: Prefixes, max_sequences: int, step_rows: int, alike: bool = False) -> None:
         self._prefixes = prefixes
         self._max_sequences = max_sequences
         self._step_rows = step_rows
-        self._waiting = WaitingLine()
+        self._waiting = WaitingLine(alike=alike)
         self._running: list[Sequence] = []
 
     @property
@@ -86,7 +87,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting:
-            first = self._waiting.first()
+            first = self._waiting.first(self._running)
             if self._prefixes.is_coming(first, self._running):
                 return
             if len(self._running) == self._max_sequences and not self._make_way(first):

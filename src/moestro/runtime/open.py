@@ -180,11 +180,10 @@ def _assemble(
     arena_bytes: int,
 ) -> OpenModel:
     chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
-    whole = plan.arena_bytes >= plan.whole_arena_bytes
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
     foresight, history, gates = None, None, None
-    if not whole:
+    if not plan.whole:
         most = max(layer.num_experts for layer in store.layers)
         shape = Shape(len(store.layers), most, max(probed.experts_per_token))
         history = open_history(options, chosen, store, shape)
