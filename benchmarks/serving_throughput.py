@@ -51,7 +51,7 @@ def main() -> None:
                     _moestro(given, limit, floor, max(clients)) if name == "moestro" else _llama(given, max(clients))
                 )
                 evict(*([given.gguf] if name != "moestro" else [one for one in given.store.iterdir() if one.is_file()]))
-                with _running(command, limit) as server:
+                with running(command, limit) as (server, _):
                     _ask(server, given, clients=4, per_client=1)
                     for count in clients:
                         found = _ask(server, given, clients=count, per_client=given.per_client)
@@ -92,7 +92,8 @@ def _llama(given: argparse.Namespace, clients: int) -> list[str]:
 
 
 @contextmanager
-def _running(command: list[str], limit: int | None) -> Iterator[Connection]:
+def running(command: list[str], limit: int | None) -> Iterator[tuple[Connection, subprocess.Popen[bytes]]]:
+    """A server, once it is ready, within so many bytes; `{port}` in its command becomes a free one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -103,7 +104,7 @@ def _running(command: list[str], limit: int | None) -> Iterator[Connection]:
         try:
             server = Connection(f"http://127.0.0.1:{port}", timeout_s=START_S)
             _wait(server, process, log)
-            yield server
+            yield server, process
         finally:
             process.terminate()
             process.wait(60)
