@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from moestro.memory.pages import PAGE
 
@@ -27,6 +27,18 @@ def preadv(descriptor: int, destinations: Sequence[memoryview], offset: int) -> 
     return os.preadv(descriptor, destinations, offset)
 
 
+class KeptFile(PosixPath):
+    """A file that is what it was when it was opened, whatever becomes of its name: no other is equal to it.
+
+    `FileReader.keep` makes them.
+    """
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
     descriptor: int
@@ -39,7 +51,7 @@ class FileReader:
 
     def __init__(self, read_at: ReadAt = preadv) -> None:
         self._read_at = read_at
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # files may be let go of by whoever drops the last mention of them
         self._files: dict[Path, _OpenFile] = {}
         self._replaced: list[int] = []
         self._buffered_devices: set[int] = set()
@@ -79,6 +91,22 @@ class FileReader:
         if not opened.direct:
             os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
         return count == wanted
+
+    def keep(self, file: Path) -> KeptFile:
+        """Open the file now: reads of what is returned find its bytes also when it has been replaced or deleted.
+
+        Raises OSError when it cannot be opened.
+        """
+        kept = KeptFile(file)
+        self._open(kept)
+        return kept
+
+    def let_go(self, file: KeptFile) -> None:
+        """Close a file that was kept; no read of it may be under way. Nothing happens after `close`."""
+        with self._lock:
+            opened = self._files.pop(file, None)
+            if opened is not None:
+                os.close(opened.descriptor)
 
     def close(self) -> None:
         """Close all files; no read may be under way."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +18,25 @@ from moestro.policy.observation import RequestRows
 from moestro.runtime.kv import BLOCK_ROWS, RowAddress
 
 
+BASE = -1
+"""In the place of a variant's number: none."""
+
+
+class Run(NamedTuple):
+    """Rows `first` to `end` (not included) of a step run on the variant of this number."""
+
+    variant: int
+    first: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Segment:
     """One sequence's share of a step: its new tokens, where they start, its KV blocks, whether logits are wanted.
 
     `request` is the request's number, by which traces know it; `decode` says that its new token is of the answer;
-    `budget` are the nats that each of its tokens may lose to lower levels, 0 for none.
+    `budget` are the nats that each of its tokens may lose to lower levels, 0 for none; `variant` is the number of the
+    variant that it runs on, `BASE` for none.
     """
 
     request: int
@@ -32,6 +46,7 @@ class Segment:
     wants_logits: bool
     decode: bool = False
     budget: float = 0.0
+    variant: int = BASE
 
     @property
     def end(self) -> int:
@@ -40,7 +55,9 @@ class Segment:
 
 
 class PackedBatch:
-    """`segments` back to back: rows of segment i follow those of segment i - 1.
+    """`segments` back to back: rows of segment i follow those of segment i - 1. Those of a variant are neighbours.
+
+    `runs` are the rows of variants, in ascending order; others are the base's.
 
     `every_row`: all rows of segments that want logits get them, not the last row alone.
     """
@@ -51,6 +68,7 @@ class PackedBatch:
         self.segments = tuple(segments)
         lengths = [len(segment.token_ids) for segment in segments]
         self.rows = sum(lengths)
+        self.runs = _runs(segments, lengths)
         self.token_ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
         positions_T = np.concatenate([np.arange(segment.start, segment.end) for segment in segments])
         sequence_T = np.repeat(np.arange(len(segments)), lengths)
@@ -59,6 +77,7 @@ class PackedBatch:
         self.position32_T = torch.from_numpy(positions_T.astype(np.int32))
         self.block_table_SM = _block_table(segments)
         self.new_rows = _row_address(self.block_table_SM.numpy(), sequence_T, positions_T)
+        self.every_row = every_row
         ends = np.cumsum(lengths)
         self.logit_rows = torch.tensor(
             [
@@ -100,6 +119,20 @@ class PackedBatch:
         for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             table[index, :length] = np.arange(start, start + length)
         return torch.from_numpy(table)
+
+
+def _runs(segments: Sequence[Segment], lengths: Sequence[int]) -> tuple[Run, ...]:
+    if all(segment.variant == BASE for segment in segments):
+        return ()
+    runs: list[Run] = []
+    end = 0
+    for segment, length in zip(segments, lengths, strict=True):
+        first, end = end, end + length
+        if runs and runs[-1].variant == segment.variant:
+            first = runs.pop().first
+        runs.append(Run(segment.variant, first, end))
+    assert len({run.variant for run in runs}) == len(runs), "segments of a variant are not neighbours"
+    return tuple(run for run in runs if run.variant != BASE)
 
 
 def _block_table(segments: Sequence[Segment]) -> torch.Tensor:

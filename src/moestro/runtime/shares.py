@@ -43,7 +43,8 @@ class MemoryShares:
     ) -> None:
         self._planes, self._arena_buffer, self._kv, self._kv_buffer = planes, arena_buffer, kv, kv_buffer
         self._plan = plan
-        self._withheld = 0
+        self._withheld = self._lent = 0
+        self._beyond = False
         self._most_arena = most_arena_bytes(plan)
         self.least_blocks = least_kv_blocks(plan)
         # Finer steps would not free an extent.
@@ -66,6 +67,33 @@ class MemoryShares:
         """The number of bytes as it is now."""
         return self._plan.memory_bytes - self._withheld
 
+    @property
+    def lent_bytes(self) -> int:
+        """What variants have."""
+        return self._lent
+
+    def left_for_planes(self, lent_bytes: int) -> int:
+        """What experts can rely on while variants have so much: KV blocks may then need all that they can come to."""
+        plan = self._plan
+        return min(plan.memory_bytes - self._withheld - plan.fixed_bytes - lent_bytes, self._arena_buffer.nbytes)
+
+    def lend(self, lent_bytes: int) -> None:
+        """Take so much from the experts, in all, for whatever else. Also what is given back is theirs, between steps.
+
+        From the first time on experts may have more than the plan gave them, where the memory has more: planes of
+        variants are none of the plan's.
+        """
+        assert self.left_for_planes(lent_bytes) > 0, lent_bytes
+        self._lent, self._beyond = lent_bytes, True
+        self.refit()
+
+    def refit(self) -> None:
+        """Give experts what is theirs now, after the arena has been cut anew, too."""
+        before = self._planes.nbytes
+        self._planes.resize(self._arena_beside(self._kv.limit))
+        if self._planes.nbytes < before:
+            self._arena_buffer.release(self._planes.nbytes)
+
     def resize(self, memory_bytes: int) -> None:
         """Make the number of bytes another one, at most the one that the model was opened with.
 
@@ -76,17 +104,15 @@ class MemoryShares:
         """
         plan = self._plan
         # Of the arena whole extents can be used: up to one of them is lost.
-        least = min(plan.fixed_bytes + _least_arena_bytes(plan) + plan.extent_bytes, plan.memory_bytes)
+        least = plan.fixed_bytes + self._lent + _least_arena_bytes(plan) + self._planes.extent_bytes
+        least = min(least, plan.memory_bytes)
         if not least <= memory_bytes <= plan.memory_bytes:
             raise BudgetError(
                 f"The memory cannot be made {format_bytes(memory_bytes)} ({memory_bytes} bytes) while the model is "
                 f"open. Expected {least} to {plan.memory_bytes} bytes, which it was opened with; open it anew for more."
             )
         self._withheld = plan.memory_bytes - memory_bytes
-        before = self._planes.nbytes
-        self._planes.resize(self._arena_beside(self._kv.limit))
-        if self._planes.nbytes < before:
-            self._arena_buffer.release(self._planes.nbytes)
+        self.refit()
 
     def give_kv(self, blocks: int) -> None:
         """Let KV have `blocks` blocks, or a few more: those in use are all below. The experts get the rest."""
@@ -109,5 +135,7 @@ class MemoryShares:
         plan, kv = self._plan, self._kv
         taken = min(round_up(kv_blocks * kv.block_bytes, HUGE_PAGE), plan.kv_bytes)
         most = self._most_arena if self.trades else plan.arena_bytes
-        left = plan.memory_bytes - self._withheld - plan.fixed_bytes + plan.kv_bytes
+        if self._beyond:
+            most = self._arena_buffer.nbytes
+        left = plan.memory_bytes - self._withheld - self._lent - plan.fixed_bytes + plan.kv_bytes
         return min(most, left - taken)
