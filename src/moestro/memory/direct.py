@@ -66,16 +66,11 @@ class FileReader:
 
         Raises OSError when the file cannot be opened or read, EOFError when it ends too early.
         """
-        opened = self._open(file)
-        try:
-            self._fill(opened, offset, destination)
-        except OSError as error:
-            if not opened.direct or error.errno not in REFUSED:
-                raise
-            opened = self._fall_back(file, opened)
-            self._fill(opened, offset, destination)
-        if not opened.direct:
-            os.posix_fadvise(opened.descriptor, offset, len(destination), os.POSIX_FADV_DONTNEED)
+        self._read(file, offset, destination, len(destination))
+
+    def read_to_end(self, file: Path, size: int, destination: memoryview) -> None:
+        """Fill the first `size` bytes, all that the file has; aligned as in `read`, where `size` need not be."""
+        self._read(file, 0, destination, size)
 
     def read_together(self, file: Path, offset: int, destinations: Sequence[memoryview]) -> bool:
         """Fill these, one after another, from `offset` on in one system call; aligned as in `read`.
@@ -116,8 +111,20 @@ class FileReader:
             self._files.clear()
             self._replaced.clear()
 
-    def _fill(self, opened: _OpenFile, offset: int, destination: memoryview) -> None:
-        filled, wanted = 0, len(destination)
+    def _read(self, file: Path, offset: int, destination: memoryview, wanted: int) -> None:
+        opened = self._open(file)
+        try:
+            self._fill(opened, offset, destination, wanted)
+        except OSError as error:
+            if not opened.direct or error.errno not in REFUSED:
+                raise
+            opened = self._fall_back(file, opened)
+            self._fill(opened, offset, destination, wanted)
+        if not opened.direct:
+            os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
+
+    def _fill(self, opened: _OpenFile, offset: int, destination: memoryview, wanted: int) -> None:
+        filled = 0
         while filled < wanted:
             try:
                 count = self._read_at(opened.descriptor, [destination[filled:]], offset + filled)

@@ -62,7 +62,8 @@ class PlaneCache:
         self._buffer = buffer
         self._engine = engine
         self._policy = policy
-        self._locate = locate
+        self.locate = locate
+        """Where a plane lies on disk."""
         self._planes = Planes(arena)
         self._loading: dict[PlaneKey, HeldPlane] = {}
         self._streams: list[PlaneStream] = []
@@ -122,7 +123,7 @@ class PlaneCache:
             with self._engine.together():
                 for key in wanted:
                     if key not in self._planes.by_key:
-                        if self._issue(key, self._locate(key), urgent=False, keep=wanted) is None:
+                        if self._issue(key, self.locate(key), urgent=False, keep=wanted) is None:
                             break
                         issued += 1
             self._stats.prefetches += issued

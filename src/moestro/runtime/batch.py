@@ -5,10 +5,10 @@ Shapes: T rows (tokens) of the batch, S sequences in it, M blocks of the longest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -55,9 +55,9 @@ class Segment:
 
 
 class PackedBatch:
-    """`segments` back to back: rows of segment i follow those of segment i - 1. Those of a variant are neighbours.
+    """`segments` back to back: rows of segment i follow those of segment i - 1. They ascend by variant.
 
-    `runs` are the rows of variants, in ascending order; others are the base's.
+    `runs` are the rows of variants; those before them are the base's.
 
     `every_row`: all rows of segments that want logits get them, not the last row alone.
     """
@@ -77,7 +77,6 @@ class PackedBatch:
         self.position32_T = torch.from_numpy(positions_T.astype(np.int32))
         self.block_table_SM = _block_table(segments)
         self.new_rows = _row_address(self.block_table_SM.numpy(), sequence_T, positions_T)
-        self.every_row = every_row
         ends = np.cumsum(lengths)
         self.logit_rows = torch.tensor(
             [
@@ -88,6 +87,15 @@ class PackedBatch:
             ],
             dtype=torch.int64,
         )
+
+    def parts(self) -> Iterator[PackedBatch]:
+        """The rows of the base and of each variant, as steps of their own, with the logits that they want here."""
+        end = 0
+        for _, some in groupby(self.segments, key=lambda segment: segment.variant):
+            part = PackedBatch(tuple(some))
+            first, end = end, end + part.rows
+            part.logit_rows = self.logit_rows[(self.logit_rows >= first) & (self.logit_rows < end)] - first
+            yield part
 
     def requests_of(self, rows: np.ndarray) -> frozenset[int]:
         """The requests that own these rows."""
@@ -131,7 +139,7 @@ def _runs(segments: Sequence[Segment], lengths: Sequence[int]) -> tuple[Run, ...
         if runs and runs[-1].variant == segment.variant:
             first = runs.pop().first
         runs.append(Run(segment.variant, first, end))
-    assert len({run.variant for run in runs}) == len(runs), "segments of a variant are not neighbours"
+    assert [run.variant for run in runs] == sorted({run.variant for run in runs}), "segments are not by variant"
     return tuple(run for run in runs if run.variant != BASE)
 
 

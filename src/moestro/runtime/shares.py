@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from moestro.errors import BudgetError
 from moestro.memory.budget import format_bytes
-from moestro.memory.pages import HUGE_PAGE, HostBuffer, round_up
+from moestro.memory.pages import HUGE_PAGE, PAGE, HostBuffer, round_up
 from moestro.memory.plane_cache import PlaneCache
 from moestro.runtime.kv import KVPool, blocks_for
 from moestro.runtime.plan import Plan
+
+_MOST_TIMES = 16
+"""So many times the base's planes are the most that planes of variants are ever given."""
 
 
 def least_kv_blocks(plan: Plan) -> int:
@@ -28,6 +31,15 @@ def most_arena_bytes(plan: Plan) -> int:
     most = min(plan.whole_arena_bytes, plan.arena_bytes + max(0, spare))
     affords_one = plan.arena_bytes - plan.extent_bytes >= _least_arena_bytes(plan)
     return most if affords_one and most - plan.arena_bytes >= 2 * plan.extent_bytes else plan.arena_bytes
+
+
+def reserved_arena_bytes(plan: Plan, arena_bytes: int) -> int:
+    """Addresses for the arena, of which `arena_bytes` are used at first: where the whole model is in memory and there
+    is more, variants may have that."""
+    more = plan.memory_bytes - plan.fixed_bytes - arena_bytes
+    if more < max(2 * plan.extent_bytes, HUGE_PAGE):
+        return arena_bytes
+    return min(arena_bytes + more, _MOST_TIMES * round_up(arena_bytes, plan.extent_bytes)) // PAGE * PAGE
 
 
 def _least_arena_bytes(plan: Plan) -> int:
@@ -134,8 +146,8 @@ class MemoryShares:
         """The experts' bytes when so many KV blocks may be used."""
         plan, kv = self._plan, self._kv
         taken = min(round_up(kv_blocks * kv.block_bytes, HUGE_PAGE), plan.kv_bytes)
-        most = self._most_arena if self.trades else plan.arena_bytes
-        if self._beyond:
-            most = self._arena_buffer.nbytes
+        most = self._arena_buffer.nbytes
+        if not self._beyond:
+            most = self._most_arena if self.trades else min(most, round_up(plan.arena_bytes, plan.extent_bytes))
         left = plan.memory_bytes - self._withheld - self._lent - plan.fixed_bytes + plan.kv_bytes
         return min(most, left - taken)
