@@ -1,8 +1,8 @@
 """How an expert's plane is named everywhere: (layer, expert, plane).
 
 `layer` counts the MoE layers only, from 0; `expert` counts inside the layer; `plane` is the position in the expert's
-chain, 0 being the base. From `FIRST_DELTA` on it is what a variant adds to the expert: `FIRST_DELTA` plus the number that
-the runtime knows the variant by.
+chain, 0 being the base. From `FIRST_DELTA` on it is what a variant adds to the expert: `FIRST_DELTA` plus the number
+that the runtime knows the variant by.
 """
 
 from __future__ import annotations

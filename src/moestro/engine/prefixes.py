@@ -3,7 +3,8 @@
 A full block holds the rows of 16 tokens that follow certain others, computed by a certain variant of the model at a
 certain quality. Its name is the block before it, these two and those tokens: requests that begin with the same tokens
 find the same chain of blocks, and no two different ones can be taken for each other. An exact request never finds rows
-that are not exact. (A pool belongs to a model that is open at one level.) Blocks that are not full belong to one request alone.
+that are not exact. (A pool belongs to a model that is open at one level.) Blocks that are not full belong to one
+request alone.
 """
 
 from __future__ import annotations

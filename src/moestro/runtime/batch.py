@@ -17,7 +17,6 @@ import torch
 from moestro.policy.observation import RequestRows
 from moestro.runtime.kv import BLOCK_ROWS, RowAddress
 
-
 BASE = -1
 """In the place of a variant's number: none."""
 

@@ -69,7 +69,7 @@ class StepDeltas:
     def arrived(
         self, rows: Grouping, batch: Sequence[tuple[int, tuple[int, ...]]]
     ) -> tuple[list[tuple[int, tuple[int, ...]]], Pieces]:
-        """Of (place among the groups in use, offsets): (group, offsets of the base's planes), and the groups' pieces."""
+        """Of (place among the groups in use, offsets): (group, offsets of the base's planes), and groups' pieces."""
         arrived, pieces = [], []
         for place, offsets in batch:
             group, base = rows.used[place], self._base[place]

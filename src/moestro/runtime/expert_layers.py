@@ -1,7 +1,7 @@
 """How the experts of one layer are computed from planes that have arrived: raw, packed, or with transformers' function.
 
-Shapes: R rows of a group, J groups that arrived, H hidden, I expert width, G = I or 2I, P places of the output, E experts
-of the layer.
+Shapes: T rows of the batch, R rows of a group, J groups that arrived, H hidden, I expert width, G = I or 2I, P places
+of the output (with E: planes of a chain), E experts of the layer.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class RawExperts(StreamedExperts):
         out_PH: torch.Tensor,
         pieces: Pieces | None = None,
     ) -> None:
-        for (group, (offset,)), some in zip(arrived, pieces or repeat(())):
+        for (group, (offset,)), some in zip(arrived, pieces or repeat(()), strict=False):
             views = self._views.at(self._layer, offset)
             hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
             output_RH = expert_mlp(self._kernels, self._module, views, hidden_RH, some)
@@ -137,7 +137,7 @@ class PackedExpertsWithModule(StreamedExperts):
         pieces: Pieces | None = None,
     ) -> None:
         matrices = self._matrices
-        for (group, offsets), some in zip(arrived, pieces or repeat(())):
+        for (group, offsets), some in zip(arrived, pieces or repeat(()), strict=False):
             planes, level = tuple(self._bytes.data_ptr() + offset for offset in offsets), rows.bits_of(group)
             hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
             up_bias = self._bias(matrices.up_bias, offsets[0], matrices.up.rows)

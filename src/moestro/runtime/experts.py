@@ -267,5 +267,3 @@ def open_experts(
         else:
             layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), know=know))
     return RoutedExperts(planes, layers, chains, level=level)
-
-

@@ -80,8 +80,8 @@ class Grouping:
         return np.concatenate([self.rows_of(group) for group in range(first, first + len(self._bits))])
 
     def stretches(self, bounds: Ints) -> Iterator[tuple[int, int, int, int]]:
-        """(group, number, first, end): rows `first` to `end` of a group, whose rows of the batch lie from `bounds[number]`
-        to the next bound. Rows before the first bound are in none; bounds ascend."""
+        """(group, number, first, end): rows `first` to `end` of a group are rows of the batch from `bounds[number]` to
+        the next bound. Bounds ascend, and rows before the first of them are left out."""
         total = int(self._ends_G[-1])
         number_P = np.searchsorted(bounds, self._places_P[:total] // self._per_row, side="right") - 1
         group_P = np.repeat(np.arange(len(self._counts_G)), self._counts_G)

@@ -6,7 +6,6 @@ Shapes: T rows of the batch, S rows whose logits are wanted, H hidden or heads, 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +53,8 @@ class ModelRunner:
         kernels: Kernels,
         kv: KVPool,
         experts: RoutedExperts,
+        variants: Variants,
         native: NativeForward | None = None,
-        variants: Variants | None = None,
     ) -> None:
         self.stats = RunnerStats()
         self.recorder: Recorder | None = None
@@ -109,7 +108,7 @@ class ModelRunner:
             self._experts.foresight.step(batch.request_rows)
         if self._replay is not None:
             self._replay.begin(batch.segments)
-        self._experts.step(batch, None if self.variants is None else self.variants.deltas(batch))
+        self._experts.step(batch, self.variants.deltas(batch))
         self.spans.end(Event.BEGIN)
         try:
             if self.native is not None and variant == BASE:
@@ -134,8 +133,8 @@ class ModelRunner:
         return "general" if self.native is None else "native"
 
     def _general_forward(self, batch: PackedBatch, variant: int) -> torch.Tensor:
-        dressed = nullcontext() if self.variants is None else self.variants.wearing(variant)
-        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL), dressed:
+        wearing = self.variants.wearing(variant)
+        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL), wearing:
             output = self._model(
                 input_ids=batch.token_ids_T.unsqueeze(0),
                 position_ids=batch.positions_T.unsqueeze(0),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -45,8 +45,8 @@ class DenseParts:
         except (OSError, EOFError) as error:
             self._buffer.close()
             raise PlaneReadError(
-                f"The dense parts of the variant {stored.name} in {stored.dense_file} could not be read: {error}. Check "
-                "the disk, then remove the variant and add it again."
+                f"The dense parts of the variant {stored.name} in {stored.dense_file} could not be read: {error}. "
+                "Check the disk, then remove the variant and add it again."
             ) from error
         try:
             self._check(stored)
@@ -91,7 +91,7 @@ def parts_bytes(stored: StoredVariant) -> int:
 class _Place(NamedTuple):
     """Where a module keeps a tensor."""
 
-    holder: dict[str, torch.Tensor | None]
+    holder: dict[str, Any]
     leaf: str
 
 
