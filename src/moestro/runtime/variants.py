@@ -242,14 +242,20 @@ class Variants:
 
     def _fit(self, staying: Collection[OpenVariant], running: Collection[OpenVariant]) -> bool:
         """Whether there is room for dense parts of all that stay, and for an expert with the deltas of all that run."""
+        return self._extent_for(staying, running) is not None
+
+    def _extent_for(self, staying: Collection[OpenVariant], running: Collection[OpenVariant]) -> int | None:
+        """The first of the sizes that extents may have with which there is room; None where there is none."""
         left = self._shares.left_for_planes(self._lent(staying))
-        return any(left // extent * extent >= self._least(running, extent) for extent in self._extents(staying))
+        fitting = (one for one in self._extents(staying) if left // one * one >= self._least(running, one))
+        return next(fitting, None)
 
     def _extents(self, staying: Collection[OpenVariant]) -> list[int]:
-        """The sizes that extents may have: what they are, if planes fit into them; what they would best be."""
+        """The sizes that extents may have: what they are, if planes fit into them; what they would best be; the least,
+        with which an arena of a few planes does."""
         sizes = self._sizes(staying)
         now = self._planes.extent_bytes
-        return [*([now] if sizes[-1] <= now else []), extent_bytes_for(sizes)]
+        return [*([now] if sizes[-1] <= now else []), extent_bytes_for(sizes), sizes[-1]]
 
     def _sizes(self, staying: Collection[OpenVariant]) -> list[int]:
         """Of all planes, ascending."""
@@ -269,14 +275,12 @@ class Variants:
 
     def _cut_for(self, staying: Collection[OpenVariant], running: Collection[OpenVariant]) -> None:
         """Have slots for the planes of all that stay, in other extents if need be."""
-        sizes, now = self._sizes(staying), self._planes.extent_bytes
-        left = self._shares.left_for_planes(self._lent(staying))
-        if sizes[-1] > now or left // now * now < self._least(running, now):
-            self._planes.recut(extent_bytes_for(sizes), sizes)
-            return
+        sizes, extent = self._sizes(staying), self._extent_for(staying, running)
+        assert extent is not None
+        if extent != self._planes.extent_bytes:
+            self._planes.recut(extent, sizes)
         for size in sizes:
-            if size not in self._planes.slot_sizes:
-                self._planes.serve_planes_of(size)
+            self._planes.serve_planes_of(size)
 
     def _tell_idle(self) -> None:
         if self._eviction is not None:
