@@ -43,9 +43,7 @@ def open_store(
 class Feed:
     """Feeds token ids to a runner in chunks of the test's choosing and returns logits of every fed row."""
 
-    def __init__(
-        self, opened: OpenModel, *, every_row: bool = True, variants: Mapping[int, str] | None = None
-    ) -> None:
+    def __init__(self, opened: OpenModel, *, every_row: bool = True, variants: Mapping[int, str] | None = None) -> None:
         """`every_row` false leaves it at the logits of each request's last row, as serving does. `variants` are those
         of requests that are not the base's."""
         self._runner = opened.runner
@@ -80,9 +78,7 @@ class Feed:
         return dict(zip(tokens, logits.split([len(ids) for ids in tokens.values()]), strict=True))
 
 
-def logits_of(
-    opened: OpenModel, token_ids: Sequence[int], chunk: int | None = None, variant: str = ""
-) -> torch.Tensor:
+def logits_of(opened: OpenModel, token_ids: Sequence[int], chunk: int | None = None, variant: str = "") -> torch.Tensor:
     """Logits [T, V] of one sequence fed in chunks of `chunk` tokens (None: at once), to the base or a variant."""
     feed = Feed(opened, variants={0: variant} if variant else None)
     size = chunk or len(token_ids)

@@ -41,12 +41,16 @@ class Family:
 
 def make_family(folder: Path, family: str = "qwen3_moe", *, raw: bool) -> Family:
     """A random model, packed."""
-    checkpoint = base_checkpoint(folder / "base", family)
+    return pack_family(base_checkpoint(folder / "base", family), folder / "store", raw=raw)
+
+
+def pack_family(checkpoint: Path, store: Path, *, raw: bool) -> Family:
+    """That of a checkpoint."""
     if raw:
-        pack_raw(checkpoint, folder / "store")
+        pack_raw(checkpoint, store)
     else:
-        pack(checkpoint, folder / "store", options=NESTED)
-    return Family(folder / "store", checkpoint)
+        pack(checkpoint, store, options=NESTED)
+    return Family(store, checkpoint)
 
 
 def variant_model(store: Store, name: str, level: int) -> PreTrainedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ NAMES = ("ada", "bob", "cleo")
 MORE = 512 << 10
 """Beside what the base takes: dense parts of three variants, and slots for planes of another size."""
 
-# A tied embedding and norms in heads; biases, sinks and an activation of its own; a routing correction, latent attention.
+# A tied embedding, norms in heads; biases, sinks, an activation of its own; a routing correction, latent attention.
 KINDS = ["qwen3_moe-nested", "qwen3_moe-raw", "gpt_oss-nested", "gpt_oss-raw", "deepseek_v3-nested", "olmoe-raw"]
 
 
@@ -68,9 +67,7 @@ def test_neighbours_and_memory_change_no_bit(
     family: Family, alone: dict[str, Logits], native: bool, share: float
 ) -> None:
     more = MORE if share < 1 else 32 << 20
-    with open_store(
-        family.store, share=share, native=native, more_bytes=more, threads=2, max_sequences=8
-    ) as opened:
+    with open_store(family.store, share=share, native=native, more_bytes=more, threads=2, max_sequences=8) as opened:
         variants = {0: "ada", 1: "bob", 3: "ada", 4: "cleo"}
         feed = Feed(opened, variants=variants)
         first = feed.step({0: LONG[:40], 1: SHORT, 2: LONG[:7], 3: SHORT[:1], 4: LONG[:1]})
