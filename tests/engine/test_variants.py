@@ -102,9 +102,9 @@ def _least_for(store: Path, variant: str, **more: str) -> int:
     with pytest.raises(BudgetError) as refused:
         LLM(store, memory="1MiB", **OPENED, **more)
     least = int(re.findall(r"\((\d+) bytes\)", str(refused.value))[0])
-    with LLM(store, memory=least, **OPENED, **more) as llm:
-        with pytest.raises(BudgetError, match=f"variant {variant}") as refused:
-            llm.generate(PROMPTS[0], GREEDY, variant=variant)
+    opened = LLM(store, memory=least, **OPENED, **more)
+    with opened, pytest.raises(BudgetError, match=f"variant {variant}") as refused:
+        opened.generate(PROMPTS[0], GREEDY, variant=variant)
     return int(re.findall(r"\((\d+) bytes\)", str(refused.value))[0])
 
 
