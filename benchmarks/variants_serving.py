@@ -45,7 +45,9 @@ def _batches(llm: LLM, given: argparse.Namespace, at_once: int, variants: list[s
         f"{len(variants)} variants": variants,
         f"{len(variants)} variants and base": ["", *variants],
     }
-    prompts = [[(7 * number + 3 * place) % 4000 + 1 for place in range(given.prompt_tokens)] for number in range(at_once)]
+    prompts = [
+        [(7 * number + 3 * place) % 4000 + 1 for place in range(given.prompt_tokens)] for number in range(at_once)
+    ]
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(given.rounds + 1):
         for name, among in ways.items():
@@ -66,7 +68,7 @@ def _switching(llm: LLM, given: argparse.Namespace, variants: list[str]) -> None
         for name in variants:
             llm.generate([1], SamplingParams(max_tokens=1))
             found["base, in memory"].append(_first(llm, ""))
-            llm.release_variants()
+            llm.flush()
             evict(*(one for one in variant_folder(Path(given.store), name).iterdir() if one.is_file()))
             found["variant, on disk"].append(_first(llm, name))
             found["variant, in memory"].append(_first(llm, name))
