@@ -267,6 +267,11 @@ class LLM:
         """
         return self._open.runner.held()
 
+    def flush(self) -> None:
+        """Forget every expert in memory, every kept prefix and every variant. Nothing may be running."""
+        assert not self._engine.busy, "flush() while requests run"
+        self._engine.forget()
+
     def variants(self) -> tuple[str, ...]:
         """The names of the store's variants, as they are now. Any thread may ask."""
         return self._open.variants.names()
