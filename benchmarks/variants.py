@@ -19,7 +19,7 @@ import fnmatch
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ from moestro.store.variant_file import StoredVariant, list_variants, open_varian
 from moestro.variants.add import add_variant
 
 State = dict[str, torch.Tensor]
+
+SPOKEN = ("me-switch 2 bit, channels", "me-switch 4 bit, channels")
+"""Settings whose greedy answers are kept, on the base at its exact level."""
+
+PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 2, 32, 40
 
 
 def settings(steps: int) -> dict[str, VariantOptions]:
@@ -98,13 +103,22 @@ class Judge:
         return total / count
 
     @torch.inference_mode()
-    def answer(self, state: State, prompt: str, tokens: int) -> str:
-        """A greedy continuation."""
+    def answers(self, state: State, text: Path) -> list[list[str]]:
+        """Prompts out of the text, each with the greedy continuation."""
         self.model.load_state_dict(state, strict=False)
         self.model.tie_weights()
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-        made = self.model.generate(ids, max_new_tokens=tokens, do_sample=False)
-        return str(self.tokenizer.decode(made[0, ids.shape[1] :]))
+        windows = self.windows(text)
+        found = []
+        for place in range(PROMPTS):
+            prompt = windows[(2 * place + 1) * len(windows) // (2 * PROMPTS), :PROMPT_TOKENS].unsqueeze(0)
+            made = self.model.generate(prompt, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            found.append(
+                [
+                    str(self.tokenizer.decode(part))
+                    for part in made[0].split([PROMPT_TOKENS, len(made[0]) - PROMPT_TOKENS])
+                ]
+            )
+        return found
 
 
 def store_state(store: Store, level: int) -> State:
@@ -259,9 +273,12 @@ class Bench:
         if "base" not in results:
             packed = pack(Path(tuned.checkpoint), self._arguments.stores / tuned.name, options=PackOptions())
             results["base"] = [self._judge.loss(state, tuned.text) for state in (raw, level)]
-            results["full"] = [
-                self._judge.loss(state, tuned.text) for state in (theirs, store_state(packed, self._level))
-            ]
+            theirs_level = store_state(packed, self._level)
+            results["full"] = [self._judge.loss(state, tuned.text) for state in (theirs, theirs_level)]
+            results["answers"] = {
+                "base": self._judge.answers(level, tuned.text),
+                "fine-tune": self._judge.answers(theirs_level, tuned.text),
+            }
             self._save()
         for name in left:
             started = time.monotonic()
@@ -273,12 +290,12 @@ class Bench:
             losses = [self._judge.loss(applied(base, added, placed), tuned.text) for base in (raw, level)]
             results["settings"][name] = {"loss": losses, "bytes": nbytes, "share": nbytes / self._whole}
             results["settings"][name]["seconds"] = round(seconds, 1)
+            if name in SPOKEN:
+                results.setdefault("answers", {})[name] = self._judge.answers(applied(level, added, placed), tuned.text)
             self._save()
             print(f"{tuned.name}: {name}: {losses[0]:.4f} {losses[1]:.4f}, {seconds:.0f} s", flush=True)
 
     def _variant(self, tuned: Tuned, name: str, options: VariantOptions) -> tuple[State, State, int]:
-        from dataclasses import replace
-
         if options.calibration and not name.endswith("sample text"):
             options = replace(options, calibrate=str(tuned.calibrate))
         for old in list_variants(self._raw.path):

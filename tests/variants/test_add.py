@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from families import FAMILIES
 from fine_tunes import Tensors, base_checkpoint, edited, fine_tune
 from moestro.config import PackOptions, VariantOptions
 from moestro.errors import CheckpointError, MoestroError, VariantError
@@ -46,10 +45,8 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "glm4_moe", "olmoe"])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("family", "bits"), [("qwen3_moe", 2), ("gpt_oss", 4), ("glm4_moe", 2), ("olmoe", 4)])
 def test_a_variant_holds_the_difference(family: str, bits: int, tmp_path: Path) -> None:
-    assert family in FAMILIES
     base = base_checkpoint(tmp_path / "base", family, torch.float32)
     tuned = fine_tune(base, tmp_path / "tuned")
     store = pack_raw(base, tmp_path / "store")

@@ -27,7 +27,7 @@ from moestro.variants.distill import distill
 from moestro.variants.encode import Codes, Encoder, Files
 from moestro.variants.inputs import follow
 from moestro.variants.plan import VariantPlan, plan_variant
-from moestro.variants.text import calibration_text
+from moestro.variants.text import VariantText, calibration_text
 from moestro.variants.weights import CheckpointWeights, Weights, open_base
 from moestro.variants.writer import VariantFacts, VariantWriter, refuse_taken
 
@@ -77,15 +77,16 @@ def add_variant(
         theirs = CheckpointWeights(_open(folder, ours), skeleton)
         stack.callback(theirs.close)
         _refuse_extra(ours, theirs, checkpoint)
+        text = calibration_text(store, options)
         models = _Models(store, skeleton, ours, theirs)
         steps = _Steps(_numbers_bytes(skeleton), options.distill_steps, progress)
         changes = find_changes(
             store, skeleton, ours, theirs, name=checkpoint, progress=partial(steps.add, stage="comparing")
         )
         plan = plan_variant(store, skeleton, changes, Roles.of(skeleton, store.manifest.dtype), options)
-        facts = VariantFacts(fingerprint(theirs.checkpoint), _name_of(folder))
+        facts = VariantFacts(fingerprint(theirs.checkpoint), _name_of(folder), warnings=text.warnings)
         try:
-            _write(models, name, plan, facts, steps)
+            _write(models, name, plan, text, facts, steps)
         except OSError as error:
             raise VariantError(
                 f"The variant {name} could not be written to {store.path}: {error.strerror or error}. Nothing has "
@@ -124,10 +125,10 @@ class _Steps:
             self._progress(PackProgress(min(self._done, self._total), self._total, stage))
 
 
-def _write(models: _Models, name: str, plan: VariantPlan, facts: VariantFacts, steps: _Steps) -> None:
+def _write(
+    models: _Models, name: str, plan: VariantPlan, text: VariantText, facts: VariantFacts, steps: _Steps
+) -> None:
     options, store = plan.options, models.store
-    text = calibration_text(store, options)
-    facts = replace(facts, warnings=text.warnings)
     with VariantWriter(store, name, plan) as writer:
         codes, files = Codes(), Files(models.skeleton, plan, writer)
         sink = codes if options.distill_steps else files

@@ -30,6 +30,9 @@ from moestro.variants.weights import Weights
 _RATE = 0.01
 """The highest learning rate, in steps of a code; it comes up over a tenth of the steps and falls along a cosine."""
 
+_SMALL = 4_000_000
+"""Models of so few parameters gain nothing from a second thread."""
+
 _WARM_UP = 0.1
 _BATCH_TOKENS = 1024
 _WINDOW = 256
@@ -59,7 +62,7 @@ def distill(
     model.set_experts_implementation("eager")
     model.set_attn_implementation("eager")
     before = torch.get_num_threads()
-    torch.set_num_threads(worker_count())
+    torch.set_num_threads(worker_count() if sum(one.numel() for one in state.values()) > _SMALL else 1)
     try:
         _learn(model, state, matrices, windows, plan.options.distill_steps, report)
     finally:
