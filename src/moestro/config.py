@@ -218,7 +218,7 @@ LEVELS = (2, 3, 4, 8)
 RAW = "raw"
 ENCODING_NAMES = ("nested", "signs")
 DENSE_BITS = (4, 8, 16)
-VARIANT_METHODS = ("me-switch",)
+VARIANT_METHODS = ("me-switch", "bitdelta")
 DELTA_BITS = (1, 2, 4)
 
 
@@ -318,6 +318,11 @@ class VariantOptions:
     bits: int = option(2, "Bits of the codes of differences: 1, 2 or 4 (bitdelta: 1).")
     dense_delta_bits: int = option(0, "Bits for matrices that are not experts': 1, 2 or 4 (0: as many as for experts).")
     salient: float = option(0.02, "Share of a matrix's input channels that are kept in 16 bits, at least 2 of them.")
+    calibration: bool = option(True, "Run the fine-tune over a text to find the codes that keep its outputs.")
+    calibrate: str = option(
+        "", "Text file to calibrate on, best of the fine-tune's domain (empty: the shipped sample)."
+    )
+    distill_steps: int = option(0, "Steps in which the whole model learns the sizes of codes from the fine-tune.")
 
     def __post_init__(self) -> None:
         check_types(self, VariantError)
@@ -331,6 +336,24 @@ class VariantOptions:
             )
         if not 0 <= self.salient <= 1:
             raise VariantError(f"salient is {self.salient}, expected a share from 0 to 1, such as 0.02.")
+        check_least(self, VariantError, distill_steps=0)
+        if self.calibrate and not self.calibration:
+            raise VariantError(
+                f"calibrate is {self.calibrate!r}, which has no effect while calibration is off. Leave one of them out."
+            )
+        if self.distill_steps and not self.calibration:
+            raise VariantError(
+                f"distill_steps is {self.distill_steps}, and calibration is off: steps need a text. Leave one out."
+            )
+        if self.is_bitdelta and (self.bits_of_dense, self.bits, self.kept_share) != (1, 1, 0.0):
+            raise VariantError(
+                "method is 'bitdelta', which has 1 bit and keeps no channels: give bits 1 and salient 0."
+            )
+
+    @property
+    def is_bitdelta(self) -> bool:
+        """Whether all codes are signs, of one size for a matrix."""
+        return self.method == "bitdelta"
 
     @property
     def bits_of_dense(self) -> int:

@@ -82,6 +82,23 @@ def fit_codes(
     return with_exact_values(parts, delta_NK, bits)
 
 
+def signs_of(delta_NK: torch.Tensor) -> DeltaParts:
+    """BitDelta (arXiv 2402.10193): the signs of values and one size for all of them, the mean of theirs."""
+    rows, columns = delta_NK.shape
+    unit = unit_for(delta_NK)
+    size = 2 * float(delta_NK.abs().mean()) / unit
+    shape = (rows, groups(columns))
+    return DeltaParts(
+        (delta_NK >= 0).to(torch.uint8),
+        torch.full(shape, size, dtype=torch.float16),
+        torch.zeros(shape, dtype=torch.float16),
+        unit,
+        torch.empty(0, dtype=torch.int32),
+        torch.empty((0, rows), dtype=torch.float16),
+        None,
+    )
+
+
 def with_exact_values(parts: DeltaParts, delta_NK: torch.Tensor, bits: int) -> DeltaParts:
     """The same codes, the values of kept channels being what the codes leave over."""
     kept_C = parts.kept_C.long()

@@ -87,7 +87,7 @@ def check_finite(values: torch.Tensor, name: str) -> None:
     if bad:
         raise NotFiniteError(
             f"Tensor {name} holds {bad} value(s) that are NaN or infinite, which cannot be quantised. Download or copy "
-            "the checkpoint again; `--levels raw` packs the weights as they are."
+            "the checkpoint again; `moestro pack --levels raw` keeps weights as they are."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import torch
 from moestro.config import VariantOptions
 from moestro.errors import VariantError
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
-from moestro.quant.delta_codes import pack_delta
 from moestro.store.checkpoint import Checkpoint
 from moestro.store.fingerprint import fingerprint
 from moestro.store.locate import locate_source
@@ -21,14 +20,19 @@ from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
 from moestro.store.variant_file import StoredVariant, open_variant
 from moestro.store.workers import in_order, one_torch_thread
+from moestro.variants.adapter import AdaptedCheckpoint, is_adapter
 from moestro.variants.changes import Roles, find_changes
 from moestro.variants.checks import check_config, check_tokenizer
-from moestro.variants.encode import encode_delta
-from moestro.variants.plan import VariantPlan, matrix_names, plan_variant
+from moestro.variants.distill import distill
+from moestro.variants.encode import Codes, Encoder, Files
+from moestro.variants.inputs import follow
+from moestro.variants.plan import VariantPlan, plan_variant
+from moestro.variants.text import VariantText, calibration_text
 from moestro.variants.weights import CheckpointWeights, Weights, open_base
 from moestro.variants.writer import VariantFacts, VariantWriter, refuse_taken
 
-_Regions = dict[str, torch.Tensor | None]
+_STEPS_OF_A_READING = 20
+"""About so many steps of distillation take as long as finding all codes."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,10 @@ def add_variant(
     options: VariantOptions | None = None,
     progress: Callable[[PackProgress], None] | None = None,
 ) -> StoredVariant:
-    """Make the fine-tune in `checkpoint` the variant `name` of the store.
+    """Make the fine-tune in `checkpoint` (or a LoRA adapter in PEFT's format) the variant `name` of the store.
 
-    Memory: an expert or a dense matrix of both models at a time for each worker, and what fits its codes.
+    Memory: an expert or a dense matrix of both models at a time for each worker, and what fits its codes; with a text
+    besides what `variants/inputs.py` says, with distillation what `variants/distill.py` says.
 
     Raises:
         VariantError: the name cannot be taken; `checkpoint` is no fine-tune of the store's base, or that is not found.
@@ -60,25 +65,28 @@ def add_variant(
     """
     options = options or VariantOptions()
     refuse_taken(store, name)
-    skeleton = build_skeleton(config_from_dict(store.config_dict))
-    folder = locate_source(checkpoint)
+    skeleton = _skeleton(store)
+    folder = Path(checkpoint).expanduser()
+    folder = folder if is_adapter(folder) else locate_source(checkpoint)
     with ExitStack() as stack, one_torch_thread():
-        check_config(store, folder, checkpoint)
         check_tokenizer(store, folder, checkpoint)
+        if not is_adapter(folder):
+            check_config(store, folder, checkpoint)
         ours = open_base(store, base, skeleton)
         stack.callback(ours.close)
-        theirs = CheckpointWeights(Checkpoint(folder), skeleton)
+        theirs = CheckpointWeights(_open(folder, ours), skeleton)
         stack.callback(theirs.close)
         _refuse_extra(ours, theirs, checkpoint)
+        text = calibration_text(store, options)
         models = _Models(store, skeleton, ours, theirs)
-        steps = _Steps(_numbers_bytes(skeleton), progress)
+        steps = _Steps(_numbers_bytes(skeleton), options.distill_steps, progress)
         changes = find_changes(
             store, skeleton, ours, theirs, name=checkpoint, progress=partial(steps.add, stage="comparing")
         )
         plan = plan_variant(store, skeleton, changes, Roles.of(skeleton, store.manifest.dtype), options)
-        facts = VariantFacts(fingerprint(theirs.checkpoint), _name_of(folder))
+        facts = VariantFacts(fingerprint(theirs.checkpoint), _name_of(folder), warnings=text.warnings)
         try:
-            _write(models, name, plan, facts, steps)
+            _write(models, name, plan, text, facts, steps)
         except OSError as error:
             raise VariantError(
                 f"The variant {name} could not be written to {store.path}: {error.strerror or error}. Nothing has "
@@ -87,62 +95,67 @@ def add_variant(
     return open_variant(store, name)
 
 
+def _open(folder: Path, base: Weights) -> Checkpoint:
+    """The fine-tune's checkpoint; an adapter's is that of its base with the adapter added."""
+    if not is_adapter(folder):
+        return Checkpoint(folder)
+    if base.checkpoint is None:
+        raise VariantError(
+            f"{folder} is an adapter, which is added to the checkpoint of its base, and that is not to be found. Give "
+            "it with --base."
+        )
+    return AdaptedCheckpoint(base.checkpoint.folder, folder)
+
+
 class _Steps:
-    """Progress over both readings of the fine-tune."""
+    """Progress over both readings of the fine-tune, and steps of learning, which count as a share of it each."""
 
-    def __init__(self, nbytes: int, progress: Callable[[PackProgress], None] | None) -> None:
-        self._done, self._total, self._progress = 0, 2 * nbytes, progress
+    def __init__(self, nbytes: int, steps: int, progress: Callable[[PackProgress], None] | None) -> None:
+        self._step = nbytes // _STEPS_OF_A_READING
+        self._done, self._total, self._progress = 0, 2 * nbytes + steps * self._step, progress
 
-    def add(self, nbytes: int, *, stage: str) -> None:
+    def learned(self, stage: str) -> None:
+        """One step more has been done."""
+        self.add(self._step, stage)
+
+    def add(self, nbytes: int, stage: str) -> None:
         """So many bytes more have been worked on."""
         self._done += nbytes
         if self._progress:
             self._progress(PackProgress(min(self._done, self._total), self._total, stage))
 
 
-def _write(models: _Models, name: str, plan: VariantPlan, facts: VariantFacts, steps: _Steps) -> None:
-    with VariantWriter(models.store, name, plan) as writer:
-        for layer, expert, regions in in_order(_expert_jobs(models, plan)):
-            writer.write_expert(layer, expert, regions["up"], regions["down"])
-            steps.add(_expert_bytes(models.skeleton, layer), stage=f"experts of layer {layer + 1}")
-        for name_, region in plan.deltas.items():
-            delta_NK = models.tuned.dense(name_).float() - models.base.dense(name_).float()
-            bias = plan.bias_of.get(name_)
-            bias_N = None if bias is None else models.tuned.dense(bias).float() - models.base.dense(bias).float()
-            writer.write_delta(name_, pack_delta(encode_delta(delta_NK, region, bias_N), region))
-            steps.add(2 * delta_NK.numel(), stage="dense weights")
-        for name_ in plan.replacements:
-            writer.write_replacement(name_, models.tuned.dense(name_))
+def _write(
+    models: _Models, name: str, plan: VariantPlan, text: VariantText, facts: VariantFacts, steps: _Steps
+) -> None:
+    options, store = plan.options, models.store
+    with VariantWriter(store, name, plan) as writer:
+        codes, files = Codes(), Files(models.skeleton, plan, writer)
+        sink = codes if options.distill_steps else files
+        encoder = Encoder(models.skeleton, plan, models.base, models.tuned, sink, steps.add)
+        if text.windows is None or options.is_bitdelta:
+            _without_text(models, plan, encoder)
+        else:
+            follow(_skeleton(store), models.tuned, list(plan.deltas), text.windows.sequences, encoder)
+        encoder.rest_of_dense()
+        if text.windows is not None and options.distill_steps:
+            distill(models.skeleton, plan, models.base, models.tuned, codes, text.windows.sequences, steps.learned)
+            codes.pass_on(files)
+        if text.windows is not None and (options.distill_steps or not options.is_bitdelta):
+            facts = replace(facts, text=text.facts, tokens=text.windows.tokens, distilled=options.distill_steps)
+        for one in plan.replacements:
+            writer.write_replacement(one, models.tuned.dense(one))
         writer.finish(facts)
 
 
-def _expert_jobs(models: _Models, plan: VariantPlan) -> Iterator[Callable[[], tuple[int, int, _Regions]]]:
-    for layer, experts in enumerate(plan.experts):
-        for expert in experts:
-            ours, theirs = models.base.expert(layer, expert), models.tuned.expert(layer, expert)
-            yield partial(_encode_expert, models.skeleton, plan, layer, expert, ours, theirs)
+def _without_text(models: _Models, plan: VariantPlan, encoder: Encoder) -> None:
+    def jobs() -> Iterator[Callable[[], Callable[[], None]]]:
+        for layer, experts in enumerate(plan.experts):
+            for expert in experts:
+                yield partial(encoder.expert, layer, expert, models.tuned.expert(layer, expert), (None, None))
 
-
-def _encode_expert(
-    skeleton: Skeleton,
-    plan: VariantPlan,
-    layer: int,
-    expert: int,
-    ours: dict[str, torch.Tensor],
-    theirs: dict[str, torch.Tensor],
-) -> tuple[int, int, _Regions]:
-    spec = plan.layers[layer]
-    assert spec is not None
-    found: _Regions = {}
-    for role, region, name in zip(
-        ("up", "down"), (spec.up, spec.down), matrix_names(skeleton.expert_layers[layer]), strict=True
-    ):
-        if region is None:
-            found[role] = None
-            continue
-        bias_N = theirs[f"{name}_bias"] - ours[f"{name}_bias"] if region.bias else None
-        found[role] = pack_delta(encode_delta(theirs[name] - ours[name], region, bias_N), region)
-    return layer, expert, found
+    for hand_on in in_order(jobs()):
+        hand_on()
 
 
 def _refuse_extra(ours: Weights, theirs: CheckpointWeights, name: str) -> None:
@@ -155,6 +168,10 @@ def _refuse_extra(ours: Weights, theirs: CheckpointWeights, name: str) -> None:
             f"{name} has tensors that the model has no place for: {', '.join(extra[:3])}{more}. Expected a fine-tune "
             "with the tensors of its base; merge adapters into the weights, or give the adapter's own folder."
         )
+
+
+def _skeleton(store: Store) -> Skeleton:
+    return build_skeleton(config_from_dict(store.config_dict))
 
 
 def _numbers_bytes(skeleton: Skeleton) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +21,9 @@ from moestro.store.origin import read_origin
 from moestro.store.pack_plan import PackPlan, plan_pack
 from moestro.store.reader import Store
 from moestro.store.sources import SourceReader
+
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers' converters, which both models share, keep what they convert in themselves."""
 
 
 class Weights(Protocol):
@@ -67,11 +72,17 @@ class CheckpointWeights:
 
     def expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """See `Weights`."""
-        return self._reader.finite_expert(self.plan.expert_of(self.plan.expert_unit(layer, expert)))
+        with _ONE_AT_A_TIME:
+            return self._reader.finite_expert(self.plan.expert_of(self.plan.expert_unit(layer, expert)))
 
     def dense(self, name: str) -> torch.Tensor:
         """See `Weights`."""
-        return self._reader.dense(self._dense[name])
+        with _ONE_AT_A_TIME:
+            return self._reader.dense(self._dense[name])
+
+    def dense_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that is not an expert's, by name, in the type in which a raw store would hold it."""
+        return self._reader.raw_dense()
 
     def close(self) -> None:
         """Close all files."""
