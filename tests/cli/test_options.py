@@ -71,6 +71,7 @@ OTHER = {
     "level_policy": "gate",
     "prefix_cache": False,
     "lend_kv": False,
+    "variant": "spanish",
     "auto_pack": False,
     "max_tokens": 11,
     "temperature": 0.25,

@@ -132,3 +132,19 @@ def test_commands_name_variants(family: Family, expected: dict[tuple[str, str], 
     found = [json.loads(one.stdout)["loss"] for one in losses]
 
     assert found[1] == found[2] != found[0]
+
+
+def test_lines_of_a_file_name_variants(family: Family, expected: dict[tuple[str, str], str], tmp_path: Path) -> None:
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": PROMPTS[0], "ignore_eos": True} | ({"variant": name} if name else {}) for name in NAMES]
+    asked.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--max-tokens", "12", "--memory", "60MiB", "--context", "256"]
+    done = run("generate", family.store, "--prompt-file", asked, "--out", out, *flags)
+    assert done.exit_code == 0, done.stderr
+    texts = [json.loads(line)["text"] for line in out.read_text().splitlines()]
+    assert texts == [expected[name, PROMPTS[0]] for name in NAMES]
+    asked.write_text(json.dumps({"prompt": "x", "variant": "cleo"}))
+    refused = run("generate", family.store, "--prompt-file", asked, "--out", tmp_path / "none.jsonl", *flags)
+    assert refused.exit_code == 2
+    assert "Line 1 of" in refused.stderr
+    assert "no variant named cleo" in " ".join(refused.stderr.split())

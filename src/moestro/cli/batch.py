@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moestro.cli.boundary import say
 from moestro.cli.console import print_json
-from moestro.cli.opening import locate_store
+from moestro.cli.opening import locate_store, split_model
 from moestro.cli.progress import Lines
 from moestro.cli.report import share
 from moestro.config import RuntimeOptions, SamplingParams
 from moestro.memory.budget import format_bytes
-from moestro.store.variant_name import split_variant
 
 if TYPE_CHECKING:
     from moestro.engine.batch_file import BatchReport, Done
@@ -39,8 +38,7 @@ def answer_batch(
     requests = read_requests(text, name, sampling)
     if timeline is not None:
         check_timeline_path(timeline)
-    model, variant = split_variant(model)
-    options = replace(options, variant=variant or options.variant)
+    model, options = split_model(model, options)
     store = Store.open(locate_store(model, auto_pack=options.auto_pack))
     lines: Lines[Done] = Lines(lambda done: say("note", f"{done.done} of {done.total} answered"))
     report = answer_file(store, options, requests, out, name=name, chat=chat, timeline=timeline, progress=lines)

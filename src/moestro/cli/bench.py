@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import say
 from moestro.cli.console import print_json, print_table
-from moestro.cli.opening import locate_store
+from moestro.cli.opening import locate_store, split_model
 from moestro.cli.options import Only
 from moestro.cli.report import share
 from moestro.config import BenchOptions, RuntimeOptions
 from moestro.memory.budget import format_bytes
-from moestro.store.variant_name import split_variant
 
 if TYPE_CHECKING:
     from moestro.engine.bench import BenchProgress, BenchResult, Phase
@@ -44,8 +43,7 @@ def bench(
     """Measure prefill and decoding, beside what disk, memory and processor allow for the bytes that were moved."""
     from moestro.engine.bench import bench as measure
 
-    name, variant = split_variant(model)
-    options = replace(options, variant=variant or options.variant)
+    name, options = split_model(model, options)
     store = locate_store(name, auto_pack=options.auto_pack)
     if what.replay_routing:
         say("note", f"Routing is replayed from {what.replay_routing}: speeds are real, tokens are not.")

@@ -30,9 +30,10 @@ _SECTIONS = (
     (
         "How a model is opened",
         RuntimeOptions,
-        "`generate` (all), `serve` and `chat` (all but max-sequences), `trace record` (all but prefix-cache and "
-        "lend-kv), `bench` (all but these, max-sequences and learn), `plan` (memory, context, max-sequences, threads, "
-        "level), `eval` (memory, level, quality, level-policy, threads, policy, auto-pack) and `demo` (level)",
+        "`generate` (all), `chat` (all but max-sequences), `serve` (all but this and variant), `trace record` (all but "
+        "prefix-cache and lend-kv), `bench` (all but these, max-sequences and learn), `plan` (memory, context, "
+        "max-sequences, threads, level), `eval` (memory, level, quality, level-policy, threads, policy, variant, "
+        "auto-pack) and `demo` (level)",
     ),
     ("How tokens are picked", SamplingParams, "`generate` and `trace record`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),

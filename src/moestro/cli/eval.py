@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,13 +11,12 @@ import typer
 from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import say
 from moestro.cli.console import Row, print_json, print_table
-from moestro.cli.opening import locate_store
+from moestro.cli.opening import locate_store, split_model
 from moestro.cli.options import Only
 from moestro.cli.progress import Lines, read_text
 from moestro.config import RuntimeOptions
 from moestro.errors import RequestError
 from moestro.memory.budget import format_bytes
-from moestro.store.variant_name import split_variant
 
 if TYPE_CHECKING:
     from moestro.engine.evaluate import EvaluationProgress
@@ -55,11 +54,9 @@ def evaluate(
         raise RequestError("--raw measures the raw model itself, so --reference has no use. Give one of the two.")
     if raw and options.level:
         raise RequestError("--raw measures weights as they are, which --level would not. Give one of the two.")
-    model, variant = split_variant(model)
-    if variant:
-        options = replace(options, variant=variant)
+    name, options = split_model(model, options)
     texts = [read_text(path) for path in text]
-    store, raw_store = _locate(model, reference, raw=raw, auto_pack=options.auto_pack)
+    store, raw_store = _locate(name, reference, raw=raw, auto_pack=options.auto_pack)
     measured = evaluate_store(
         store,
         texts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,14 @@ def locate_store(model: str, *, auto_pack: bool, raw: bool = False) -> Path:
             options=PackOptions(levels="raw") if raw else AUTOMATIC,
             progress=lambda step: report(step.done_bytes, step.total_bytes),
         )
+
+
+def split_model(model: str, options: RuntimeOptions) -> tuple[str, RuntimeOptions]:
+    """The model of MODEL:VARIANT, and the options with that variant."""
+    from moestro.store.variant_name import split_variant
+
+    name, variant = split_variant(model)
+    return name, replace(options, variant=variant or options.variant)
 
 
 def open_llm(model: str, options: RuntimeOptions) -> LLM:

@@ -37,16 +37,23 @@ def summary(completion: Completion, stats: Stats) -> str:
     )
 
 
+def _variants(stats: Stats) -> list[Row]:
+    if not stats.variants:
+        return []
+    return [("  variants", format_bytes(sum(stats.variants.values())), ", ".join(stats.variants))]
+
+
 def memory_rows(stats: Stats) -> list[Row]:
     """Bytes given and bytes used."""
     allowed = stats.process_floor_bytes + stats.memory_bytes
+    parts = "six" if stats.variants else "five"
     return [
         (
             "model",
             format_bytes(stats.model_bytes),
             f"{format_bytes(stats.expert_bytes)} of it experts at level {stats.level}",
         ),
-        ("memory given", format_bytes(stats.memory_bytes), "the sum of the next five"),
+        ("memory given", format_bytes(stats.memory_bytes), f"the sum of the next {parts}"),
         (
             "  expert arena",
             format_bytes(stats.arena_bytes),
@@ -56,6 +63,7 @@ def memory_rows(stats: Stats) -> list[Row]:
         ("  KV cache", format_bytes(stats.kv_bytes)),
         ("  activations", format_bytes(stats.activation_bytes)),
         ("  staging", format_bytes(stats.staging_bytes)),
+        *_variants(stats),
         ("process floor", format_bytes(stats.process_floor_bytes), "Python with torch, before any weight"),
         ("peak resident", format_bytes(stats.peak_rss_bytes), f"at most {format_bytes(allowed)}: floor + memory given"),
     ]

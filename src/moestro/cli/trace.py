@@ -11,7 +11,7 @@ import typer
 from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import say
 from moestro.cli.console import print_json, print_table
-from moestro.cli.opening import locate_store
+from moestro.cli.opening import locate_store, split_model
 from moestro.cli.options import Only
 from moestro.cli.picture import check_picture_path
 from moestro.cli.progress import Lines, read_text
@@ -75,6 +75,7 @@ def record(
             "prompts. Leave them out."
         )
     _check_out(out, ".npz")
+    model, options = split_model(model, options)
     store = locate_store(model, auto_pack=options.auto_pack)
     if prompts:
         trace = record_answers(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ from moestro.engine.llm import LLM
 from moestro.engine.results import Completion, Stats, TokenLogprob
 from moestro.engine.throughput import options_for
 from moestro.engine.tokenizer import chat_ids, encode, load_tokenizer
-from moestro.errors import RequestError
+from moestro.errors import RequestError, VariantError
 from moestro.policy.levels import budget_of, parse_quality
 from moestro.runtime.open import level_policy_of
 from moestro.runtime.plan import resolve_context
 from moestro.runtime.subject import Subject
 from moestro.store.disk import write_all
 from moestro.store.reader import Store
+from moestro.store.variant_file import open_variant
 
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
-_KEYS = ("id", "prompt", "messages", *_SAMPLING)
+_KEYS = ("id", "prompt", "messages", "variant", *_SAMPLING)
 _WINDOW = 4
 """Requests are brought into order of length among so many times `max_sequences` of them: further apart, answers would
 have to wait long for those before them."""
@@ -40,12 +41,14 @@ have to wait long for those before them."""
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """One line. `prompt` is a text, or the messages of a conversation; `id` is the line's number where it has none."""
+    """One line. `prompt` is a text, or the messages of a conversation; `id` is the line's number where it has none;
+    `variant` answers (None: the one that the model is opened with)."""
 
     line: int
     id: str | int
     prompt: str | list[dict[str, str]]
     sampling: SamplingParams
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def answer_file(
             return BatchReport(before, before, 0, 0, 0.0, 0.0, 0, 0, None)
         todo, subject = requests[before:], Subject.of_store(store)
         _check_qualities(todo, level_policy_of(store, options), name)
+        _check_variants(store, todo, name)
         prompts = _encoded(store, todo, name=name, chat=chat)
         _check_lengths(todo, prompts, resolve_context(subject.skeleton.config, options.context), name)
         guided = replace(options, guides=options.guides or any(one.sampling.guide for one in todo))
@@ -159,7 +163,7 @@ def _run(
         _WINDOW * llm.options.max_sequences,
     )
     early: dict[int, Completion] = {}
-    coming: Iterator[tuple[list[int], SamplingParams]] = ((prompts[place], todo[place].sampling) for place in order)
+    coming = ((prompts[place], todo[place].sampling, todo[place].variant) for place in order)
     for number, completion in llm.complete_each(coming):
         early[order[number]] = completion
         tokens += len(completion.token_ids)
@@ -276,7 +280,10 @@ def _parse(line: str, number: int, sampling: SamplingParams) -> BatchRequest:
     own = replace(sampling, **{name: fact[name] for name in _SAMPLING if name in fact})
     if own.quality:
         parse_quality(own.quality)
-    return BatchRequest(number, identity, _prompt(fact), own)
+    variant = fact.get("variant")
+    if variant is not None and not isinstance(variant, str):
+        raise RequestError(f"its variant is {variant!r}, expected a text.")
+    return BatchRequest(number, identity, _prompt(fact), own, variant)
 
 
 def _prompt(fact: dict[str, Any]) -> str | list[dict[str, str]]:
@@ -321,6 +328,15 @@ def _check_qualities(requests: Sequence[BatchRequest], level_policy: str, name: 
                 budget_of(level_policy, one.sampling.quality)
             except RequestError as error:
                 raise RequestError(f"Line {one.line} of {name}: {error}") from error
+
+
+def _check_variants(store: Store, requests: Sequence[BatchRequest], name: str) -> None:
+    first_with = {one.variant: one.line for one in reversed(requests) if one.variant}
+    for variant, line in first_with.items():
+        try:
+            open_variant(store, variant)
+        except VariantError as error:
+            raise RequestError(f"Line {line} of {name}: {error}") from error
 
 
 def _check_lengths(requests: Sequence[BatchRequest], prompts: Sequence[list[int]], context: int, name: str) -> None:

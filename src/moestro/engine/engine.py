@@ -65,9 +65,9 @@ class Engine:
         self._vocabulary = vocabulary
         self._submitted = 0
 
-    def submit(self, prompt_ids: List[int], sampling: SamplingParams) -> Sequence:
-        """Queue a request. Raises RequestError as `prepare`."""
-        sequence = self.prepare(prompt_ids, sampling)
+    def submit(self, prompt_ids: List[int], sampling: SamplingParams, *, variant: str = "") -> Sequence:
+        """Queue a request. Raises as `prepare`."""
+        sequence = self.prepare(prompt_ids, sampling, variant=variant)
         self.add(sequence)
         return sequence
 

@@ -26,7 +26,7 @@ from moestro.errors import BudgetError, RequestError
 from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import format_bytes, peak_resident_bytes
 from moestro.policy.levels import EXACT, budget_of
-from moestro.runtime.batch import BASE, PackedBatch, Segment
+from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, level_of, open_model
 from moestro.runtime.plan import STEP_ROWS, Plan, longest_context
@@ -103,12 +103,7 @@ class _Feed:
 
     def __init__(self, opened: OpenModel, rows: int, budget: float, variant: str) -> None:
         self._runner = opened.runner
-        self._variant = BASE
-        if variant:
-            found = opened.variants.open(variant)
-            opened.variants.enter(found)
-            assert found.slot is not None
-            self._variant = found.slot
+        self._variant = opened.variants.enter_by_name(variant)
         self._rows, self._budget = rows, budget
         self._blocks = self._runner.kv.allocate(blocks_for(opened.plan.context))
 

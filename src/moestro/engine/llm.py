@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from moestro.engine.guides import Guides
 
 Prompt = str | List[int]
+Request = tuple[Prompt, SamplingParams] | tuple[Prompt, SamplingParams, str | None]
 _T = TypeVar("_T", str, SamplingParams)
 
 
@@ -140,8 +141,9 @@ class LLM:
             _raise_error(answers)
             return [self._complete(answer) for answer in answers]
 
-    def complete_each(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[tuple[int, Completion]]:
-        """Answer any number of requests, each as soon as it is done: (its number, its answer).
+    def complete_each(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+        """Answer any number of requests, each as soon as it is done: (its number, its answer). A request is a prompt,
+        its parameters and, if it is not the one that the model was opened with, its variant.
 
         The next requests are taken when fewer wait than can be in flight at once. Closing the iterator cancels those
         that are not answered.
@@ -155,8 +157,8 @@ class LLM:
             while True:
                 with self._spans.within(Part.PYTHON):
                     room = 2 * self.options.max_sequences - len(running)
-                    for number, (prompt, sampling) in islice(coming, room):
-                        running[number] = self._submit(prompt, sampling)
+                    for number, request in islice(coming, room):
+                        running[number] = self._submit(*request)
                     if running:
                         self._engine.step()
                     done = [number for number, one in running.items() if one.finished]

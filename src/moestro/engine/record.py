@@ -72,9 +72,8 @@ def record_answers(
             end_ids=end_token_ids(store, opened.skeleton.config),
             vocabulary=int(opened.skeleton.config.vocab_size),
         )
-        sequences = [
-            engine.submit(tokenizer(one.content)["input_ids"], sampling or SamplingParams()) for one in prompts
-        ]
+        params, variant = sampling or SamplingParams(), (options or RuntimeOptions()).variant
+        sequences = [engine.submit(tokenizer(one.content)["input_ids"], params, variant=variant) for one in prompts]
         for sequence, prompt in zip(sequences, prompts, strict=True):
             recorder.describe(sequence.number, {"dataset": prompt.name})
         done = 0
@@ -124,12 +123,14 @@ def record_texts(
     with _recording(store, wanted, lookahead) as (opened, experts):
         recorder = opened.runner.recorder = _RowByRow(experts, collections=_collections(opened), keep=True)
         blocks = opened.runner.kv.allocate(blocks_for(size))
+        slot = opened.variants.enter_by_name(wanted.variant)
         for number, one in enumerate(windows):
             ends = [prompt_tokens or size, size]
             for start, end, decode in ((0, ends[0], False), (ends[0], size, True)):
                 for first in range(start, end, opened.plan.step_rows):
                     tokens = one.token_ids[first : min(end, first + opened.plan.step_rows)]
-                    opened.runner.forward(PackedBatch([Segment(number, tokens, first, blocks, True, decode)]))
+                    chunk = Segment(number, tokens, first, blocks, True, decode, variant=slot)
+                    opened.runner.forward(PackedBatch([chunk]))
             opened.runner.end_request(number)
             recorder.describe(number, {"dataset": texts[one.text].name})
             if progress:

@@ -68,6 +68,7 @@ class Stats:
     `prefetch_precision` is the share that was needed at once (0 where there were none). Of `bytes_read`,
     `prefetched_bytes` were asked for ahead. `path` says how passes run: "native" (a compiled call per layer) or
     "general" (transformers' own layers, with moestro's attention and experts).
+    `variants` are those in memory, with the bytes that each takes beside the planes of its experts.
     `levels_applied` counts the experts of rows that need not be exact, by the level that was chosen for them ("0":
     left out).
 
@@ -108,6 +109,7 @@ class Stats:
     kv_bytes: int
     activation_bytes: int
     staging_bytes: int
+    variants: dict[str, int]
     level: int
     policy: str
     predictor: str

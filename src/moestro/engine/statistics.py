@@ -43,6 +43,7 @@ def stats_of(opened: OpenModel, spans: Spans, *, huge_pages: bool) -> Stats:
         kv_bytes=shares.kv_bytes,
         activation_bytes=plan.activation_bytes,
         staging_bytes=plan.staging_bytes,
+        variants=opened.variants.resident,
         level=plan.level,
         policy=opened.chosen.policy,
         predictor=opened.chosen.predictor,

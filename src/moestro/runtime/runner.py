@@ -124,13 +124,19 @@ class ModelRunner:
         self._experts.step(batch, self.variants.deltas(batch))
         self.spans.end(Event.BEGIN)
         try:
-            logits_SV = self._general_forward(batch) if self.native is None else self.native(batch)
-            if self.recorder is not None:
-                self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
-            return logits_SV
+            if self.native is not None:
+                return self._recorded(batch, self.native(batch))
+            with self.variants.wearing(batch.segments[0].variant):
+                return self._recorded(batch, self._general_forward(batch))
         finally:
             self._batch = None
             self._forget_routing()
+
+    def _recorded(self, batch: PackedBatch, logits_SV: torch.Tensor) -> torch.Tensor:
+        """What a step gave, after the recorder has been told of it."""
+        if self.recorder is not None:
+            self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
+        return logits_SV
 
     @property
     def foreseen(self) -> Foreseen:
@@ -143,8 +149,7 @@ class ModelRunner:
         return "general" if self.native is None else "native"
 
     def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
-        wearing = self.variants.wearing(batch.segments[0].variant)
-        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL), wearing:
+        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL):
             output = self._model(
                 input_ids=batch.token_ids_T.unsqueeze(0),
                 position_ids=batch.positions_T.unsqueeze(0),

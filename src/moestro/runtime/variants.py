@@ -118,6 +118,20 @@ class Variants:
         self._tell_idle()
         return True
 
+    def enter_by_name(self, name: str) -> int:
+        """The number of a variant that is in use until the model is closed, `BASE` for an empty name.
+
+        Raises:
+            VariantError, BudgetError, PlaneReadError: as `open` and `enter`.
+        """
+        if not name:
+            return BASE
+        variant = self.open(name)
+        entered = self.enter(variant)
+        assert entered, "others run"
+        assert variant.slot is not None
+        return variant.slot
+
     def leave(self, variant: OpenVariant) -> None:
         """A request does not run on a variant any more. One that is gone from the store goes with its last request."""
         assert variant.running > 0

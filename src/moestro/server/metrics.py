@@ -132,6 +132,7 @@ class _ServiceCollector(Collector):
             "kv": stats.kv_bytes,
             "activations": stats.activation_bytes,
             "staging": stats.staging_bytes,
+            "variants": sum(stats.variants.values()),
         }
         metric = GaugeMetricFamily(
             f"{PREFIX}memory_bytes", "What the memory given is for.", labels=["model_name", "use"]
