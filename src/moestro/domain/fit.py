@@ -34,7 +34,7 @@ _INVERSE_PENALTY = 30.0
 
 _FOLDS = 5
 _TEMPERATURES = np.geomspace(0.5, 20.0, 121)
-"""What examples left out can say of how sure to be ends somewhere: where all of them are right, no end would be found."""
+"""Where all examples left out are right, the coldest would be best, and be as sure of what resembles no example."""
 
 
 @dataclass(frozen=True, eq=False)
