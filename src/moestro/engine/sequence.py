@@ -13,9 +13,11 @@ from moestro.config import SamplingParams
 from moestro.engine.logprobs import TokenLikelihood
 from moestro.engine.sampling import Sampler
 from moestro.errors import MoestroError, RequestError
+from moestro.runtime.batch import BASE
 
 if TYPE_CHECKING:
     from moestro.engine.prefixes import NamedBlock
+    from moestro.runtime.open_variant import OpenVariant
 
 
 @dataclass
@@ -23,9 +25,10 @@ class Sequence:
     """A request in flight. `cached` counts tokens whose KV rows are written, `reused` those of the prompt that had
     been there before; `sampled` counts also an end-of-text token.
 
-    `budget`: nats that each of its tokens may lose to lower levels. `listener` is told of each token of the answer and
-    says whether the answer ends with it. `chain` are the first of its `blocks`, which others may use too; `yielded`
-    says that it gave up its place once. Times in seconds of time.perf_counter.
+    `variant` is what it runs on, None for the base. `budget`: nats that each of its tokens may lose to lower levels.
+    `listener` is told of each token of the answer and says whether the answer ends with it. `chain` are the first of
+    its `blocks`, which others may use too; `yielded` says that it gave up its place once. Times in seconds of
+    time.perf_counter.
     """
 
     prompt_ids: list[int]
@@ -34,6 +37,7 @@ class Sequence:
     number: int = -1
     budget: float = 0.0
     priority: int = 0
+    variant: OpenVariant | None = None
     token_ids: list[int] = field(default_factory=list)
     likelihoods: list[TokenLikelihood] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -49,6 +53,19 @@ class Sequence:
     sampled: int = 0
     error: MoestroError | None = None
     listener: Callable[[], bool] | None = None
+
+    @property
+    def variant_serial(self) -> int:
+        """A number that no other variant ever has, 0 for the base."""
+        return 0 if self.variant is None else self.variant.serial
+
+    @property
+    def slot(self) -> int:
+        """The number of its variant while it runs, `BASE` for none."""
+        if self.variant is None:
+            return BASE
+        assert self.variant.slot is not None
+        return self.variant.slot
 
     @property
     def most_rows(self) -> int:

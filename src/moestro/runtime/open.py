@@ -44,7 +44,9 @@ from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, p
 from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
-from moestro.runtime.shares import MemoryShares, most_arena_bytes
+from moestro.runtime.shares import MemoryShares, most_arena_bytes, reserved_arena_bytes
+from moestro.runtime.variant_parts import Wardrobe
+from moestro.runtime.variants import Variants
 from moestro.spans import Clock, Spans
 from moestro.store.folders import cache_folder
 from moestro.store.layout import Layout
@@ -67,12 +69,14 @@ class OpenModel:
     history: History | None
     level_policy: str
     shares: MemoryShares
+    variants: Variants
 
     def close(self) -> None:
         """Stop the transfer threads, keep what was learned and give the memory back."""
         self.transfers.close()
         if self.history is not None:
             self.history.save()
+        self.variants.close()
         for rows in self.rows_on_disk:
             rows.close()
         for buffer in self.buffers:
@@ -160,7 +164,7 @@ def open_model(
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
     blueprint = describe(skeleton, probed) if native else None
-    arena_bytes = most_arena_bytes(plan) if lend_kv else plan.arena_bytes
+    arena_bytes = reserved_arena_bytes(plan, most_arena_bytes(plan) if lend_kv else plan.arena_bytes)
     return _assemble(
         store, skeleton, plan, probed, blueprint, options, level_policy, router, kernels, Spans(clock), arena_bytes
     )
@@ -207,9 +211,21 @@ def _assemble(
         locate=store.plane,
     )
     planes.watch = spans
-    planes.resize(plan.arena_bytes)
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
     shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
+    shares.refit()
+    variants = Variants(
+        store,
+        planes=planes,
+        shares=shares,
+        reader=transfers.reader,
+        wardrobe=Wardrobe(skeleton.model, kernels),
+        arena=arena_buffer.address,
+        chains=[[plane.nbytes for plane in layout.planes] for layout in layouts],
+        overhead_bytes=0,
+        eviction=None if foresight is None else foresight.eviction,
+    )
+    planes.locate = variants.locate
     experts = open_experts(
         skeleton=skeleton,
         kernels=kernels,
@@ -248,6 +264,7 @@ def _assemble(
         kv=kv,
         native=native,
         experts=experts,
+        variants=variants,
     )
     if history is not None:
         runner.remember(history)
@@ -264,6 +281,7 @@ def _assemble(
         history=history,
         level_policy=level_policy,
         shares=shares,
+        variants=variants,
     )
 
 

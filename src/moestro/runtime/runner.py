@@ -17,7 +17,7 @@ from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
 from moestro.policy.foresight import Foreseen
 from moestro.runtime import hooks
-from moestro.runtime.batch import PackedBatch
+from moestro.runtime.batch import BASE, PackedBatch
 from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.experts import RoutedExperts
@@ -27,6 +27,7 @@ from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
 from moestro.runtime.native import NativeForward
 from moestro.runtime.replay import Replay
+from moestro.runtime.variants import Variants
 from moestro.spans import Event, Part, Spans
 from moestro.trace import Recorder, StepRouting
 
@@ -52,6 +53,7 @@ class ModelRunner:
         kernels: Kernels,
         kv: KVPool,
         experts: RoutedExperts,
+        variants: Variants,
         native: NativeForward | None = None,
     ) -> None:
         self.stats = RunnerStats()
@@ -60,6 +62,7 @@ class ModelRunner:
         self._lookahead: Lookahead | None = None
         self._replay: Replay | None = None
         self.native = native
+        self.variants = variants
         self.kv = kv
         self.planes = experts.planes
         self._model = skeleton.model
@@ -84,29 +87,40 @@ class ModelRunner:
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         started = time.perf_counter()
+        torch_threads = torch.get_num_threads()
+        # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                if not batch.runs:
+                    return self._pass(batch, BASE)
+                return torch.cat([self._pass(part, part.segments[0].variant) for part in batch.parts()])
+        finally:
+            torch.set_num_threads(torch_threads)
+            self.stats.forward_s += time.perf_counter() - started
+            self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
+
+    def _pass(self, batch: PackedBatch, variant: int) -> torch.Tensor:
+        """The logits of rows of one variant, or of the base."""
         self._batch = batch
         self.spans.begin(Part.POLICY)
         if self._experts.foresight is not None:
             self._experts.foresight.step(batch.request_rows)
         if self._replay is not None:
             self._replay.begin(batch.segments)
-        self._experts.step(batch)
+        self._experts.step(batch, self.variants.deltas(batch))
         self.spans.end(Event.BEGIN)
-        torch_threads = torch.get_num_threads()
-        # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
-        torch.set_num_threads(1)
         try:
-            with torch.inference_mode():
-                logits_SV = self._general_forward(batch) if self.native is None else self.native(batch)
-                if self.recorder is not None:
-                    self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
-                return logits_SV
+            if self.native is not None and variant == BASE:
+                logits_SV = self.native(batch)
+            else:
+                logits_SV = self._general_forward(batch, variant)
+            if self.recorder is not None:
+                self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
+            return logits_SV
         finally:
             self._batch = None
             self._forget_routing()
-            torch.set_num_threads(torch_threads)
-            self.stats.forward_s += time.perf_counter() - started
-            self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
 
     @property
     def foreseen(self) -> Foreseen:
@@ -118,8 +132,9 @@ class ModelRunner:
         """How a forward pass runs: "native" (compiled layers) or "general" (transformers' own layers)."""
         return "general" if self.native is None else "native"
 
-    def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
-        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL):
+    def _general_forward(self, batch: PackedBatch, variant: int) -> torch.Tensor:
+        wearing = self.variants.wearing(variant)
+        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL), wearing:
             output = self._model(
                 input_ids=batch.token_ids_T.unsqueeze(0),
                 position_ids=batch.positions_T.unsqueeze(0),
@@ -222,7 +237,7 @@ class ModelRunner:
 
     def _routing(self, *, with_weights: bool) -> StepRouting:
         """What the step that has just gone through routed. Without weights, they may change."""
-        if self.native is not None:
+        if self.native is not None and not self._routed:
             ids_LTK, weights_LTK = self.native.routing
             return StepRouting(ids_LTK.copy(), weights_LTK.copy() if with_weights else weights_LTK)
         experts, weights = (np.stack(one) for one in zip(*self._routed, strict=True))
