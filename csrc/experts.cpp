@@ -25,9 +25,23 @@ constexpr int64_t kLeastTiles = 4; // of a task
 // Floats per row of a unit: gate and up of a group, each up to a tile wider at either end.
 constexpr int64_t kWidestUnit = 2 * (kWidestGroup + 2 * kTile);
 
-// Rows of one job that are computed together.
+// Rows of the lists.
+struct Rows {
+  int64_t first, count;
+};
+
+// Rows of one job that are computed together, and which of the deltas are on some of them.
 struct Block {
   int64_t job, first, count;
+  int64_t first_delta = 0, end_delta = 0;
+  Rows rows() const { return {first, count}; }
+};
+
+// What is multiplied with rows: a matrix of a job, or a delta that adds to its results.
+struct Factor {
+  const PackedMatrix *matrix;
+  const float *bias;
+  const Salient *delta;
 };
 
 // Tiles [first, end) whose results lie from column `column` of a unit's values on.
@@ -47,6 +61,7 @@ struct Run {
   const ExpertJobs *jobs;
   const OutputRows *out;
   std::vector<PackedMatrix> up, down;
+  std::vector<DeltaOfRows> deltas;
   std::vector<Block> blocks;
   std::vector<int32_t> used, slots; // rows of hidden that are used, and the place of each among them
   QuantisedRows hidden, width;      // rows: those used; those of the lists
@@ -61,6 +76,29 @@ struct Run {
   const float *bias(int64_t job, int64_t offset) const {
     if (offset < 0) return nullptr;
     return reinterpret_cast<const float *>(jobs->planes[job * kPlanes] + offset);
+  }
+
+  // Calls use(factor, rows) for the matrix with all rows of a block and for deltas with theirs.
+  template <class Use> void each_up(const Block &block, Use use) const {
+    use(Factor{&up[block.job], bias(block.job, shape->up_bias), nullptr}, block.rows());
+    each_delta(block, [&](const DeltaOfRows &delta, Rows rows) {
+      if (delta.shape->has_up) use(factor_of(delta.up), rows);
+    });
+  }
+  template <class Use> void each_down(const Block &block, Use use) const {
+    use(Factor{&down[block.job], bias(block.job, shape->down_bias), nullptr}, block.rows());
+    each_delta(block, [&](const DeltaOfRows &delta, Rows rows) {
+      if (delta.shape->has_down) use(factor_of(delta.down), rows);
+    });
+  }
+
+private:
+  static Factor factor_of(const Delta &delta) { return {&delta.matrix, delta.bias, &delta.salient}; }
+  template <class Use> void each_delta(const Block &block, Use use) const {
+    for (int64_t d = block.first_delta; d < block.end_delta; ++d) {
+      const int64_t first = std::max(deltas[d].first, block.first);
+      use(deltas[d], Rows{first, std::min(deltas[d].end, block.first + block.count) - first});
+    }
   }
 };
 
@@ -98,6 +136,18 @@ std::vector<Block> blocks_of(const ExpertJobs &jobs) {
   return blocks;
 }
 
+// Deltas are in ascending order of their rows, of which none has two.
+void find_deltas(const std::vector<DeltaOfRows> &deltas, std::vector<Block> &blocks) {
+  const auto place_of = [&](auto bound) { return static_cast<int64_t>(bound - deltas.begin()); };
+  for (Block &block : blocks) {
+    block.first_delta = place_of(std::partition_point(
+        deltas.begin(), deltas.end(), [&](const DeltaOfRows &delta) { return delta.end <= block.first; }));
+    block.end_delta = place_of(std::partition_point(deltas.begin(), deltas.end(), [&](const DeltaOfRows &delta) {
+      return delta.first < block.first + block.count;
+    }));
+  }
+}
+
 Unit unit_of(const ExpertShape &shape, int64_t group) {
   const int64_t width = shape.down.columns, size = shape.down.group;
   const int64_t first = group * size, end = std::min(first + size, width);
@@ -122,16 +172,22 @@ void quantise_used(void *context, int64_t number, char *) {
                             run.hidden.scales + number * groups);
 }
 
-// Parts [first, end) of the unit's tiles, counted through both ranges.
-void compute_up(const Run &run, const Block &block, const Unit &unit, float *values, int64_t stride, int64_t first,
-                int64_t end) {
+TileTask task_of(const Factor &factor, int64_t count) {
   TileTask task;
-  task.matrix = &run.up[block.job];
-  task.bias = run.bias(block.job, run.shape->up_bias);
-  task.count = block.count;
+  task.matrix = factor.matrix;
+  task.bias = factor.bias;
+  task.delta = factor.delta;
+  task.count = count;
+  return task;
+}
+
+// Parts [first, end) of the unit's tiles, counted through both ranges. `values` are of the first of the rows.
+void compute_up(const Run &run, const Factor &factor, Rows rows, const Unit &unit, float *values, int64_t stride,
+                int64_t first, int64_t end) {
+  TileTask task = task_of(factor, rows.count);
   const int64_t groups = run.hidden.columns / run.hidden.group;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const int64_t slot = run.slots[run.jobs->rows[block.first + i]];
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t slot = run.slots[run.jobs->rows[rows.first + i]];
     task.codes[i] = run.hidden.codes + slot * run.hidden.columns;
     task.scales[i] = run.hidden.scales + slot * groups;
   }
@@ -143,7 +199,7 @@ void compute_up(const Run &run, const Block &block, const Unit &unit, float *val
     task.first = range.first + from;
     task.end = range.first + to;
     task.first_row = range.first * kTile;
-    for (int64_t i = 0; i < block.count; ++i) task.out[i] = values + i * stride + range.column;
+    for (int64_t i = 0; i < rows.count; ++i) task.out[i] = values + i * stride + range.column;
     packed_kernels().tiles(task);
   }
 }
@@ -171,7 +227,10 @@ void up_task(void *context, int64_t number, char *scratch) {
   float *own = reinterpret_cast<float *>(scratch);
   float *values = run.parts == 1 ? own : run.values + unit_number * run.unit_floats;
   const int64_t tiles = unit.tiles(), first = tiles * part / run.parts, end = tiles * (part + 1) / run.parts;
-  compute_up(run, block, unit, values, kWidestUnit, first, end);
+  run.each_up(block, [&](const Factor &factor, Rows rows) {
+    float *own_values = values + (rows.first - block.first) * kWidestUnit;
+    compute_up(run, factor, rows, unit, own_values, kWidestUnit, first, end);
+  });
   if (run.parts > 1 && run.finished[unit_number].fetch_add(1, std::memory_order_acq_rel) + 1 < run.parts) return;
   activate_unit(run, block, unit, group, values, kWidestUnit);
 }
@@ -179,21 +238,20 @@ void up_task(void *context, int64_t number, char *scratch) {
 void down_task(void *context, int64_t number, char *) {
   const Run &run = *static_cast<const Run *>(context);
   const int64_t all_tiles = parts_of(run.shape->down.rows, kTile), per_block = parts_of(all_tiles, run.down_tiles);
-  const Block &block = run.blocks[number / per_block];
-  TileTask task;
-  task.matrix = &run.down[block.job];
-  task.bias = run.bias(block.job, run.shape->down_bias);
-  task.first = number % per_block * run.down_tiles;
-  task.end = std::min(task.first + run.down_tiles, all_tiles);
-  task.first_row = 0;
-  task.count = block.count;
-  for (int64_t i = 0; i < block.count; ++i) {
-    const int64_t r = block.first + i;
-    task.codes[i] = run.width.codes + r * run.width.columns;
-    task.scales[i] = run.width.scales + r * run.groups;
-    task.out[i] = run.out->data + run.jobs->places[r] * run.out->stride;
-  }
-  packed_kernels().tiles(task);
+  const int64_t first = number % per_block * run.down_tiles;
+  run.each_down(run.blocks[number / per_block], [&](const Factor &factor, Rows rows) {
+    TileTask task = task_of(factor, rows.count);
+    task.first = first;
+    task.end = std::min(first + run.down_tiles, all_tiles);
+    task.first_row = 0;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t r = rows.first + i;
+      task.codes[i] = run.width.codes + r * run.width.columns;
+      task.scales[i] = run.width.scales + r * run.groups;
+      task.out[i] = run.out->data + run.jobs->places[r] * run.out->stride;
+    }
+    packed_kernels().tiles(task);
+  });
 }
 
 // Parts of a unit: more than one only where units are few, so that their values need little memory.
@@ -238,10 +296,9 @@ void place_shared(Run &run, int64_t most_rows, int threads) {
 } // namespace
 
 PackedMatrix packed_matrix(const MatrixShape &shape, const int64_t *planes, int32_t level) {
-  const bool flat = shape.encoding == Encoding::flat8 || shape.encoding == Encoding::flat4;
-  const int needed = flat ? 1 : (level == 8 ? 4 : level - 1);
-  const bool known = flat ? level == (shape.encoding == Encoding::flat8 ? 8 : 4)
-                          : level == 2 || level == 3 || level == 4 || level == 8;
+  const int32_t bits = flat_bits(shape.encoding);
+  const int needed = bits != 0 ? 1 : (level == 8 ? 4 : level - 1);
+  const bool known = bits != 0 ? level == bits : level == 2 || level == 3 || level == 4 || level == 8;
   if (!known) refuse("level " + std::to_string(level) + " is none of this encoding");
   PackedMatrix matrix{shape.encoding, level, shape.group, shape.rows, shape.columns, {}};
   for (int p = 0; p < needed; ++p) {
@@ -253,7 +310,8 @@ PackedMatrix packed_matrix(const MatrixShape &shape, const int64_t *planes, int3
   return matrix;
 }
 
-void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenRows &hidden, const OutputRows &out) {
+void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenRows &hidden, const OutputRows &out,
+                 const ExpertDeltas &deltas) {
   check_lists(jobs, hidden, out);
   Run run{};
   run.shape = &shape;
@@ -266,6 +324,8 @@ void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenR
   }
   run.blocks = blocks_of(jobs);
   if (run.blocks.empty()) return;
+  run.deltas = deltas_of_rows(deltas, run.up.front(), run.down.front(), jobs.starts, jobs.count);
+  find_deltas(run.deltas, run.blocks);
   run.groups = parts_of(shape.down.columns, shape.down.group);
   find_used(run, hidden.rows);
 

@@ -2,6 +2,7 @@
 // own.
 #pragma once
 
+#include "expert_deltas.h"
 #include "packed_tasks.h"
 
 namespace moestro {
@@ -46,9 +47,11 @@ struct OutputRows {
 // plane that is absent.
 PackedMatrix packed_matrix(const MatrixShape &shape, const int64_t *planes, int32_t level);
 
-// out[places[r]] = MLP(hidden[rows[r]]), not weighted. Throws std::invalid_argument when a job's lists, level or planes
-// are wrong, before anything is computed.
-void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenRows &hidden, const OutputRows &out);
+// out[places[r]] = MLP(hidden[rows[r]]), not weighted. A job's matrices are multiplied with all its rows at once, deltas
+// with theirs. Throws std::invalid_argument when a job's lists, level or planes or a delta are wrong, before anything is
+// computed.
+void run_experts(const ExpertShape &shape, const ExpertJobs &jobs, const HiddenRows &hidden, const OutputRows &out,
+                 const ExpertDeltas &deltas = {});
 
 // Most bytes that `threads` threads share in run_experts: `rows` distinct rows of hidden with `hidden` columns,
 // `listed` rows in the lists, experts of `width`.

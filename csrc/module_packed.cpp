@@ -34,18 +34,47 @@ ExpertShape make_expert(const MatrixShape &up, const MatrixShape &down, int64_t 
       up, down, up_bias, down_bias, {static_cast<ActivationName>(activation), static_cast<Gate>(gate), alpha, limit}};
 }
 
+DeltaShape make_delta(int encoding, int64_t rows, int64_t columns, int32_t group, int64_t salient, int64_t ids,
+                      int64_t values, int64_t bias) {
+  return checked({static_cast<Encoding>(encoding), rows, columns, group, salient, ids, values, bias});
+}
+
+ExpertDeltaShape make_expert_delta(const DeltaShape *up, const DeltaShape *down, int64_t up_at, int64_t down_at) {
+  ExpertDeltaShape shape{up != nullptr, down != nullptr, {}, {}, up_at, down_at};
+  if (up != nullptr) shape.up = *up;
+  if (down != nullptr) shape.down = *down;
+  return shape;
+}
+
+// Deltas as they come from Python. The lists are the caller's.
+struct DeltaLists {
+  std::vector<const ExpertDeltaShape *> shapes;
+  List<int32_t> jobs, firsts, ends, shape;
+  List<int64_t> planes;
+
+  ExpertDeltas view() const {
+    const size_t count = jobs.size();
+    if (firsts.size() != count || ends.size() != count || shape.size() != count || planes.size() != count) {
+      throw std::invalid_argument("experts: the lists of deltas have different lengths");
+    }
+    return {static_cast<int64_t>(count), shapes.data(), static_cast<int64_t>(shapes.size()),
+            jobs.data(), firsts.data(), ends.data(), shape.data(), planes.data()};
+  }
+};
+
 void experts(const ExpertShape &shape, const Planes &planes, const List<int32_t> &levels, const List<int32_t> &starts,
              const List<int32_t> &rows, const List<int32_t> &places, uintptr_t hidden, int64_t hidden_stride,
-             int64_t hidden_rows, uintptr_t out, int64_t out_stride, int64_t out_rows) {
+             int64_t hidden_rows, uintptr_t out, int64_t out_stride, int64_t out_rows, const DeltaLists &lists) {
   const auto count = static_cast<int64_t>(levels.size()), listed = static_cast<int64_t>(rows.size());
   if (static_cast<int64_t>(planes.shape(0)) != count || static_cast<int64_t>(starts.size()) != count + 1 ||
       places.size() != rows.size()) {
     throw std::invalid_argument("experts: the lists of jobs have different lengths");
   }
   const ExpertJobs jobs{count, planes.data(), levels.data(), starts.data(), rows.data(), places.data(), listed};
+  const ExpertDeltas deltas = lists.view();
   nb::gil_scoped_release release;
   run_experts(shape, jobs, {pointer<const float>(hidden), hidden_stride, hidden_rows},
-              {pointer<float>(out), out_stride, out_rows});
+              {pointer<float>(out), out_stride, out_rows}, deltas);
 }
 
 bool known_experts(const KnownExperts &known, uintptr_t hidden, uintptr_t ids, uintptr_t weights, int64_t rows,
@@ -79,9 +108,19 @@ void unpack_matrix(const MatrixShape &shape, const Addresses &planes, int32_t le
 }
 
 void matrix_rows(const MatrixShape &shape, const Addresses &planes, uintptr_t ids, int64_t count, uintptr_t out) {
-  const PackedMatrix matrix = at(shape, planes, shape.encoding == Encoding::flat8 ? 8 : 4);
+  const PackedMatrix matrix = at(shape, planes, flat_bits(shape.encoding));
   nb::gil_scoped_release release;
   unpack_rows(matrix, pointer<const int64_t>(ids), count, pointer<float>(out));
+}
+
+void add_delta(const Delta &delta, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t y, int64_t y_stride) {
+  const PackedMatrix &matrix = delta.matrix;
+  const auto turn = pool().turn();
+  char *memory = pool().shared(quantised_bytes(rows, matrix.columns, matrix.group));
+  const QuantisedRows quantised = quantised_view(memory, rows, matrix.columns, matrix.group);
+  quantise(pointer<const float>(x), x_stride, matrix.columns, quantised);
+  const PackedLinear call = linear_of(delta, quantised, pointer<float>(y), y_stride);
+  packed_linear(&call, 1);
 }
 
 void activate_row(const ExpertShape &shape, uintptr_t gate, uintptr_t up, int64_t count, uintptr_t out) {
@@ -104,6 +143,32 @@ void add_packed(nb::module_ &m) {
       .def("run", &known_experts, release());
   m.def("make_matrix", &make_matrix);
   m.def("make_experts", &make_expert);
+  nb::class_<DeltaShape>(m, "DeltaShape");
+  nb::class_<ExpertDeltaShape>(m, "ExpertDelta");
+  nb::class_<Delta>(m, "Delta")
+      .def("__init__",
+           [](Delta *self, const DeltaShape &shape, uintptr_t address) {
+             new (self) Delta(delta_at(shape, pointer<const uint8_t>(address)));
+           },
+           nb::arg("shape"), nb::arg("address"));
+  nb::class_<DeltaLists>(m, "ExpertDeltas")
+      .def("__init__",
+           [](DeltaLists *self, std::vector<const ExpertDeltaShape *> shapes, List<int32_t> jobs, List<int32_t> firsts,
+              List<int32_t> ends, List<int32_t> shape, List<int64_t> planes) {
+             new (self) DeltaLists{std::move(shapes), std::move(jobs), std::move(firsts), std::move(ends),
+                                   std::move(shape), std::move(planes)};
+           });
+  m.def("make_delta", &make_delta);
+  m.def("make_expert_delta", &make_expert_delta, nb::arg("up").none(), nb::arg("down").none(), nb::arg("up_at"),
+        nb::arg("down_at"));
+  m.def("add_delta", &add_delta, release());
+  m.def("unpack_delta", [](const Delta &delta, uintptr_t out) { unpack_delta(delta, pointer<float>(out)); }, release());
+  m.def(
+      "add_delta_rows",
+      [](const Delta &delta, uintptr_t ids, int64_t count, uintptr_t out) {
+        add_delta_rows(delta, pointer<const int64_t>(ids), count, pointer<float>(out));
+      },
+      release());
   m.def("experts", &experts);
   m.def("packed_linear", &linear);
   m.def("unpack", &unpack_matrix);

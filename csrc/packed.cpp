@@ -51,6 +51,7 @@ void linear_task(void *context, int64_t number, char *) {
   TileTask task;
   task.matrix = &linear.matrix;
   task.bias = linear.bias;
+  task.delta = linear.delta;
   task.first = piece.first_tile;
   task.end = piece.end_tile;
   task.first_row = 0;

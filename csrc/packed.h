@@ -36,7 +36,18 @@ QuantisedRows quantised_view(void *memory, int64_t rows, int64_t columns, int32_
 // Quantises x [out.rows, columns] (rows `stride` floats apart; columns as before padding) on the pool.
 void quantise(const float *x, int64_t stride, int64_t columns, const QuantisedRows &out);
 
-enum class Encoding : int32_t { nested = 0, signs = 1, flat8 = 2, flat4 = 3 };
+enum class Encoding : int32_t { nested = 0, signs = 1, flat8 = 2, flat4 = 3, flat2 = 4, flat1 = 5 };
+
+// Bits of a flat matrix's codes; 0 of a chain of planes.
+constexpr int32_t flat_bits(Encoding encoding) {
+  switch (encoding) {
+  case Encoding::flat8: return 8;
+  case Encoding::flat4: return 4;
+  case Encoding::flat2: return 2;
+  case Encoding::flat1: return 1;
+  default: return 0;
+  }
+}
 
 constexpr int kPlanes = 4;
 
@@ -50,13 +61,24 @@ struct PackedMatrix {
   const uint8_t *regions[kPlanes];
 };
 
-// y[t, n] = dot(x[t], row n of matrix) + bias[n]; x is quantised in the matrix's groups.
+// Input channels whose values are kept in fp16 beside a matrix's codes, [count, stride] with one row per channel. To a
+// row's result (after the unit) they are added in the order given: t = fma(sx * float(a), value, t), with a the code of
+// that channel's activation and sx the scale of its group.
+struct Salient {
+  const int32_t *ids;
+  const uint8_t *values;
+  int64_t count, stride; // stride: rows of the matrix, filled up to whole tiles
+};
+
+// y[t, n] = dot(x[t], row n of matrix) + bias[n]; x is quantised in the matrix's groups. Where it is a delta, with its
+// salient channels, it comes to what is there: y = (y + dot) + bias.
 struct PackedLinear {
   PackedMatrix matrix;
   QuantisedRows x;
   const float *bias; // null: none
   float *y;          // rows `y_stride` floats apart
   int64_t y_stride;
+  const Salient *delta = nullptr; // null: no delta
 };
 
 // Computes several linear maps (the projections of one layer) as one job of the pool.

@@ -12,7 +12,8 @@ namespace moestro {
 namespace MOESTRO_ISA {
 
 // whole8: nested8 whose nibbles are the low halves of plain bytes, so that one dot product does.
-enum class Form { nested2, nested3, nested4, nested8, whole8, signs3, signs4, signs8, flat8, flat4 };
+// Flat codes of two bits lie as those of a base plane: they are nested2.
+enum class Form { nested2, nested3, nested4, nested8, whole8, signs3, signs4, signs8, flat8, flat4, flat1 };
 
 constexpr int kBlockColumns = 32;
 constexpr int kBlockQuads = 8;
@@ -33,6 +34,8 @@ inline Form form_of(const PackedMatrix &matrix, bool plain) {
   switch (matrix.encoding) {
   case Encoding::flat8: return Form::flat8;
   case Encoding::flat4: return Form::flat4;
+  case Encoding::flat2: return Form::nested2;
+  case Encoding::flat1: return Form::flat1;
   case Encoding::signs:
     if (matrix.level == 3) return Form::signs3;
     if (matrix.level == 4) return Form::signs4;
@@ -77,6 +80,7 @@ template <class F> void with_form(Form form, F f) {
     MOESTRO_CASE(signs8);
     MOESTRO_CASE(flat8);
     MOESTRO_CASE(flat4);
+    MOESTRO_CASE(flat1);
 #undef MOESTRO_CASE
   }
 }
@@ -178,6 +182,8 @@ template <Form F, class Use> MOESTRO_INLINE void unpack_block(const GroupCodes &
     }
   } else if constexpr (F == Form::flat4) {
     unpack_nibbles<0>(first + 4 * block * kChunk, use);
+  } else if constexpr (F == Form::flat1) {
+    unpack_bits<0>(first + block * kChunk, use);
   } else {
     const uint8_t *base = first + 2 * block * kChunk;
     if constexpr (F == Form::nested2 || kSigns) unpack_base(base, use);

@@ -26,9 +26,9 @@ constexpr int64_t kRowBytes = kTile * int64_t{sizeof(uint16_t)}; // one fp16 num
 inline Layout layout_of(const PackedMatrix &matrix) {
   Layout layout{};
   const int64_t groups = groups_of(matrix), group = matrix.group;
-  const bool flat = matrix.encoding == Encoding::flat8 || matrix.encoding == Encoding::flat4;
+  const bool flat = flat_bits(matrix.encoding) != 0;
   const bool signs = matrix.encoding == Encoding::signs;
-  const int64_t base_bits = matrix.encoding == Encoding::flat8 ? 8 : (matrix.encoding == Encoding::flat4 ? 4 : 2);
+  const int64_t base_bits = flat ? flat_bits(matrix.encoding) : 2;
   const int64_t bits[kPlanes] = {base_bits, 1, 1, 4};
   float constants[7];
   std::memcpy(constants, matrix.regions[0], sizeof constants);
@@ -90,6 +90,7 @@ template <Form F> MOESTRO_INLINE Ints centred(const Header &header, const Ints *
   if constexpr (is_wide(F)) return twice_less(dots[0], kWideCentre * codes);
   if constexpr (F == Form::nested3) return twice_less(dots[0], 7 * codes);
   if constexpr (F == Form::nested4 || F == Form::flat4) return twice_less(dots[0], 15 * codes);
+  if constexpr (F == Form::flat1) return twice_less(dots[0], codes);
   return twice_less(dots[0], 3 * codes);
 }
 

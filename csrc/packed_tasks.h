@@ -17,10 +17,12 @@ constexpr int64_t rounded_up(int64_t value, int64_t step) { return parts_of(valu
 inline int64_t groups_of(const PackedMatrix &matrix) { return parts_of(matrix.columns, matrix.group); }
 inline int64_t tiles_of(const PackedMatrix &matrix) { return parts_of(matrix.rows, kTile); }
 
-// out[t][n - first_row] = dot(row t, row n of the matrix) + bias[n] for all rows n of tiles [first, end).
+// out[t][n - first_row] = dot(row t, row n of the matrix) + bias[n] for all rows n of tiles [first, end). Of a delta:
+// out = (out + dot) + bias, where salient channels are a part of dot.
 struct TileTask {
   const PackedMatrix *matrix;
   const float *bias; // null: none
+  const Salient *delta = nullptr; // null: no delta
   int64_t first, end, first_row;
   int64_t count; // 1 to kMostRows
   const int8_t *codes[kMostRows];

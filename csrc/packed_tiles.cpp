@@ -4,6 +4,7 @@
 // then in cache, is unpacked again. Keeping unpacked codes in cache instead was measured to be slower (AVX-512) or no
 // faster (AVX2): a row's dot products cost more than its share of the unpacking.
 #include "packed_layout.h"
+#include "packed_salient.h"
 
 namespace moestro {
 namespace MOESTRO_ISA {
@@ -12,18 +13,21 @@ namespace {
 // How far ahead of use planes are asked for.
 constexpr int64_t kAhead = 1024;
 
-MOESTRO_INLINE void write(const TileTask &task, float unit, int64_t row, int part, int64_t t, Reals acc) {
+MOESTRO_INLINE void write(const TileTask &task, int64_t row, int part, int64_t t, Reals result) {
   const int64_t n = row + part * kPartRows;
-  acc = mul_reals(acc, all_reals(unit));
   float *out = task.out[t] + (n - task.first_row);
   const int64_t left = task.matrix->rows - n;
   if (left >= kPartRows) {
-    store_reals(out, task.bias == nullptr ? acc : add_reals(acc, load_reals(task.bias + n)));
+    if (task.delta != nullptr) result = add_reals(load_reals(out), result);
+    store_reals(out, task.bias == nullptr ? result : add_reals(result, load_reals(task.bias + n)));
     return;
   }
   float all[kPartRows];
-  store_reals(all, acc);
-  for (int64_t i = 0; i < left; ++i) out[i] = task.bias == nullptr ? all[i] : all[i] + task.bias[n + i];
+  store_reals(all, result);
+  for (int64_t i = 0; i < left; ++i) {
+    const float value = task.delta == nullptr ? all[i] : out[i] + all[i];
+    out[i] = task.bias == nullptr ? value : value + task.bias[n + i];
+  }
 }
 
 template <Form F> MOESTRO_INLINE void ask_for(const GroupCodes &at, int64_t block) {
@@ -66,7 +70,22 @@ MOESTRO_INLINE void dot_group(const GroupCodes &codes, const int8_t *const *x, i
   }
 }
 
-template <Form F, int Tokens> void tile_rows(const TileTask &task, const Layout &layout, int64_t tile, int64_t first) {
+// Multiplies results by the unit and, of a delta, adds its salient channels.
+template <int Tokens>
+MOESTRO_INLINE void write_tile(const TileTask &task, float unit, const SalientInputs &inputs, int64_t tile,
+                               int64_t first, const Reals (&acc)[Tokens][kParts]) {
+  Reals results[Tokens][kParts];
+  for (int t = 0; t < Tokens; ++t) {
+    for (int part = 0; part < kParts; ++part) results[t][part] = mul_reals(acc[t][part], all_reals(unit));
+  }
+  if (task.delta != nullptr) add_salient<Tokens>(task, inputs, tile, first, results);
+  for (int t = 0; t < Tokens; ++t) {
+    for (int part = 0; part < kParts; ++part) write(task, tile * kTile, part, first + t, results[t][part]);
+  }
+}
+
+template <Form F, int Tokens>
+void tile_rows(const TileTask &task, const Layout &layout, const SalientInputs &inputs, int64_t tile, int64_t first) {
   const int32_t group = task.matrix->group;
   Reals acc[Tokens][kParts];
   for (auto &row : acc) {
@@ -91,11 +110,7 @@ template <Form F, int Tokens> void tile_rows(const TileTask &task, const Layout 
     }
     for (int t = 0; t < Tokens; ++t) x[t] += group;
   }
-  for (int t = 0; t < Tokens; ++t) {
-    for (int part = 0; part < kParts; ++part) {
-      write(task, layout.header.unit, tile * kTile, part, first + t, acc[t][part]);
-    }
-  }
+  write_tile<Tokens>(task, layout.header.unit, inputs, tile, first, acc);
 }
 
 // Forms with several sets of codes need as many sums for each row.
@@ -105,12 +120,14 @@ template <Form F> constexpr int rows_at_once = dots_of(F) > kManyDots ? kTokens 
 
 void packed_tiles(const TileTask &task) {
   const Layout layout = layout_of(*task.matrix);
+  const SalientInputs inputs(task);
   const bool plain = layout.header.high == 16 && layout.header.low == 1;
   with_form(form_of(*task.matrix, plain), [&](auto form) {
     constexpr Form kForm = decltype(form)::value;
     for (int64_t tile = task.first; tile < task.end; ++tile) {
+      if (task.delta != nullptr) ask_for_salient(*task.delta, tile);
       for_each_part<rows_at_once<kForm>>(task.count, [&](int64_t first, auto count) __attribute__((noinline)) {
-        tile_rows<kForm, decltype(count)::value>(task, layout, tile, first);
+        tile_rows<kForm, decltype(count)::value>(task, layout, inputs, tile, first);
       });
     }
   });

@@ -50,7 +50,8 @@ public:
       : matrix_(matrix), tile_(row / kTile), row_(row % kTile), group_(group) {}
 
   int base_bits() const {
-    return matrix_.encoding == Encoding::flat8 ? 8 : (matrix_.encoding == Encoding::flat4 ? 4 : 2);
+    const int bits = flat_bits(matrix_.encoding);
+    return bits == 0 ? 2 : bits;
   }
   float scale() const { return half_at(base(), row_); }
   float middle() const { return half_at(base() + kRowBytes, row_); }
@@ -96,8 +97,9 @@ float nested_offset(const GroupReader &reader, const Constants &constants, int l
 
 float flat_offset(const GroupReader &reader, const Constants &constants, int64_t column) {
   const int code = reader.base_code(column);
-  const float centred =
-      reader.base_bits() == 8 ? static_cast<float>(static_cast<int8_t>(code)) + 0.5f : static_cast<float>(code) - 7.5f;
+  const int bits = reader.base_bits();
+  const float centred = bits == 8 ? static_cast<float>(static_cast<int8_t>(code)) + 0.5f
+                                  : static_cast<float>(code) - static_cast<float>((1 << bits) - 1) * 0.5f;
   return 2.0f * constants.kh[0] * centred;
 }
 
@@ -106,7 +108,7 @@ float sign_of(const GroupReader &reader, int plane, int64_t column) {
 }
 
 float value_of(const PackedMatrix &matrix, const GroupReader &reader, const Constants &constants, int64_t column) {
-  const bool flat = matrix.encoding == Encoding::flat8 || matrix.encoding == Encoding::flat4;
+  const bool flat = flat_bits(matrix.encoding) != 0;
   const bool signs = matrix.encoding == Encoding::signs;
   const float offset = flat ? flat_offset(reader, constants, column)
                             : nested_offset(reader, constants, signs ? 2 : matrix.level, column);
@@ -124,7 +126,7 @@ Constants constants_of(const PackedMatrix &matrix) {
   return constants;
 }
 
-void unpack_row(const PackedMatrix &matrix, const Constants &constants, int64_t row, float *out) {
+void write_row(const PackedMatrix &matrix, const Constants &constants, int64_t row, float *out) {
   for (int64_t k = 0; k < matrix.columns; ++k) {
     const GroupReader reader(matrix, row, k / matrix.group);
     out[k] = value_of(matrix, reader, constants, k % matrix.group);
@@ -140,7 +142,7 @@ struct RowsJob {
 
 void row_task(void *context, int64_t i, char *) {
   const RowsJob &job = *static_cast<const RowsJob *>(context);
-  unpack_row(*job.matrix, job.constants, job.ids == nullptr ? i : job.ids[i], job.out + i * job.matrix->columns);
+  write_row(*job.matrix, job.constants, job.ids == nullptr ? i : job.ids[i], job.out + i * job.matrix->columns);
 }
 
 void run(const PackedMatrix &matrix, const int64_t *ids, int64_t count, float *out) {
@@ -152,12 +154,20 @@ void run(const PackedMatrix &matrix, const int64_t *ids, int64_t count, float *o
 
 void unpack(const PackedMatrix &matrix, float *out) { run(matrix, nullptr, matrix.rows, out); }
 
-void unpack_rows(const PackedMatrix &matrix, const int64_t *ids, int64_t count, float *out) {
+void unpack_row(const PackedMatrix &matrix, int64_t row, float *out) {
+  write_row(matrix, constants_of(matrix), row, out);
+}
+
+void check_rows(const char *what, const int64_t *ids, int64_t count, int64_t rows) {
   for (int64_t i = 0; i < count; ++i) {
-    if (ids[i] >= 0 && ids[i] < matrix.rows) continue;
-    throw std::invalid_argument("packed_rows: id " + std::to_string(ids[i]) + " is not in [0, " +
-                                std::to_string(matrix.rows) + ")");
+    if (ids[i] >= 0 && ids[i] < rows) continue;
+    throw std::invalid_argument(std::string(what) + ": id " + std::to_string(ids[i]) + " is not in [0, " +
+                                std::to_string(rows) + ")");
   }
+}
+
+void unpack_rows(const PackedMatrix &matrix, const int64_t *ids, int64_t count, float *out) {
+  check_rows("packed_rows", ids, count, matrix.rows);
   run(matrix, ids, count, out);
 }
 

@@ -1,6 +1,6 @@
-"""Random quantised matrices and experts in memory, for tests of kernels.
+"""Random quantised matrices, deltas and experts in memory, for tests of kernels.
 
-Shapes: N rows, K columns (Np, Kp padded), G groups, H hidden, I expert width.
+Shapes: N rows, K columns (Np, Kp padded), G groups, H hidden, I expert width, C salient channels.
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moestro.kernels.specs import ActivationName, ActivationSpec, Encoding, ExpertJobs, ExpertSpec, Gate, MatrixSpec
+from moestro.kernels.specs import (
+    ActivationName,
+    ActivationSpec,
+    Encoding,
+    ExpertDeltas,
+    ExpertDeltaSpec,
+    ExpertJobs,
+    ExpertSpec,
+    Gate,
+    MatrixSpec,
+)
 from moestro.quant import LEVELS
+from moestro.quant.delta import DeltaRegion
 from moestro.quant.groups import TILE, group_size, groups, padded_columns, padded_rows
 from moestro.quant.tiles import BITS1, BITS2, BITS4, BITS8, CodeFormat, pack_codes, pack_scaled, pack_scales
 
 HEADER_PLACES = 16
 PLANE_FORMS = (BITS2, BITS1, BITS1, BITS4)
-FLAT_FORMS = {"flat8": BITS8, "flat4": BITS4}
+FLAT_FORMS = {"flat8": BITS8, "flat4": BITS4, "flat2": BITS2, "flat1": BITS1}
 
 
 class Source:
@@ -87,6 +98,37 @@ def _regions(source: Source, encoding: Encoding, rows: int, columns: int, cells:
 
 
 @dataclass(frozen=True)
+class PackedDelta:
+    """The bytes of a delta."""
+
+    region: DeltaRegion
+    bytes: torch.Tensor
+
+    @property
+    def address(self) -> int:
+        return self.bytes.data_ptr()
+
+
+def random_delta(
+    source: Source, rows: int, columns: int, *, bits: int, salient: int, biased: bool = False
+) -> PackedDelta:
+    """A delta of random codes and scales; its salient channels are anywhere."""
+    region = DeltaRegion(rows, columns, bits, salient, biased)
+    (codes,) = _regions(source, f"flat{bits}", rows, columns, (16, 1))  # type: ignore[arg-type]
+    ids_C = torch.randperm(columns, generator=source.generator)[:salient].sort().values.to(torch.int32)
+    values_CN = source.scales(salient, padded_rows(rows))
+    data = torch.zeros(region.nbytes, dtype=torch.uint8)
+    parts = [(0, codes), (region.ids_at, ids_C), (region.values_at, values_CN)]
+    if biased:
+        parts.append((region.bias_at, source.normal(rows)))
+    for start, part in parts:
+        if part.numel():
+            as_bytes = part.contiguous().view(torch.uint8).flatten()
+            data[start : start + len(as_bytes)] = as_bytes
+    return PackedDelta(region, data)
+
+
+@dataclass(frozen=True)
 class Experts:
     """Experts with the planes of each; biases lie behind the matrices in plane 0."""
 
@@ -150,3 +192,55 @@ def random_experts(
         ActivationSpec(activation, alpha=1.702, limit=0.8),
     )
     return Experts(spec, tuple(all_planes))
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What a fine-tune adds to experts: the plane of each."""
+
+    spec: ExpertDeltaSpec
+    planes: tuple[torch.Tensor, ...]
+
+
+def random_fine_tune(
+    source: Source,
+    experts: Experts,
+    *,
+    bits: int,
+    share: float,
+    up: bool = True,
+    down: bool = True,
+    biased: bool = False,
+) -> FineTune:
+    """Deltas of every expert, of the matrices that are to have one, with a share of their channels salient."""
+    matrices = (experts.spec.up if up else None, experts.spec.down if down else None)
+    spec, planes = ExpertDeltaSpec(None, None, 0, 0), []
+    for _ in experts.planes:
+        parts = [
+            matrix
+            and random_delta(
+                source,
+                matrix.rows,
+                matrix.columns,
+                bits=bits,
+                salient=round(share * matrix.columns),
+                biased=biased,
+            )
+            for matrix in matrices
+        ]
+        up_delta, down_delta = parts
+        down_at = 0 if up_delta is None else up_delta.region.nbytes
+        spec = ExpertDeltaSpec(up_delta and up_delta.region, down_delta and down_delta.region, 0, down_at)
+        planes.append(torch.cat([torch.empty(0, dtype=torch.uint8), *(part.bytes for part in parts if part)]))
+    return FineTune(spec, tuple(planes))
+
+
+def expert_deltas(tunes: list[FineTune], placed: list[tuple[int, int, int, int]]) -> ExpertDeltas:
+    """Of (job, first row, end row, fine-tune), where job j is of expert j."""
+
+    def ints(place: int) -> np.ndarray:
+        return np.array([delta[place] for delta in placed], dtype=np.int32)
+
+    addresses = [tunes[tune].planes[job].data_ptr() for job, _, _, tune in placed]
+    specs = tuple(tune.spec for tune in tunes)
+    return ExpertDeltas(specs, ints(0), ints(1), ints(2), ints(3), np.array(addresses, dtype=np.int64))

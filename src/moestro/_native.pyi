@@ -124,6 +124,42 @@ class Matrix:
 class Experts:
     """The MLP that all experts of a layer share."""
 
+class DeltaShape:
+    """Where the parts of a matrix's delta lie."""
+
+class Delta:
+    """A matrix's delta at an address: what lies there has to outlive it."""
+
+    def __init__(self, shape: DeltaShape, address: int) -> None: ...
+
+class ExpertDelta:
+    """Where the deltas of an expert's matrices lie in their plane."""
+
+class ExpertDeltas:
+    """See `ExpertDeltas` of moestro.kernels.specs. Lists are int32 [D], planes int64 [D]; shapes have to outlive it."""
+
+    def __init__(
+        self,
+        shapes: Sequence[ExpertDelta],
+        jobs: NDArray[np.int32],
+        firsts: NDArray[np.int32],
+        ends: NDArray[np.int32],
+        shape: NDArray[np.int32],
+        planes: NDArray[np.int64],
+        /,
+    ) -> None: ...
+
+def make_delta(
+    encoding: int, rows: int, columns: int, group: int, salient: int, ids: int, values: int, bias: int, /
+) -> DeltaShape:
+    """`ids`, `values` and `bias` (negative: none) are offsets. ValueError when the encoding is not flat."""
+
+def make_expert_delta(up: DeltaShape | None, down: DeltaShape | None, up_at: int, down_at: int) -> ExpertDelta: ...
+def add_delta(delta: Delta, x: int, x_stride: int, rows: int, out: int, out_stride: int, /) -> None: ...
+def add_delta_rows(delta: Delta, ids: int, count: int, out: int, /) -> None:
+    """Raises ValueError when an id is not a row."""
+
+def unpack_delta(delta: Delta, out: int, /) -> None: ...
 def make_matrix(encoding: int, rows: int, columns: int, group: int, offsets: Sequence[int], /) -> Matrix: ...
 def make_experts(
     up: Matrix,
@@ -151,9 +187,10 @@ def experts(
     out: int,
     out_stride: int,
     out_rows: int,
+    deltas: ExpertDeltas,
     /,
 ) -> None:
-    """Raises ValueError when a job's level, planes or rows are wrong, before anything is computed."""
+    """Raises ValueError when a job's level, planes or rows or a delta are wrong, before anything is computed."""
 
 class KnownExperts:
     """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known."""

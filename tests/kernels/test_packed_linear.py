@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moestro.kernels.cpu import CpuKernels
 from moestro.kernels.reference import ReferenceKernels
-from moestro.kernels.specs import ENCODINGS, Encoding, MatrixSpec
+from moestro.kernels.specs import ENCODINGS, FLAT_BITS, Encoding, MatrixSpec
 from moestro.quant import LEVELS, make_encoding
 from moestro.quant.flat import flat_decode, flat_encode
 from moestro.quant.groups import group_size
@@ -21,7 +21,7 @@ CELLS = ((16, 1), (32, 3))
 
 
 def levels_of(encoding: Encoding) -> tuple[int, ...]:
-    return {"flat8": (8,), "flat4": (4,)}.get(encoding, LEVELS)
+    return (FLAT_BITS[encoding],) if encoding in FLAT_BITS else LEVELS
 
 
 codings = st.sampled_from([(encoding, level) for encoding in ENCODINGS for level in levels_of(encoding)])
@@ -157,7 +157,7 @@ def test_unpack_is_what_the_encoding_says(encoding: Encoding, level: int) -> Non
     torch.testing.assert_close(out_NK, maker.decode(list(planes.values()), rows, columns, level), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(("encoding", "bits"), [("flat8", 8), ("flat4", 4)])
+@pytest.mark.parametrize(("encoding", "bits"), FLAT_BITS.items())
 def test_rows_of_a_flat_matrix(encoding: Encoding, bits: int) -> None:
     rows, columns = 50, 96
     region = flat_encode(Source(4).normal(rows, columns), bits)

@@ -13,12 +13,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moestro.kernels.specs import ActivationSpec, ExpertJobs, ExpertSpec, MatrixSpec
+from moestro.kernels.specs import ActivationSpec, ExpertDeltas, ExpertDeltaSpec, ExpertJobs, ExpertSpec, MatrixSpec
+from moestro.quant.delta import DeltaRegion
 
 if TYPE_CHECKING:
     from moestro import _native
 
-__all__ = ["WEIGHT_DTYPES", "ActivationSpec", "ExpertJobs", "ExpertSpec", "Kernels", "MatrixSpec"]
+__all__ = [
+    "WEIGHT_DTYPES",
+    "ActivationSpec",
+    "DeltaRegion",
+    "ExpertDeltaSpec",
+    "ExpertDeltas",
+    "ExpertJobs",
+    "ExpertSpec",
+    "Kernels",
+    "MatrixSpec",
+]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights and biases; their place in the tuple is the code that the native kernels know them by."""
@@ -82,15 +93,24 @@ class Kernels(Protocol):
         """
         ...
 
-    def experts(self, spec: ExpertSpec, jobs: ExpertJobs, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+    def experts(
+        self,
+        spec: ExpertSpec,
+        jobs: ExpertJobs,
+        hidden_TH: torch.Tensor,
+        out_PH: torch.Tensor,
+        deltas: ExpertDeltas | None = None,
+    ) -> None:
         """The MLPs of any number of experts, each on its own rows and at its own level, from quantised planes.
 
         Row `jobs.rows[r]` of the hidden states goes through the MLP of its job; the result, not yet weighted, becomes
-        row `jobs.places[r]` of `out_PH`. Both are fp32 and contiguous in their last dimension.
+        row `jobs.places[r]` of `out_PH`. Both are fp32 and contiguous in their last dimension. A job's matrices are
+        multiplied with all its rows at once; what `deltas` say is added to the results of its up and of its down
+        projection, as by `add_delta`, so a row has the bits that it has with the deltas of others absent.
 
         Raises:
             ValueError: a job has an unknown level, lacks a plane that its level needs, or names a row that does not
-                exist.
+                exist; a delta is on rows that are not its job's or have another, or has shapes that do not fit.
         """
         ...
 
@@ -124,4 +144,29 @@ class Kernels(Protocol):
 
     def packed_rows(self, matrix: MatrixSpec, planes: Sequence[int], ids: torch.Tensor) -> torch.Tensor:
         """Rows of a flat matrix (an embedding), fp32 [R, K], from ids int64 [R]. ValueError when an id is not a row."""
+        ...
+
+    def add_delta(self, x_TK: torch.Tensor, delta: DeltaRegion, address: int, out_TN: torch.Tensor) -> None:
+        """`out_TN += x_TK @ delta.T`, then the difference of the biases, if there is one. All fp32.
+
+        x is quantised as for a packed matrix, whatever the matrix of the base is. The codes give t as `packed_linear`
+        does, salient channels in ascending order add to it (t = fma(scale * code of the activation, value, t)), then
+        out = out + t, and last out = out + bias.
+
+        Args:
+            x_TK: contiguous in its last dimension, like `out_TN`.
+            delta: where the parts of the delta lie from `address` on.
+            address: 64-byte aligned.
+        """
+        ...
+
+    def add_delta_rows(self, delta: DeltaRegion, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
+        """Rows of a delta (of an embedding), from ids int64 [R], are added to `out_RK` (fp32, contiguous).
+
+        ValueError when an id is not a row.
+        """
+        ...
+
+    def unpack_delta(self, delta: DeltaRegion, address: int) -> torch.Tensor:
+        """What the bytes of a delta stand for, fp32 [N, K]; without the biases."""
         ...

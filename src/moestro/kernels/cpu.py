@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
-from moestro.kernels.shapes import native_experts, native_matrix
-from moestro.kernels.specs import ExpertJobs, ExpertSpec, MatrixSpec
+from moestro.kernels.shapes import native_delta, native_expert_delta, native_experts, native_matrix
+from moestro.kernels.specs import ExpertDeltas, ExpertJobs, ExpertSpec, MatrixSpec
+from moestro.quant.delta import DeltaRegion
 from moestro.quant.groups import group_size
 
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(WEIGHT_DTYPES)}
@@ -120,7 +121,14 @@ class CpuKernels:
         )
         return out_THDv
 
-    def experts(self, spec: ExpertSpec, jobs: ExpertJobs, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+    def experts(
+        self,
+        spec: ExpertSpec,
+        jobs: ExpertJobs,
+        hidden_TH: torch.Tensor,
+        out_PH: torch.Tensor,
+        deltas: ExpertDeltas | None = None,
+    ) -> None:
         _check_matrix(hidden_TH, columns=spec.up.columns)
         _check_matrix(out_PH, columns=spec.down.rows)
         _native.experts(
@@ -136,6 +144,7 @@ class CpuKernels:
             out_PH.data_ptr(),
             out_PH.stride(0),
             len(out_PH),
+            _NO_DELTAS if deltas is None else _deltas(deltas),
         )
 
     def known_experts(self, spec: ExpertSpec, planes_EP: NDArray[np.int64], level: int) -> _native.KnownExperts:
@@ -182,6 +191,39 @@ class CpuKernels:
         out_RK = torch.empty((len(ids), matrix.columns))
         _native.packed_rows(native_matrix(matrix), planes, ids.data_ptr(), len(ids), out_RK.data_ptr())
         return out_RK
+
+    def add_delta(self, x_TK: torch.Tensor, delta: DeltaRegion, address: int, out_TN: torch.Tensor) -> None:
+        _check_matrix(x_TK, columns=delta.columns)
+        _check_matrix(out_TN, columns=delta.rows)
+        assert len(x_TK) == len(out_TN), (x_TK.shape, out_TN.shape)
+        native = _delta_at(delta, address)
+        _native.add_delta(native, x_TK.data_ptr(), x_TK.stride(0), len(x_TK), out_TN.data_ptr(), out_TN.stride(0))
+
+    def add_delta_rows(self, delta: DeltaRegion, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
+        _check_matrix(out_RK, columns=delta.columns)
+        assert out_RK.is_contiguous(), out_RK.stride()
+        assert ids.dtype is torch.int64, ids.dtype
+        ids = ids.contiguous()
+        _native.add_delta_rows(_delta_at(delta, address), ids.data_ptr(), len(ids), out_RK.data_ptr())
+
+    def unpack_delta(self, delta: DeltaRegion, address: int) -> torch.Tensor:
+        out_NK = torch.empty((delta.rows, delta.columns))
+        _native.unpack_delta(_delta_at(delta, address), out_NK.data_ptr())
+        return out_NK
+
+
+def _delta_at(delta: DeltaRegion, address: int) -> _native.Delta:
+    assert address % 64 == 0, address
+    return _native.Delta(native_delta(delta), address)
+
+
+def _deltas(deltas: ExpertDeltas) -> _native.ExpertDeltas:
+    shapes = [native_expert_delta(spec) for spec in deltas.specs]
+    return _native.ExpertDeltas(shapes, deltas.jobs, deltas.firsts, deltas.ends, deltas.spec, deltas.planes)
+
+
+_NO_ROWS = np.empty(0, dtype=np.int32)
+_NO_DELTAS = _native.ExpertDeltas([], _NO_ROWS, _NO_ROWS, _NO_ROWS, _NO_ROWS, np.empty(0, dtype=np.int64))
 
 
 def scratch_bytes(

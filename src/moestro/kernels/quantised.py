@@ -66,7 +66,8 @@ def quantise_rows(x_TK: torch.Tensor, group: int) -> QuantisedRows:
     magnitude_TG = x_TGg.abs().amax(-1)
     finite_TG = x_TGg.isfinite().all(-1)
     used_TG = finite_TG & (magnitude_TG >= _LEAST_MAGNITUDE)
-    inverse_TG = _MOST_CODE / torch.where(used_TG, magnitude_TG, 1.0)
+    # A number over a tensor would be the number times the tensor's reciprocal, which is rounded twice.
+    inverse_TG = torch.tensor(_MOST_CODE) / torch.where(used_TG, magnitude_TG, 1.0)
     code_TGg = (torch.where(used_TG[..., None], x_TGg, 0.0) * inverse_TG[..., None]).round()
     scale_TG = torch.where(used_TG, magnitude_TG / _MOST_CODE, 0.0).masked_fill(~finite_TG, float("nan"))
     return QuantisedRows(code_TGg.double(), scale_TG)
@@ -103,7 +104,8 @@ def matrix_at(matrix: MatrixSpec, planes: Sequence[int], level: int) -> Matrix:
     elif matrix.encoding == "flat8":
         terms = [_term(matrix, 2 * code_NK.view(torch.int8).double() + 1, scale_NG, constants[1])]
     else:
-        terms = [_term(matrix, 2 * code_NK.double() - 15, scale_NG, constants[1])]
+        most = 2 ** FLAT_BITS[matrix.encoding] - 1
+        terms = [_term(matrix, 2 * code_NK.double() - most, scale_NG, constants[1])]
     return Matrix(tuple(terms), middle_NG.float(), constants[0])
 
 

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from moestro.kernels.activations import activate
+from moestro.kernels.deltas import add_delta, of_jobs, unpack_delta
 from moestro.kernels.quantised import bytes_at, linear, matrix_at, quantise_rows, values
-from moestro.kernels.specs import FLAT_BITS, ExpertJobs, ExpertSpec, MatrixSpec
+from moestro.kernels.specs import FLAT_BITS, ExpertDeltas, ExpertJobs, ExpertSpec, MatrixSpec
+from moestro.quant.delta import DeltaRegion
 
 
 class ReferenceKernels:
@@ -61,15 +63,30 @@ class ReferenceKernels:
             out_THDv[rows] = _weighted_values(probability_RHJ, value_JGDv)
         return out_THDv
 
-    def experts(self, spec: ExpertSpec, jobs: ExpertJobs, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
+    def experts(
+        self,
+        spec: ExpertSpec,
+        jobs: ExpertJobs,
+        hidden_TH: torch.Tensor,
+        out_PH: torch.Tensor,
+        deltas: ExpertDeltas | None = None,
+    ) -> None:
+        deltas_of = of_jobs(deltas, jobs.starts)
         for job, (planes, level) in enumerate(zip(jobs.planes.tolist(), jobs.levels.tolist(), strict=True)):
             listed = slice(int(jobs.starts[job]), int(jobs.starts[job + 1]))
             rows, places = jobs.rows[listed], jobs.places[listed]
             bias_at = partial(_bias, planes[0])
             up_RG = self.packed_linear(hidden_TH[rows], spec.up, planes, level, bias_at(spec.up_bias, spec.up.rows))
+            for own, delta, plane in deltas_of[job]:
+                if delta.up is not None:
+                    self.add_delta(hidden_TH[rows[own]], delta.up, plane + delta.up_at, up_RG[own])
             width_RI = activate(spec.activation, spec.gate, up_RG)
             down_bias = bias_at(spec.down_bias, spec.down.rows)
-            out_PH[places] = self.packed_linear(width_RI, spec.down, planes, level, down_bias)
+            output_RH = self.packed_linear(width_RI, spec.down, planes, level, down_bias)
+            for own, delta, plane in deltas_of[job]:
+                if delta.down is not None:
+                    self.add_delta(width_RI[own], delta.down, plane + delta.down_at, output_RH[own])
+            out_PH[places] = output_RH
 
     def known_experts(self, _spec: ExpertSpec, _planes_EP: NDArray[np.int64], _level: int) -> None:
         return None
@@ -96,6 +113,20 @@ class ReferenceKernels:
         if bool(((ids < 0) | (ids >= matrix.rows)).any()):
             raise ValueError(f"packed_rows: an id of {ids.tolist()} is not in [0, {matrix.rows})")
         return self.unpack(matrix, planes, FLAT_BITS[matrix.encoding])[ids]
+
+    def add_delta(self, x_TK: torch.Tensor, delta: DeltaRegion, address: int, out_TN: torch.Tensor) -> None:
+        if not x_TK.is_meta:
+            add_delta(x_TK, delta, address, out_TN)
+
+    def add_delta_rows(self, delta: DeltaRegion, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
+        if ids.is_meta:
+            return
+        if bool(((ids < 0) | (ids >= delta.rows)).any()):
+            raise ValueError(f"add_delta_rows: an id of {ids.tolist()} is not in [0, {delta.rows})")
+        out_RK += self.unpack_delta(delta, address)[ids]
+
+    def unpack_delta(self, delta: DeltaRegion, address: int) -> torch.Tensor:
+        return unpack_delta(delta, address)
 
 
 def _bias(plane: int, offset: int | None, rows: int) -> torch.Tensor | None:

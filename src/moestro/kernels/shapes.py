@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from moestro import _native
-from moestro.kernels.specs import ACTIVATIONS, ENCODINGS, GATES, ExpertSpec, MatrixSpec
+from moestro.kernels.specs import ACTIVATIONS, ENCODINGS, GATES, ExpertDeltaSpec, ExpertSpec, MatrixSpec, delta_codes
+from moestro.quant.delta import DeltaRegion
 
 
 @cache
@@ -27,3 +28,24 @@ def native_experts(spec: ExpertSpec) -> _native.Experts:
         spec.activation.alpha,
         spec.activation.limit,
     )
+
+
+@cache
+def native_delta(delta: DeltaRegion) -> _native.DeltaShape:
+    """With an address it makes a `_native.Delta`."""
+    return _native.make_delta(
+        ENCODINGS.index(delta_codes(delta).encoding),
+        delta.rows,
+        delta.columns,
+        delta.group,
+        delta.salient,
+        delta.ids_at,
+        delta.values_at,
+        delta.bias_at if delta.bias else -1,
+    )
+
+
+@cache
+def native_expert_delta(spec: ExpertDeltaSpec) -> _native.ExpertDelta:
+    up, down = (None if delta is None else native_delta(delta) for delta in (spec.up, spec.down))
+    return _native.make_expert_delta(up, down, spec.up_at, spec.down_at)

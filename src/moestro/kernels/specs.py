@@ -1,6 +1,6 @@
 """What kernels are told of quantised weights: their shapes, where they lie, and which rows go where.
 
-Shapes: J jobs (experts with rows), R rows of all jobs.
+Shapes: J jobs (experts with rows), R rows of all jobs, D deltas that are on some of them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moestro.quant import LEVELS
+from moestro.quant.delta import DeltaRegion
 from moestro.quant.groups import GROUP_SIZES
 
-Encoding = Literal["nested", "signs", "flat8", "flat4"]
+Encoding = Literal["nested", "signs", "flat8", "flat4", "flat2", "flat1"]
 Gate = Literal["none", "halves", "interleaved"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "sigmoid", "clamped_swiglu"]
 
 # A name's place in these tuples is the code that the native kernels know it by.
-ENCODINGS: tuple[Encoding, ...] = ("nested", "signs", "flat8", "flat4")
+ENCODINGS: tuple[Encoding, ...] = ("nested", "signs", "flat8", "flat4", "flat2", "flat1")
 GATES: tuple[Gate, ...] = ("none", "halves", "interleaved")
 ACTIVATIONS: tuple[ActivationName, ...] = (
     "silu",
@@ -31,7 +32,8 @@ ACTIVATIONS: tuple[ActivationName, ...] = (
     "sigmoid",
     "clamped_swiglu",
 )
-FLAT_BITS = {"flat8": 8, "flat4": 4}
+FLAT_BITS = {"flat8": 8, "flat4": 4, "flat2": 2, "flat1": 1}
+_DELTA_ENCODINGS: dict[int, Encoding] = {4: "flat4", 2: "flat2", 1: "flat1"}
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,47 @@ class ExpertJobs:
     starts: NDArray[np.int32]
     rows: NDArray[np.int32]
     places: NDArray[np.int32]
+
+
+def delta_codes(region: DeltaRegion) -> MatrixSpec:
+    """The codes of a delta, which lie at its address, as a flat matrix."""
+    return MatrixSpec(_DELTA_ENCODINGS[region.bits], region.rows, region.columns, region.group, (0,))
+
+
+@dataclass(frozen=True)
+class ExpertDeltaSpec:
+    """What a fine-tune adds to the matrices of an expert: None where one has not changed.
+
+    `up_at` and `down_at` are where the deltas lie in the plane that holds both, in bytes (64-byte aligned).
+    """
+
+    up: DeltaRegion | None
+    down: DeltaRegion | None
+    up_at: int
+    down_at: int
+
+    def __post_init__(self) -> None:
+        assert self.up_at % 64 == self.down_at % 64 == 0, self
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertDeltas:
+    """Delta d, whose plane lies at `planes[d]`, adds to rows `firsts[d] : ends[d]` of the lists of `ExpertJobs`.
+
+    Those are rows of job `jobs[d]`, and of no other delta; rows of a job without a delta are the base's.
+
+    Attributes:
+        specs: those that deltas have, mostly one for each fine-tune.
+        jobs: int32 [D].
+        firsts: int32 [D].
+        ends: int32 [D].
+        spec: int32 [D], a place in `specs`.
+        planes: int64 [D], addresses (64-byte aligned).
+    """
+
+    specs: tuple[ExpertDeltaSpec, ...]
+    jobs: NDArray[np.int32]
+    firsts: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    spec: NDArray[np.int32]
+    planes: NDArray[np.int64]
