@@ -58,7 +58,10 @@ class RuntimeOptions:
         "Load what structured output needs: 0.7 KB for each token of the vocabulary, beside the memory given.",
         flag=False,
     )
-    variant: str = option("", "Variant of the store that answers (empty: the base); MODEL:VARIANT says the same.")
+    variant: str = option(
+        "",
+        "Variant of the store that answers (empty: the base, auto: one fit for the prompt), as in MODEL:VARIANT.",
+    )
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:

@@ -74,6 +74,22 @@ class NativeForward:
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
+        spans = self._experts.spans
+        self._layers(batch, self._blueprint.moe_layers)
+        wanted = batch.logit_rows
+        logits_SV = torch.empty(len(wanted), self._vocabulary)
+        spans.begin(Part.DENSE)
+        self._decoder.logits(wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
+        spans.end(Event.HEAD, len(wanted))
+        return logits_SV
+
+    def route(self, batch: PackedBatch, layers: int) -> np.ndarray:
+        """Experts [layers, T, K] of the batch's rows in the first MoE layers; little is computed after them."""
+        self._layers(batch, layers - 1)
+        return self.routing[0][:layers].copy()
+
+    def _layers(self, batch: PackedBatch, last: int) -> None:
+        """Run until MoE layer `last` is routed, perhaps further; to the end if there is no such layer."""
         decoder, experts, spans = self._decoder, self._experts, self._experts.spans
         self._begin(batch)
         ids_LTK, weights_LTK = self.routing
@@ -87,7 +103,7 @@ class NativeForward:
             spans.end(Event.DENSE, done, reached, computed_s)
             if reached > done:
                 experts.count_known(done, ids_LTK[done:reached], weights_LTK[done:reached])
-            if reached == len(ids_LTK):
+            if reached >= last:
                 break
             if self._replay is not None:
                 ids_LTK[reached], weights_LTK[reached] = self._replay.layer(reached)
@@ -96,12 +112,6 @@ class NativeForward:
             assert delta_TH.dtype is torch.float32
             assert delta_TH.is_contiguous()
             done, address = reached + 1, delta_TH.data_ptr()
-        wanted = batch.logit_rows
-        logits_SV = torch.empty(len(wanted), self._vocabulary)
-        spans.begin(Part.DENSE)
-        decoder.logits(wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
-        spans.end(Event.HEAD, len(wanted))
-        return logits_SV
 
     def replay_routing(self, replay: Replay) -> None:
         """As of `ModelRunner`. From now on the decoder comes back at every layer's experts, which takes longer."""
