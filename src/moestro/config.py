@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from moestro.errors import BudgetError, PackError, RequestError, ServeError, TraceError, VariantError
 from moestro.options import check_least, check_types, option
+from moestro.route_options import RouteOptions
 from moestro.sampling import Guide, SamplingParams
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Guide",
     "LoadOptions",
     "PackOptions",
+    "RouteOptions",
     "RuntimeOptions",
     "SamplingParams",
     "ServeOptions",

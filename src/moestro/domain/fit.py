@@ -69,8 +69,8 @@ def fit_text(examples: Mapping[str, Sequence[str]], *, threshold: float) -> Doma
     ends = np.cumsum([0, *(len(one.places_F) for one, _, _ in found)])
     values, places = (np.concatenate([getattr(one, name) for one, _, _ in found]) for name in ("values_F", "places_F"))
     values_PF = sparse.csr_matrix((values, places, ends), shape=(len(found), FEATURES))
-    linear = _fit(_Pieces(values_PF, *_numbers(found)), len(examples))
-    return DomainRouter(TextClassifier(linear), tuple(examples), threshold)
+    linear, left_out = _fit(_Pieces(values_PF, *_numbers(found)), len(examples))
+    return DomainRouter(TextClassifier(linear), tuple(examples), threshold, left_out)
 
 
 def fit_trace(examples: Mapping[str, Sequence[RoutedExample]], *, experts: int, threshold: float) -> DomainRouter:
@@ -87,9 +87,9 @@ def fit_trace(examples: Mapping[str, Sequence[RoutedExample]], *, experts: int, 
         for piece_NLK in _pieces_of_rows(one.experts_NLK)
     ]
     values_PF = sparse.csr_matrix(np.stack([values_F for values_F, _, _ in found]))
-    linear = _fit(_Pieces(values_PF, *_numbers(found)), len(examples))
+    linear, left_out = _fit(_Pieces(values_PF, *_numbers(found)), len(examples))
     classifier = TraceClassifier(linear, layers=values_PF.shape[1] // experts, experts=experts)
-    return DomainRouter(classifier, tuple(examples), threshold)
+    return DomainRouter(classifier, tuple(examples), threshold, left_out)
 
 
 def check_threshold(threshold: float) -> None:
@@ -141,16 +141,19 @@ def _cuts(length: int, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
                 yield first, min(length, first + size)
 
 
-def _fit(pieces: _Pieces, domains: int) -> Linear:
-    """Logistic regression, its scores divided by the temperature at which examples left out are likeliest."""
+def _fit(pieces: _Pieces, domains: int) -> tuple[Linear, float]:
+    """Logistic regression, its scores divided by the temperature at which examples left out are likeliest; and what
+    share of them are told right."""
     scores_PD = np.zeros((len(pieces.domain_P), domains))
-    folds = _folds(pieces)
-    for learnt, left_out in folds:
+    for learnt, held_out in _folds(pieces):
         linear = _regression(pieces, learnt, domains)
-        scores_PD[left_out] = pieces.values_PF[left_out] @ linear.weights_DF.T + linear.bias_D
-    whole = _regression(pieces, np.arange(len(pieces.domain_P)), domains)
+        scores_PD[held_out] = pieces.values_PF[held_out] @ linear.weights_DF.T + linear.bias_D
     temperature = _temperature(scores_PD, pieces.domain_P)
-    return Linear((whole.weights_DF / temperature).astype(np.float32), (whole.bias_D / temperature).astype(np.float32))
+    _, wholes = np.unique(pieces.example_P, return_index=True)  # an example comes first, then its pieces
+    right = float(np.mean(scores_PD[wholes].argmax(axis=1) == pieces.domain_P[wholes]))
+    whole = _regression(pieces, np.arange(len(pieces.domain_P)), domains)
+    weights_DF, bias_D = ((part / temperature).astype(np.float32) for part in (whole.weights_DF, whole.bias_D))
+    return Linear(weights_DF, bias_D), right
 
 
 def _folds(pieces: _Pieces) -> list[tuple[np.ndarray, np.ndarray]]:

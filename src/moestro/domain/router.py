@@ -37,12 +37,14 @@ class Choice:
 class DomainRouter:
     """A fitted classifier of `domains` (variants' names and `BASE`), and how sure it has to be.
 
-    The base answers what is likeliest `BASE`, what is below `threshold`, and what is for a variant that is not there.
+    `left_out` is the share of its example prompts whose domain was found while they were left out of the fit. The base
+    answers what is likeliest `BASE`, what is below `threshold`, and what is for a variant that is not there.
     """
 
     classifier: Classifier
     domains: tuple[str, ...]
     threshold: float
+    left_out: float
 
     def choose(self, prompt: Prompt, available: Collection[str]) -> Choice:
         """Who answers, of the variants that are `available` now."""

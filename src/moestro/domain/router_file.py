@@ -41,6 +41,7 @@ def save_router(path: Path, router: DomainRouter, *, fingerprint: str) -> None:
         "kind": router.classifier.kind,
         "domains": list(router.domains),
         "threshold": router.threshold,
+        "left_out": router.left_out,
         "layers": getattr(router.classifier, "layers", 0),
         "experts": getattr(router.classifier, "experts", 0),
     }
@@ -77,7 +78,8 @@ def load_router(path: Path, *, fingerprint: str) -> DomainRouter:
             f"{path} is of another model: its fingerprint is {facts['store']}, expected {fingerprint}. {_AGAIN}"
         )
     linear = Linear(arrays["weights"], arrays["bias"])
-    return DomainRouter(_classifier(facts, linear), tuple(facts["domains"]), float(facts["threshold"]))
+    domains = tuple(facts["domains"])
+    return DomainRouter(_classifier(facts, linear), domains, float(facts["threshold"]), float(facts["left_out"]))
 
 
 def _linear(classifier: Classifier) -> Linear:

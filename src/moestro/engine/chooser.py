@@ -57,9 +57,11 @@ class Chooser:
             RouteError: there is no router, or its file is damaged or of another model.
             RequestError, PlaneReadError: the prompt cannot be looked at.
         """
-        return self._current().choose(_TextPrompt(text, self._encode, route), available)
+        return self.router.choose(_TextPrompt(text, self._encode, route), available)
 
-    def _current(self) -> DomainRouter:
+    @property
+    def router(self) -> DomainRouter:
+        """The router as it is now. Raises RouteError."""
         with self._lock:
             seen = _identity(self._path)
             if self._router is None or seen is None or seen != self._seen:
