@@ -45,6 +45,7 @@ from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
 from moestro.runtime.shares import MemoryShares, most_arena_bytes, reserved_arena_bytes
+from moestro.runtime.variant_history import VariantHistories
 from moestro.runtime.variant_parts import Wardrobe
 from moestro.runtime.variants import Variants
 from moestro.spans import Clock, Spans
@@ -188,9 +189,9 @@ def _assemble(
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
     foresight, history, gates = None, None, None
+    most = max(layer.num_experts for layer in store.layers)
+    shape = Shape(len(store.layers), most, max(probed.experts_per_token))
     if not whole:
-        most = max(layer.num_experts for layer in store.layers)
-        shape = Shape(len(store.layers), most, max(probed.experts_per_token))
         history = open_history(options, chosen, store, shape)
         foresight = make_foresight(chosen, store.path, shape, history)
     transfers = _transfers(store, spans.clock)
@@ -214,6 +215,7 @@ def _assemble(
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
     shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
     shares.refit()
+    histories = None if history is None else VariantHistories(shape)
     variants = Variants(
         store,
         planes=planes,
@@ -224,6 +226,7 @@ def _assemble(
         chains=[[plane.nbytes for plane in layout.planes] for layout in layouts],
         overhead_bytes=0,
         eviction=None if foresight is None else foresight.eviction,
+        histories=histories,
     )
     planes.locate = variants.locate
     experts = open_experts(
@@ -265,6 +268,7 @@ def _assemble(
         native=native,
         experts=experts,
         variants=variants,
+        histories=histories,
     )
     if history is not None:
         runner.remember(history)

@@ -29,6 +29,7 @@ from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
 from moestro.runtime.native import NativeForward
 from moestro.runtime.replay import Replay
+from moestro.runtime.variant_history import VariantHistories
 from moestro.runtime.variants import Variants
 from moestro.spans import Event, Part, Spans
 from moestro.trace import Recorder, StepRouting
@@ -62,6 +63,7 @@ class ModelRunner:
         kv: KVPool,
         experts: RoutedExperts,
         variants: Variants,
+        histories: VariantHistories | None = None,
         native: NativeForward | None = None,
     ) -> None:
         self.stats = RunnerStats()
@@ -70,7 +72,7 @@ class ModelRunner:
         self._lookahead: Lookahead | None = None
         self._replay: Replay | None = None
         self.native = native
-        self.variants = variants
+        self.variants, self._histories = variants, histories
         self.kv = kv
         self.planes = experts.planes
         self._model = skeleton.model
@@ -100,10 +102,20 @@ class ModelRunner:
             with _computing():
                 if not batch.runs:
                     return self._pass(batch, BASE)
+                self._set_apart(batch)
                 return torch.cat([self._pass(part, part.segments[0].variant) for part in batch.parts()])
         finally:
             self.stats.forward_s += time.perf_counter() - started
             self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
+
+    def _set_apart(self, batch: PackedBatch) -> None:
+        """Requests of variants are remembered beside these."""
+        if self.recorder is None:
+            return
+        for segment in batch.segments:
+            if segment.variant != BASE:
+                collections = None if self._histories is None else self._histories.of(segment.variant)
+                self.recorder.set_apart(segment.request, collections)
 
     def _pass(self, batch: PackedBatch, variant: int) -> torch.Tensor:
         """The logits of rows of one variant, or of the base."""

@@ -9,8 +9,9 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import FIRST_DELTA, MOST_VARIANTS, PlaneExtent, PlaneKey
@@ -24,6 +25,7 @@ from moestro.runtime.batch import BASE, PackedBatch
 from moestro.runtime.deltas import StepDeltas
 from moestro.runtime.open_variant import OpenVariant
 from moestro.runtime.shares import MemoryShares
+from moestro.runtime.variant_history import VariantHistories
 from moestro.runtime.variant_parts import Wardrobe
 from moestro.store.reader import Store
 from moestro.store.variant_file import list_variants, open_variant, variant_folder
@@ -32,7 +34,15 @@ from moestro.store.variant_manifest import VARIANT_NAME
 _Identity = tuple[int, int, int]
 """Of the file that describes a variant: another one with its name has another."""
 
-Told = Callable[[OpenVariant], None]
+
+class Follower(Protocol):
+    """Is told which variants are in memory."""
+
+    def entered(self, variant: OpenVariant) -> None:
+        """The parts of a variant have come into memory; it has a number."""
+
+    def leaving(self, variant: OpenVariant, *, is_gone: bool) -> None:
+        """They are about to leave. `is_gone`: the store has that variant no more."""
 
 
 class Variants:
@@ -43,6 +53,7 @@ class Variants:
         chains: of each MoE layer, the bytes of the planes of an expert of the base.
         overhead_bytes: what kernels need for deltas that the plan did not count.
         eviction: is told which variants nobody uses, if there is one.
+        histories: remember what requests of each variant do, if anybody wants to know.
     """
 
     def __init__(
@@ -57,19 +68,18 @@ class Variants:
         chains: Sequence[Sequence[int]],
         overhead_bytes: int,
         eviction: WorthEviction | None,
+        histories: VariantHistories | None,
     ) -> None:
         self._store, self._planes, self._shares, self._reader = store, planes, shares, reader
         self._wardrobe, self._arena, self._overhead, self._eviction = wardrobe, arena, overhead_bytes, eviction
+        self._bytes_each = 0 if histories is None else histories.nbytes
         self._chains = tuple(dict.fromkeys(tuple(chain) for chain in chains))
         self._chain_of = [self._chains.index(tuple(chain)) for chain in chains]
         self._serials, self._uses = itertools.count(1), itertools.count(1)
         self._slots: dict[int, OpenVariant] = {}
         self._lock = threading.Lock()  # of the names
         self._named: weakref.WeakValueDictionary[tuple[str, _Identity], OpenVariant] = weakref.WeakValueDictionary()
-        self.on_enter: Told | None = None
-        """Is told of each variant whose parts have come into memory, and has a number."""
-        self.on_leave: Told | None = None
-        """Is told of each whose parts are about to leave it."""
+        self.followers: list[Follower] = [] if histories is None else [histories]
 
     def names(self) -> tuple[str, ...]:
         """Those in the store now."""
@@ -129,9 +139,9 @@ class Variants:
 
     def close(self) -> None:
         """Give the memory back; no step may follow."""
-        for variant in self._slots.values():
-            if variant.parts is not None:
-                variant.parts.close()
+        for variant in self._in_memory():
+            self._say_leaving(variant)
+            self._close_parts(variant)
         self._slots.clear()
 
     @property
@@ -195,8 +205,8 @@ class Variants:
             self._lend(self._in_memory())
             raise
         variant.changed = self._wardrobe.tensors(variant.parts)
-        if self.on_enter is not None:
-            self.on_enter(variant)
+        for one in self.followers:
+            one.entered(variant)
 
     def _in_memory(self) -> list[OpenVariant]:
         return [one for one in self._slots.values() if one.parts is not None]
@@ -219,12 +229,21 @@ class Variants:
         """Its dense parts leave memory; its experts' planes stay as long as they are worth it."""
         if variant.parts is None:
             return
-        if self.on_leave is not None:
-            self.on_leave(variant)
+        self._say_leaving(variant)
+        self._close_parts(variant)
+        self._lend(self._in_memory())
+
+    def _say_leaving(self, variant: OpenVariant) -> None:
+        is_gone = not self._is_current(variant)
+        for one in self.followers:
+            one.leaving(variant, is_gone=is_gone)
+
+    @staticmethod
+    def _close_parts(variant: OpenVariant) -> None:
+        assert variant.parts is not None
         variant.changed = {}
         variant.parts.close()
         variant.parts = None
-        self._lend(self._in_memory())
 
     def _forget(self, variant: OpenVariant) -> None:
         """Nothing of it stays."""
@@ -238,18 +257,24 @@ class Variants:
         self._shares.lend(self._lent(variants))
 
     def _lent(self, variants: Collection[OpenVariant]) -> int:
-        return sum(one.memory_bytes for one in variants) + self._overhead * bool(variants)
+        return sum(one.memory_bytes + self._bytes_each for one in variants) + self._overhead * bool(variants)
 
     def _fit(self, staying: Collection[OpenVariant], running: Collection[OpenVariant]) -> bool:
         """Whether there is room for dense parts of all that stay, and for an expert with the deltas of all that run."""
+        return self._extent_for(staying, running) is not None
+
+    def _extent_for(self, staying: Collection[OpenVariant], running: Collection[OpenVariant]) -> int | None:
+        """The first of the sizes that extents may have with which there is room; None where there is none."""
         left = self._shares.left_for_planes(self._lent(staying))
-        return any(left // extent * extent >= self._least(running, extent) for extent in self._extents(staying))
+        fitting = (one for one in self._extents(staying) if left // one * one >= self._least(running, one))
+        return next(fitting, None)
 
     def _extents(self, staying: Collection[OpenVariant]) -> list[int]:
-        """The sizes that extents may have: what they are, if planes fit into them; what they would best be."""
+        """The sizes that extents may have: what they are, if planes fit into them; what they would best be; the least,
+        with which an arena of a few planes does."""
         sizes = self._sizes(staying)
         now = self._planes.extent_bytes
-        return [*([now] if sizes[-1] <= now else []), extent_bytes_for(sizes)]
+        return [*([now] if sizes[-1] <= now else []), extent_bytes_for(sizes), sizes[-1]]
 
     def _sizes(self, staying: Collection[OpenVariant]) -> list[int]:
         """Of all planes, ascending."""
@@ -269,14 +294,12 @@ class Variants:
 
     def _cut_for(self, staying: Collection[OpenVariant], running: Collection[OpenVariant]) -> None:
         """Have slots for the planes of all that stay, in other extents if need be."""
-        sizes, now = self._sizes(staying), self._planes.extent_bytes
-        left = self._shares.left_for_planes(self._lent(staying))
-        if sizes[-1] > now or left // now * now < self._least(running, now):
-            self._planes.recut(extent_bytes_for(sizes), sizes)
-            return
+        sizes, extent = self._sizes(staying), self._extent_for(staying, running)
+        assert extent is not None
+        if extent != self._planes.extent_bytes:
+            self._planes.recut(extent, sizes)
         for size in sizes:
-            if size not in self._planes.slot_sizes:
-                self._planes.serve_planes_of(size)
+            self._planes.serve_planes_of(size)
 
     def _tell_idle(self) -> None:
         if self._eviction is not None:
