@@ -102,7 +102,10 @@ def _least_for(store: Path, variant: str, **more: str) -> int:
     with pytest.raises(BudgetError) as refused:
         LLM(store, memory="1MiB", **OPENED, **more)
     least = int(re.findall(r"\((\d+) bytes\)", str(refused.value))[0])
-    with LLM(store, memory=least, **OPENED, **more) as llm, pytest.raises(BudgetError, match=f"variant {variant}") as refused:
+    with (
+        LLM(store, memory=least, **OPENED, **more) as llm,
+        pytest.raises(BudgetError, match=f"variant {variant}") as refused,
+    ):
         llm.generate(PROMPTS[0], GREEDY, variant=variant)
     return int(re.findall(r"\((\d+) bytes\)", str(refused.value))[0])
 
