@@ -1,6 +1,6 @@
 #include "decoder.h"
 
-#include <array>
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 #include <string>
@@ -10,16 +10,6 @@
 
 namespace moestro {
 namespace {
-
-void require(bool good, const std::string &what) {
-  if (!good) throw std::invalid_argument("decoder: " + what);
-}
-
-DType type_of(const Weight &weight) { return static_cast<DType>(weight.kind); }
-
-bool there(const Weight &weight) { return weight.kind != Weight::Kind::none; }
-
-bool flat(const Weight &weight) { return weight.kind == Weight::Kind::flat8 || weight.kind == Weight::Kind::flat4; }
 
 PackedMatrix packed(const Weight &weight) {
   const bool wide = weight.kind == Weight::Kind::flat8;
@@ -48,7 +38,29 @@ LinearArgs linear_args(const Weight &weight, const float *x, int64_t rows, float
   return args;
 }
 
-constexpr size_t kMostProducts = 3; // of one input
+// An input of several matrices, quantised when the first of them needs it.
+class SharedInput {
+public:
+  SharedInput(const float *x, void *memory) : x_(x), memory_(memory) {}
+
+  const QuantisedRows &quantised(int64_t rows, int64_t columns, int32_t group) {
+    if (done_) return view_;
+    view_ = quantised_view(memory_, rows, columns, group);
+    quantise(x_, columns, columns, view_);
+    done_ = true;
+    return view_;
+  }
+
+private:
+  const float *x_;
+  void *memory_;
+  QuantisedRows view_{};
+  bool done_ = false;
+};
+
+QuantisedRows rows_of(const QuantisedRows &all, int64_t first, int64_t rows) {
+  return {all.codes + first * all.columns, all.scales + first * (all.columns / all.group), rows, all.columns, all.group};
+}
 
 // Adds the time until it goes to a sum of seconds.
 class Timer {
@@ -64,10 +76,6 @@ private:
   Clock::time_point start_;
 };
 
-bool divides(const Norm &norm, int64_t width, int64_t head_dim) {
-  return norm.weight == nullptr || norm.width == width || norm.width == head_dim;
-}
-
 } // namespace
 
 Decoder::Decoder(const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
@@ -78,74 +86,6 @@ Decoder::Decoder(const Weight &embedding, const Norm &norm, const Weight &head, 
   require(norm.width == width_ && head.inputs == width_, "embedding, norm and head differ in width");
   require(blocks > 0 && block_size > 0 && workspace.rows > 0, "no blocks, or no rows");
   if (flat(head)) check_flat(head);
-}
-
-void Decoder::check_weight(const Weight &weight, int64_t outputs, int64_t inputs, const char *name) const {
-  require(there(weight) && weight.outputs == outputs && weight.inputs == inputs,
-          std::string(name) + " is [" + std::to_string(weight.outputs) + ", " + std::to_string(weight.inputs) +
-              "], expected [" + std::to_string(outputs) + ", " + std::to_string(inputs) + "]");
-  if (flat(weight)) check_flat(weight);
-}
-
-void Decoder::check_flat(const Weight &weight) const {
-  require(weight.group == 32 || weight.group == 64 || weight.group == 128, "a quantised matrix has an unknown group");
-  require(quantised_bytes(workspace_.rows, weight.inputs, weight.group) <= workspace_.quantised_size,
-          "the workspace is too small for quantised rows");
-}
-
-// Matrices that share their input share its quantised rows.
-void Decoder::check_together(std::initializer_list<const Weight *> weights) const {
-  int32_t group = 0;
-  for (const Weight *weight : weights) {
-    if (!flat(*weight)) continue;
-    require(group == 0 || weight->group == group, "matrices of one input differ in their groups");
-    group = weight->group;
-  }
-}
-
-void Decoder::check_mlp(const Mlp &mlp) const {
-  const int64_t inner = mlp.gate.outputs;
-  check_weight(mlp.gate, inner, width_, "gate");
-  check_weight(mlp.up, inner, width_, "up");
-  check_weight(mlp.down, width_, inner, "down");
-  if (there(mlp.scale)) check_weight(mlp.scale, 1, width_, "scale");
-  check_together({&mlp.gate, &mlp.up});
-  const int64_t scratch = inner + (inner > width_ ? inner : width_) + 1;
-  require(scratch <= workspace_.scratch_width, "the workspace is too small for the MLP");
-}
-
-void Decoder::add(const Layer &layer) {
-  const int64_t wide = layer.heads * layer.head_dim, wide_kv = layer.heads_kv * layer.head_dim;
-  require(layer.heads_kv > 0 && layer.heads % layer.heads_kv == 0 && layer.head_dim == 2 * rotation_.half,
-          "heads do not go together");
-  require(layers_.empty() || (layer.heads == layers_[0].heads && layer.heads_kv == layers_[0].heads_kv),
-          "layers differ in heads");
-  require(layer.input_norm.width == width_ && layer.post_norm.width == width_, "a norm has another width");
-  require(layer.input_norm.weight != nullptr && layer.post_norm.weight != nullptr, "a norm is missing");
-  require(divides(layer.q_norm, wide, layer.head_dim) && divides(layer.k_norm, wide_kv, layer.head_dim),
-          "a norm of queries or keys has a width that is neither a head's nor a row's");
-  check_weight(layer.q, wide, width_, "q");
-  check_weight(layer.k, wide_kv, width_, "k");
-  check_weight(layer.v, wide_kv, width_, "v");
-  check_weight(layer.o, width_, wide, "o");
-  check_together({&layer.q, &layer.k, &layer.v});
-  require(wide + 2 * wide_kv <= workspace_.scratch_width, "the workspace is too small for attention");
-  require(layer.keys.data != nullptr && layer.values.data != nullptr, "there is no KV cache");
-  if (there(layer.mlp.gate)) check_mlp(layer.mlp);
-  if (there(layer.router)) {
-    check_weight(layer.router, layer.router.outputs, width_, "router");
-    require(workspace_.picks > 0 && workspace_.picks <= layer.router.outputs, "more experts are picked than exist");
-    require(layer.router.outputs <= workspace_.scratch_width, "the workspace is too small for routing");
-    require(static_cast<int64_t>(known_.size()) < workspace_.moe_layers, "the workspace is for fewer MoE layers");
-    known_.push_back(nullptr);
-  }
-  layers_.push_back(layer);
-}
-
-void Decoder::know(int64_t moe, const KnownExperts &experts) {
-  require(moe >= 0 && moe < static_cast<int64_t>(known_.size()), "there is no such MoE layer");
-  require(experts.shape.up.columns == width_ && experts.shape.down.rows == width_, "experts have another width");
-  known_[static_cast<size_t>(moe)] = &experts;
 }
 
 AttentionArgs Decoder::attention_args(const Layer &layer, float *query) const {
@@ -184,7 +124,9 @@ void Decoder::begin(const Step &step) {
     const int64_t position = step.row_position[row];
     require(position < rotation_.positions, "position " + std::to_string(position) + " is beyond the context");
   }
+  check_runs(step);
   step_ = step;
+  segments_ = segments_of(step.runs, step.rows, variants_);
   next_layer_ = 0;
   next_moe_ = 0;
   delta_ = nullptr;
@@ -199,9 +141,26 @@ void Decoder::begin(const Step &step) {
 }
 
 void Decoder::embed(const Step &step) {
-  if (flat(embedding_)) return unpack_rows(packed(embedding_), step.token_ids, step.rows, workspace_.residual);
-  kernels().rows->embed(
-      {embedding_.data, type_of(embedding_), step.token_ids, workspace_.residual, step.rows, width_});
+  if (flat(embedding_)) {
+    unpack_rows(packed(embedding_), step.token_ids, step.rows, workspace_.residual);
+  } else {
+    kernels().rows->embed(
+        {embedding_.data, type_of(embedding_), step.token_ids, workspace_.residual, step.rows, width_});
+  }
+  for (const Segment &segment : segments_) {
+    if (segment.variant != nullptr) embed_variant(segment);
+  }
+}
+
+void Decoder::embed_variant(const Segment &segment) {
+  const int64_t *ids = (step_.variant_ids == nullptr ? step_.token_ids : step_.variant_ids) + segment.first;
+  float *out = workspace_.residual + segment.first * width_;
+  if (const auto *delta = std::get_if<Delta>(&segment.variant->embedding)) {
+    add_delta_rows(*delta, ids, segment.rows(), out);
+  }
+  if (const auto *weight = std::get_if<Weight>(&segment.variant->embedding)) {
+    kernels().rows->embed({weight->data, type_of(*weight), ids, out, segment.rows(), width_});
+  }
 }
 
 const std::vector<RowGroup> &Decoder::groups_of(const Layer &layer) const {
@@ -211,42 +170,96 @@ const std::vector<RowGroup> &Decoder::groups_of(const Layer &layer) const {
   throw std::logic_error("decoder: a layer runs outside a step");
 }
 
-void Decoder::project(const float *x, int64_t rows, std::initializer_list<Product> products) {
-  const Timer timer(kernel_seconds_);
-  std::array<PackedLinear, kMostProducts> linears;
-  int64_t count = 0;
-  for (const auto &[weight, y] : products) {
-    if (!flat(weight)) {
-      kernels().linear(linear_args(weight, x, rows, y));
-      continue;
-    }
-    const QuantisedRows view = quantised_view(workspace_.quantised, rows, weight.inputs, weight.group);
-    if (count == 0) quantise(x, weight.inputs, weight.inputs, view);
-    linears[static_cast<size_t>(count++)] = {packed(weight), view, weight.bias, y, weight.outputs};
-  }
-  if (count > 0) packed_linear(linears.data(), count);
+const Change &Decoder::change_of(const Segment &segment, const Product &product) const {
+  static const Change nothing;
+  if (segment.variant == nullptr) return nothing;
+  return product.part == nullptr ? segment.variant->head : segment.variant->layers[layer_].*product.part;
 }
 
-void Decoder::add_norm(const float *delta, const int64_t *pick, const Norm &norm, int64_t rows) {
-  kernels().rows->add_norm({workspace_.residual, delta, pick, norm, workspace_.hidden, rows});
+void Decoder::project(const float *x, int64_t rows, const std::vector<Segment> &segments, Products products) {
+  const Timer timer(kernel_seconds_);
+  SharedInput input(x, workspace_.quantised);
+  std::vector<PackedLinear> linears, deltas;
+  for (const Product &product : products) {
+    const Weight &weight = product.weight;
+    if (flat(weight)) {
+      const QuantisedRows &all = input.quantised(rows, weight.inputs, weight.group);
+      linears.push_back({packed(weight), all, weight.bias, product.y, weight.outputs});
+    } else {
+      kernels().linear(linear_args(weight, x, rows, product.y));
+    }
+  }
+  if (!linears.empty()) packed_linear(linears.data(), static_cast<int64_t>(linears.size()));
+  for (const Segment &segment : segments) {
+    for (const Product &product : products) {
+      const Change &change = change_of(segment, product);
+      const int64_t inputs = product.weight.inputs, outputs = product.weight.outputs;
+      float *y = product.y + segment.first * outputs;
+      if (const auto *delta = std::get_if<Delta>(&change)) {
+        const QuantisedRows &all = input.quantised(rows, inputs, delta->matrix.group);
+        deltas.push_back(linear_of(*delta, rows_of(all, segment.first, segment.rows()), y, outputs));
+      }
+      if (const auto *weight = std::get_if<Weight>(&change)) {
+        kernels().linear(linear_args(*weight, x + segment.first * inputs, segment.rows(), y));
+      }
+    }
+  }
+  if (!deltas.empty()) packed_linear(deltas.data(), static_cast<int64_t>(deltas.size()));
+}
+
+const VariantLayer &Decoder::changed(const Segment &segment) const {
+  static const VariantLayer nothing;
+  return segment.variant == nullptr ? nothing : segment.variant->layers[layer_];
+}
+
+void Decoder::add_norm(const float *delta, Norm VariantLayer::*part, const Norm &norm) {
+  for (const Segment &segment : segments_) {
+    const int64_t start = segment.first * width_;
+    kernels().rows->add_norm({workspace_.residual + start, delta == nullptr ? nullptr : delta + start, nullptr,
+                              either(changed(segment).*part, norm), workspace_.hidden + start, segment.rows()});
+  }
+}
+
+void Decoder::place_qkv(const Layer &layer, float *q, float *k, float *v) {
+  const int64_t wide = layer.heads * layer.head_dim, wide_kv = layer.heads_kv * layer.head_dim;
+  for (const Segment &segment : segments_) {
+    const int64_t first = segment.first;
+    const VariantLayer &change = changed(segment);
+    kernels().rows->place_qkv({q + first * wide, k + first * wide_kv, v + first * wide_kv, segment.rows(), layer.heads,
+                               layer.heads_kv, layer.head_dim, either(change.q_norm, layer.q_norm),
+                               either(change.k_norm, layer.k_norm), layer.clip, rotation_.cos, rotation_.sin,
+                               layer.keys, layer.values, step_.block_table, step_.row_sequence + first,
+                               step_.row_position + first, step_.max_blocks, block_size_});
+  }
 }
 
 void Decoder::attend(const Layer &layer, float *query) {
   const Timer timer(kernel_seconds_);
   const std::vector<RowGroup> &groups = groups_of(layer);
-  kernels().attention(attention_args(layer, query), groups.data(), static_cast<int64_t>(groups.size()));
+  AttentionArgs args = attention_args(layer, query);
+  const bool same = std::none_of(segments_.begin(), segments_.end(),
+                                 [&](const Segment &segment) { return changed(segment).sinks != nullptr; });
+  if (same) return kernels().attention(args, groups.data(), static_cast<int64_t>(groups.size()));
+  auto group = groups.begin();
+  for (const Segment &segment : segments_) {
+    const auto end = std::find_if(group, groups.end(), [&](const RowGroup &g) { return g.first >= segment.end; });
+    const float *sinks = changed(segment).sinks;
+    args.sinks = sinks == nullptr ? layer.sinks : sinks;
+    kernels().attention(args, &*group, end - group);
+    group = end;
+  }
 }
 
 void Decoder::run_mlp(const Mlp &mlp) {
   const int64_t rows = step_.rows, inner = mlp.gate.outputs;
   float *gate = workspace_.scratch, *up = gate + rows * inner;
-  project(workspace_.hidden, rows, {{mlp.gate, gate}, {mlp.up, up}});
+  project(workspace_.hidden, {{mlp.gate, gate, &VariantLayer::gate}, {mlp.up, up, &VariantLayer::up}});
   kernels().rows->gate({gate, up, rows, inner});
   float *out = up, *scale = nullptr;
-  project(gate, rows, {{mlp.down, out}});
+  project(gate, {{mlp.down, out, &VariantLayer::down}});
   if (there(mlp.scale)) {
     scale = out + rows * width_;
-    project(workspace_.hidden, rows, {{mlp.scale, scale}});
+    project(workspace_.hidden, {{mlp.scale, scale, &VariantLayer::scale}});
   }
   kernels().rows->add_scaled({workspace_.residual, out, scale, rows, width_});
 }
@@ -254,7 +267,7 @@ void Decoder::run_mlp(const Mlp &mlp) {
 void Decoder::route(const Layer &layer, int64_t moe) {
   const Weight &router = layer.router;
   const int64_t place = moe * step_.rows * workspace_.picks;
-  project(workspace_.hidden, step_.rows, {{router, workspace_.scratch}});
+  project(workspace_.hidden, {{router, workspace_.scratch, &VariantLayer::router}});
   kernels().rows->route({workspace_.scratch, step_.rows, router.outputs, workspace_.picks, layer.routing,
                          workspace_.ids + place, workspace_.weights + place});
 }
@@ -264,14 +277,16 @@ bool Decoder::run_experts(int64_t moe) {
   if (known == nullptr || step_.rows > workspace_.known_rows) return false;
   const Timer timer(experts_seconds_);
   const int64_t place = moe * step_.rows * workspace_.picks;
-  return run_known(*known, {workspace_.hidden, workspace_.ids + place, workspace_.weights + place, step_.rows,
-                            workspace_.picks}, workspace_.outputs, workspace_.hidden);
+  const RoutedRows routed{workspace_.hidden, workspace_.ids + place, workspace_.weights + place, step_.rows,
+                          workspace_.picks, step_.runs.data(), static_cast<int64_t>(step_.runs.size())};
+  return run_known(*known, routed, workspace_.outputs, workspace_.hidden);
 }
 
 int64_t Decoder::run(const float *delta) {
   delta_ = delta;
   while (next_layer_ < layers_.size()) {
-    const Layer &layer = layers_[next_layer_++];
+    layer_ = next_layer_++;
+    const Layer &layer = layers_[layer_];
     run_layer(layer, delta_);
     delta_ = nullptr;
     if (!there(layer.router)) continue;
@@ -286,22 +301,28 @@ int64_t Decoder::run(const float *delta) {
 void Decoder::run_layer(const Layer &layer, const float *delta) {
   const int64_t rows = step_.rows, wide = layer.heads * layer.head_dim, wide_kv = layer.heads_kv * layer.head_dim;
   float *q = workspace_.scratch, *k = q + rows * wide, *v = k + rows * wide_kv;
-  add_norm(delta, nullptr, layer.input_norm, rows);
-  project(workspace_.hidden, rows, {{layer.q, q}, {layer.k, k}, {layer.v, v}});
-  kernels().rows->place_qkv({q, k, v, rows, layer.heads, layer.heads_kv, layer.head_dim, layer.q_norm, layer.k_norm,
-                             layer.clip, rotation_.cos, rotation_.sin, layer.keys, layer.values,
-                             step_.block_table, step_.row_sequence, step_.row_position, step_.max_blocks, block_size_});
+  add_norm(delta, &VariantLayer::input_norm, layer.input_norm);
+  project(workspace_.hidden, {{layer.q, q, &VariantLayer::q}, {layer.k, k, &VariantLayer::k}, {layer.v, v, &VariantLayer::v}});
+  place_qkv(layer, q, k, v);
   attend(layer, q);
-  project(q, rows, {{layer.o, workspace_.hidden}});
-  add_norm(workspace_.hidden, nullptr, layer.post_norm, rows);
+  project(q, {{layer.o, workspace_.hidden, &VariantLayer::o}});
+  add_norm(workspace_.hidden, &VariantLayer::post_norm, layer.post_norm);
   if (there(layer.mlp.gate)) run_mlp(layer.mlp);
 }
 
 void Decoder::logits(const int64_t *rows, int64_t count, float *out) {
   require(next_layer_ == layers_.size(), "logits before the last layer");
   for (int64_t i = 0; i < count; ++i) require(rows[i] >= 0 && rows[i] < step_.rows, "logits of a row that is not there");
-  add_norm(delta_, rows, norm_, count);
-  project(workspace_.hidden, count, {{head_, out}});
+  // All rows before any is normed: what is to be added may lie in workspace.hidden.
+  if (delta_ != nullptr) kernels().rows->add_scaled({workspace_.residual, delta_, nullptr, step_.rows, width_});
+  delta_ = nullptr;
+  const std::vector<Segment> picked = segments_of(rows, count, segments_);
+  for (const Segment &segment : picked) {
+    const Norm &norm = segment.variant == nullptr ? norm_ : either(segment.variant->norm, norm_);
+    kernels().rows->add_norm({workspace_.residual, nullptr, rows + segment.first, norm,
+                              workspace_.hidden + segment.first * width_, segment.rows()});
+  }
+  project(workspace_.hidden, count, picked, {{head_, out, nullptr}});
 }
 
 } // namespace moestro

@@ -1,48 +1,20 @@
 // A transformer decoder on packed rows. A call runs layer after layer up to routed experts whose planes are not known to
 // be in memory: those the caller computes, and calls again.
 //
-// Nothing is allocated per step: all buffers are the caller's, who also keeps whatever a descriptor points at.
+// Nothing large is allocated per step: all buffers are the caller's, who also keeps whatever a descriptor points at.
 #pragma once
 
 #include <initializer_list>
+#include <map>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "known_experts.h"
-#include "packed.h"
-#include "rows.h"
+#include "layers.h"
+#include "variants.h"
 
 namespace moestro {
-
-// A dense matrix [outputs, inputs] as it is stored.
-struct Weight {
-  enum class Kind : int { none = -1, f32 = 0, bf16 = 1, f16 = 2, flat8 = 3, flat4 = 4 };
-
-  Kind kind = Kind::none;
-  const void *data = nullptr; // of a flat matrix its region (see packed.h)
-  int64_t outputs = 0, inputs = 0;
-  int32_t group = 0; // of a flat matrix
-  const float *bias = nullptr; // [outputs]; null: none
-};
-
-// down(silu(gate(x)) * up(x)), times sigmoid(scale(x)) where there is a scale.
-struct Mlp {
-  Weight gate, up, down, scale;
-};
-
-struct Layer {
-  Norm input_norm{}, post_norm{};
-  Weight q, k, v, o;
-  Norm q_norm{}, k_norm{};
-  float clip = __builtin_inff();
-  int64_t heads = 0, heads_kv = 0, head_dim = 0;
-  KvTarget keys{}, values{}; // pools [blocks, heads_kv, block_size, head_dim]
-  const float *sinks = nullptr; // [heads]; null: none
-  float scale = 1.0f, softcap = 0.0f;
-  int64_t window = 0;
-  Mlp mlp; // a dense layer's, or the shared expert; its result is added to the residual
-  Weight router; // none: a dense layer
-  Routing routing = Routing::softmax_then_pick;
-};
 
 // Memory of a step of up to `rows` rows.
 struct Workspace {
@@ -68,12 +40,18 @@ struct Step {
   const int64_t *token_ids; // [rows]
   const int32_t *block_table, *row_sequence, *row_position;
   int64_t rows, sequences, max_blocks;
+  // Which rows are of fine-tunes, ascending; and ids [rows] by which their embeddings are looked up, where those of the
+  // base are looked up by others (null: by the same).
+  std::vector<RowRun> runs = {};
+  const int64_t *variant_ids = nullptr;
 };
 
 class Decoder {
 public:
   Decoder(const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
           const Workspace &workspace, int64_t blocks, int64_t block_size);
+  Decoder(const Decoder &) = delete;
+  Decoder &operator=(const Decoder &) = delete;
 
   // Throws std::invalid_argument when the layer does not fit the model or the workspace.
   void add(const Layer &layer);
@@ -81,8 +59,13 @@ public:
   // Where experts of MoE layer `moe` lie, as the caller finds out; it outlives the decoder.
   void know(int64_t moe, const KnownExperts &experts);
 
-  // Begins a step: the residual becomes the embeddings of its tokens.
-  // Throws std::invalid_argument when a token, sequence, position or block does not exist; nothing is touched then.
+  // What the fine-tune in a slot changes; null empties the slot. Ends the step. Layers are added before.
+  // Throws std::invalid_argument when a change does not fit the decoder; the slot is as it was then.
+  void set_variant(int32_t slot, const Variant *variant);
+
+  // Begins a step: the residual becomes the embeddings of its tokens. A row's result depends on its own fine-tune only.
+  // Throws std::invalid_argument when a token, sequence, position, block or fine-tune does not exist, or one sequence is
+  // of two fine-tunes; nothing is touched then.
   void begin(const Step &step);
 
   // Goes on with the step up to the next experts that are not known, and returns the number of their MoE layer; their
@@ -91,8 +74,7 @@ public:
   // call of run() or logits() has returned.
   int64_t run(const float *delta);
 
-  // out [count, vocabulary]: logits of some of the step's rows, after all layers. Ends the step: the residual has been
-  // used up.
+  // out [count, vocabulary]: logits of some of the step's rows, in any order, after all layers.
   void logits(const int64_t *rows, int64_t count, float *out);
 
   // Seconds so far in matrix products and attention, and in experts.
@@ -105,23 +87,34 @@ private:
     std::vector<RowGroup> groups;
   };
 
+  static void require(bool good, const std::string &what);
   void check_weight(const Weight &weight, int64_t outputs, int64_t inputs, const char *name) const;
   void check_flat(const Weight &weight) const;
-  void check_together(std::initializer_list<const Weight *> weights) const;
+  void check_quantised(int64_t inputs) const;
   void check_mlp(const Mlp &mlp) const;
-  // The products of a few matrices with the same rows, which are quantised at most once.
+  void check_runs(const Step &step) const;
+  void check_variant_ids(const Step &step, const RowRun &run) const;
+  // The products of a few matrices with the same rows, which are quantised at most once; then what fine-tunes change of
+  // them. `part` is the change in a layer, null of the head.
   struct Product {
     const Weight &weight;
     float *y;
+    Change VariantLayer::*part;
   };
-  void project(const float *x, int64_t rows, std::initializer_list<Product> products);
+  using Products = std::initializer_list<Product>;
+  void project(const float *x, int64_t rows, const std::vector<Segment> &segments, Products products);
+  void project(const float *x, Products products) { project(x, step_.rows, segments_, products); }
+  const Change &change_of(const Segment &segment, const Product &product) const;
   void embed(const Step &step);
+  void embed_variant(const Segment &segment);
+  void place_qkv(const Layer &layer, float *q, float *k, float *v);
+  const VariantLayer &changed(const Segment &segment) const;
   void attend(const Layer &layer, float *query);
   void run_mlp(const Mlp &mlp);
   void run_layer(const Layer &layer, const float *delta);
   void route(const Layer &layer, int64_t moe);
   bool run_experts(int64_t moe);
-  void add_norm(const float *delta, const int64_t *pick, const Norm &norm, int64_t rows);
+  void add_norm(const float *delta, Norm VariantLayer::*part, const Norm &norm);
   AttentionArgs attention_args(const Layer &layer, float *query) const;
   const std::vector<RowGroup> &groups_of(const Layer &layer) const;
 
@@ -132,9 +125,11 @@ private:
   int64_t width_, blocks_, block_size_;
   std::vector<Layer> layers_;
   std::vector<const KnownExperts *> known_; // by MoE layer; null: none
+  std::map<int32_t, std::unique_ptr<const Variant>> variants_; // by slot
   std::vector<Window> windows_; // of the step: one entry for each window that layers have
   Step step_{};
-  size_t next_layer_ = 0; // of the step
+  std::vector<Segment> segments_; // all rows of the step
+  size_t layer_ = 0, next_layer_ = 0; // of the step: that which runs, and the next
   int64_t next_moe_ = 0;
   const float *delta_ = nullptr; // what the last layer has left to be added
   double kernel_seconds_ = 0, experts_seconds_ = 0;

@@ -1,15 +1,32 @@
 // The experts of a layer for steps that need nothing to be read: where their planes lie is known.
 #pragma once
 
+#include <map>
+
 #include "experts.h"
 
 namespace moestro {
+
+// What a fine-tune adds to the experts of a layer.
+struct KnownDeltas {
+  ExpertDeltaShape shape;
+  const int64_t *planes; // [count], addresses; 0 where not known, kUnchanged of an expert without a delta
+};
+
+constexpr int64_t kUnchanged = -1;
 
 struct KnownExperts {
   ExpertShape shape;
   const int64_t *planes; // [count, kPlanes], addresses; 0 in front of an expert of which they are not known
   int64_t count;
   int32_t level;
+  std::map<int32_t, KnownDeltas> deltas = {}; // by the slot of the fine-tune
+};
+
+// Rows [first, end) of a step belong to the fine-tune in a slot; the others to the base.
+struct RowRun {
+  int32_t slot;
+  int64_t first, end;
 };
 
 // The experts that a router has picked for some rows.
@@ -18,10 +35,13 @@ struct RoutedRows {
   const int64_t *ids;   // [rows, picks]
   const float *weights; // [rows, picks]
   int64_t rows, picks;
+  const RowRun *runs = nullptr; // ascending
+  int64_t run_count = 0;
 };
 
 // sums [rows, width]: the weighted sums of the rows' experts, in ascending k. `outputs` is room for [rows * picks,
-// width]; `sums` may be `hidden`. Returns false, and computes nothing, when an expert is not known.
+// width]; `sums` may be `hidden`. Returns false, and computes nothing, when an expert is not known, or what a row's
+// fine-tune adds to it. Throws std::invalid_argument when runs are not ascending runs of rows.
 bool run_known(const KnownExperts &experts, const RoutedRows &routed, float *outputs, float *sums);
 
 } // namespace moestro

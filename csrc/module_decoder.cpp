@@ -1,6 +1,10 @@
 // The Python face of the decoder. Descriptors hold addresses; moestro.runtime.native keeps the tensors behind them.
 #include "module_decoder.h"
 
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
 #include "decoder.h"
 
 namespace nb = nanobind;
@@ -85,13 +89,44 @@ void bind_layer(nb::module_ &m) {
       .def_rw("routing", &Layer::routing);
 }
 
+void bind_variant(nb::module_ &m) {
+  const auto none_too = nb::for_setter(arg("change").none());
+  nb::class_<VariantLayer>(m, "VariantLayer")
+      .def(nb::init<>())
+      .def_rw("input_norm", &VariantLayer::input_norm)
+      .def_rw("post_norm", &VariantLayer::post_norm)
+      .def_rw("q_norm", &VariantLayer::q_norm)
+      .def_rw("k_norm", &VariantLayer::k_norm)
+      .def_rw("q", &VariantLayer::q, none_too)
+      .def_rw("k", &VariantLayer::k, none_too)
+      .def_rw("v", &VariantLayer::v, none_too)
+      .def_rw("o", &VariantLayer::o, none_too)
+      .def_rw("gate", &VariantLayer::gate, none_too)
+      .def_rw("up", &VariantLayer::up, none_too)
+      .def_rw("down", &VariantLayer::down, none_too)
+      .def_rw("scale", &VariantLayer::scale, none_too)
+      .def_rw("router", &VariantLayer::router, none_too)
+      .def_prop_rw(
+          "sinks", [](const VariantLayer &layer) { return reinterpret_cast<uintptr_t>(layer.sinks); },
+          [](VariantLayer &layer, uintptr_t sinks) { layer.sinks = pointer<const float>(sinks); });
+  nb::class_<Variant>(m, "Variant")
+      .def(nb::init<>())
+      .def_rw("embedding", &Variant::embedding, none_too)
+      .def_rw("head", &Variant::head, none_too)
+      .def_rw("norm", &Variant::norm)
+      .def("add", [](Variant &variant, const VariantLayer &layer) { variant.layers.push_back(layer); }, arg("layer"));
+}
+
 void begin(Decoder &decoder, uintptr_t token_ids, int64_t rows, uintptr_t block_table, int64_t sequences,
-           int64_t max_blocks, uintptr_t row_sequence, uintptr_t row_position) {
+           int64_t max_blocks, uintptr_t row_sequence, uintptr_t row_position,
+           const std::vector<std::tuple<int32_t, int64_t, int64_t>> &runs, uintptr_t variant_ids) {
   Step step{};
   step.token_ids = pointer<const int64_t>(token_ids);
   step.block_table = pointer<const int32_t>(block_table);
   step.row_sequence = pointer<const int32_t>(row_sequence);
   step.row_position = pointer<const int32_t>(row_position);
+  step.variant_ids = pointer<const int64_t>(variant_ids);
+  for (const auto &[slot, first, end] : runs) step.runs.push_back({slot, first, end});
   step.rows = rows;
   step.sequences = sequences;
   step.max_blocks = max_blocks;
@@ -104,6 +139,7 @@ void add_decoder(nb::module_ &m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   bind_descriptors(m);
   bind_layer(m);
+  bind_variant(m);
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
            [](Decoder *self, const Weight &embedding, const Norm &norm, const Weight &head, const Rotation &rotation,
@@ -131,7 +167,9 @@ void add_decoder(nb::module_ &m) {
            arg("known_rows"), arg("blocks"), arg("block_size"))
       .def("add", &Decoder::add, arg("layer"))
       .def("know", &Decoder::know, arg("moe_layer"), arg("experts"), nb::keep_alive<1, 3>())
-      .def("begin", &begin, release())
+      .def("set_variant", &Decoder::set_variant, arg("slot"), arg("variant").none())
+      .def("begin", &begin, arg("token_ids"), arg("rows"), arg("block_table"), arg("sequences"), arg("max_blocks"),
+           arg("row_sequence"), arg("row_position"), arg("runs") = nb::list(), arg("variant_ids") = 0, release())
       .def(
           "run", [](Decoder &decoder, uintptr_t delta) { return decoder.run(pointer<const float>(delta)); }, release())
       .def(

@@ -1,6 +1,7 @@
 #include "module_packed.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -77,10 +78,21 @@ void experts(const ExpertShape &shape, const Planes &planes, const List<int32_t>
               {pointer<float>(out), out_stride, out_rows}, deltas);
 }
 
+void set_deltas(KnownExperts &known, int32_t slot, const ExpertDeltaShape *shape, uintptr_t planes) {
+  if (shape == nullptr) {
+    known.deltas.erase(slot);
+  } else {
+    known.deltas[slot] = {*shape, pointer<const int64_t>(planes)};
+  }
+}
+
 bool known_experts(const KnownExperts &known, uintptr_t hidden, uintptr_t ids, uintptr_t weights, int64_t rows,
-                   int64_t picks, uintptr_t outputs, uintptr_t sums) {
+                   int64_t picks, uintptr_t outputs, uintptr_t sums,
+                   const std::vector<std::tuple<int32_t, int64_t, int64_t>> &of_rows) {
+  std::vector<RowRun> runs;
+  for (const auto &[slot, first, end] : of_rows) runs.push_back({slot, first, end});
   const RoutedRows routed{pointer<const float>(hidden), pointer<const int64_t>(ids), pointer<const float>(weights),
-                          rows, picks};
+                          rows, picks, runs.data(), static_cast<int64_t>(runs.size())};
   return run_known(known, routed, pointer<float>(outputs), pointer<float>(sums));
 }
 
@@ -137,10 +149,12 @@ void add_packed(nb::module_ &m) {
   nb::class_<KnownExperts>(m, "KnownExperts")
       .def("__init__",
            [](KnownExperts *self, const ExpertShape &shape, uintptr_t planes, int64_t count, int32_t level) {
-             new (self) KnownExperts{shape, pointer<const int64_t>(planes), count, level};
+             new (self) KnownExperts{shape, pointer<const int64_t>(planes), count, level, {}};
            },
            nb::arg("experts"), nb::arg("planes"), nb::arg("count"), nb::arg("level"))
-      .def("run", &known_experts, release());
+      .def("set_deltas", &set_deltas, nb::arg("slot"), nb::arg("shape").none(), nb::arg("planes"))
+      .def("run", &known_experts, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("rows"),
+           nb::arg("picks"), nb::arg("outputs"), nb::arg("sums"), nb::arg("runs") = nb::list(), release());
   m.def("make_matrix", &make_matrix);
   m.def("make_experts", &make_expert);
   nb::class_<DeltaShape>(m, "DeltaShape");

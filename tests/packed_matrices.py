@@ -6,6 +6,7 @@ Shapes: N rows, K columns (Np, Kp padded), G groups, H hidden, I expert width, C
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from moestro.kernels.specs import (
 )
 from moestro.quant import LEVELS
 from moestro.quant.delta import DeltaRegion
+from moestro.quant.flat import flat_encode
 from moestro.quant.groups import TILE, group_size, groups, padded_columns, padded_rows
 from moestro.quant.tiles import BITS1, BITS2, BITS4, BITS8, CodeFormat, pack_codes, pack_scaled, pack_scales
 
@@ -113,14 +115,26 @@ def random_delta(
     source: Source, rows: int, columns: int, *, bits: int, salient: int, biased: bool = False
 ) -> PackedDelta:
     """A delta of random codes and scales; its salient channels are anywhere."""
-    region = DeltaRegion(rows, columns, bits, salient, biased)
     (codes,) = _regions(source, f"flat{bits}", rows, columns, (16, 1))  # type: ignore[arg-type]
-    ids_C = torch.randperm(columns, generator=source.generator)[:salient].sort().values.to(torch.int32)
     values_CN = source.scales(salient, padded_rows(rows))
+    return _delta(source, DeltaRegion(rows, columns, bits, salient, biased), codes, values_CN)
+
+
+def filled_delta(
+    source: Source, rows: int, columns: int, *, bits: int, salient: int, size: float, biased: bool = False
+) -> PackedDelta:
+    """A delta of normal values of about this size."""
+    codes = flat_encode(source.normal(rows, columns) * size, bits)
+    values_CN = (source.normal(salient, padded_rows(rows)) * size).half()
+    return _delta(source, DeltaRegion(rows, columns, bits, salient, biased), codes, values_CN)
+
+
+def _delta(source: Source, region: DeltaRegion, codes: torch.Tensor, values_CN: torch.Tensor) -> PackedDelta:
+    ids_C = torch.randperm(region.columns, generator=source.generator)[: region.salient].sort().values.to(torch.int32)
     data = torch.zeros(region.nbytes, dtype=torch.uint8)
     parts = [(0, codes), (region.ids_at, ids_C), (region.values_at, values_CN)]
-    if biased:
-        parts.append((region.bias_at, source.normal(rows)))
+    if region.bias:
+        parts.append((region.bias_at, source.normal(region.rows)))
     for start, part in parts:
         if part.numel():
             as_bytes = part.contiguous().view(torch.uint8).flatten()
@@ -211,14 +225,19 @@ def random_fine_tune(
     up: bool = True,
     down: bool = True,
     biased: bool = False,
+    size: float | None = None,
 ) -> FineTune:
-    """Deltas of every expert, of the matrices that are to have one, with a share of their channels salient."""
+    """Deltas of every expert, of the matrices that are to have one, with a share of their channels salient.
+
+    Values are of about `size`; without one they are anything.
+    """
+    make = random_delta if size is None else partial(filled_delta, size=size)
     matrices = (experts.spec.up if up else None, experts.spec.down if down else None)
     spec, planes = ExpertDeltaSpec(None, None, 0, 0), []
     for _ in experts.planes:
         parts = [
             matrix
-            and random_delta(
+            and make(
                 source,
                 matrix.rows,
                 matrix.columns,

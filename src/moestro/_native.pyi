@@ -196,8 +196,28 @@ class KnownExperts:
     """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known."""
 
     def __init__(self, experts: Experts, planes: int, count: int, level: int) -> None: ...
-    def run(self, hidden: int, ids: int, weights: int, rows: int, picks: int, outputs: int, sums: int, /) -> bool:
-        """Weighted sums of the rows' experts; `outputs` is room for [rows * picks, width]. False: not all are known."""
+    def set_deltas(self, slot: int, shape: ExpertDelta | None, planes: int) -> None:
+        """What the fine-tune in a slot adds: planes at the addresses `planes`, int64 [count], which outlives this.
+
+        An address is 0 where the plane is not known to be in memory, -1 of an expert that has not changed. None: the
+        slot is empty, and rows of it are not known.
+        """
+
+    def run(
+        self,
+        hidden: int,
+        ids: int,
+        weights: int,
+        rows: int,
+        picks: int,
+        outputs: int,
+        sums: int,
+        runs: Sequence[tuple[int, int, int]] = ...,
+    ) -> bool:
+        """Weighted sums of the rows' experts; `outputs` is room for [rows * picks, width]. False: not all are known.
+
+        Rows of `runs`, (slot, first, end) ascending, are those of fine-tunes. ValueError when they are not such rows.
+        """
 
 def packed_linear(
     matrix: Matrix, planes: Sequence[int], level: int, x: int, x_stride: int, rows: int, bias: int, out: int, /
@@ -289,6 +309,40 @@ class Layer:
 
     def __init__(self) -> None: ...
 
+class VariantLayer:
+    """What a fine-tune changes in a layer; what is not set is the base's.
+
+    A matrix is left as it is (None), has a delta, or gives way to an unquantised one of the same shape with its bias.
+    `gate`, `up`, `down` and `scale` are those of the dense MLP or shared expert. `sinks` is an address.
+    """
+
+    input_norm: Norm
+    post_norm: Norm
+    q_norm: Norm
+    k_norm: Norm
+    q: Delta | Weight | None
+    k: Delta | Weight | None
+    v: Delta | Weight | None
+    o: Delta | Weight | None
+    gate: Delta | Weight | None
+    up: Delta | Weight | None
+    down: Delta | Weight | None
+    scale: Delta | Weight | None
+    router: Delta | Weight | None
+    sinks: int
+
+    def __init__(self) -> None: ...
+
+class Variant:
+    """A fine-tune's changes of a decoder, with a layer added for each of the decoder's. Knows addresses only."""
+
+    embedding: Delta | Weight | None
+    head: Delta | Weight | None
+    norm: Norm
+
+    def __init__(self) -> None: ...
+    def add(self, layer: VariantLayer) -> None: ...
+
 class Decoder:
     """A decoder on packed rows (csrc/decoder.h). Knows addresses only: what lies there has to outlive it."""
 
@@ -320,6 +374,13 @@ class Decoder:
     def add(self, layer: Layer) -> None:
         """Append a layer; ValueError when it does not fit the model or the workspace."""
 
+    def set_variant(self, slot: int, variant: Variant | None) -> None:
+        """Put a fine-tune into a slot (None: empty it), after all layers have been added. Ends the step.
+
+        The variant is copied; what lies at its addresses has to stay until the slot has been emptied or filled anew.
+        ValueError when a change does not fit the decoder.
+        """
+
     def begin(
         self,
         token_ids: int,
@@ -329,9 +390,16 @@ class Decoder:
         max_blocks: int,
         row_sequence: int,
         row_position: int,
-        /,
+        runs: Sequence[tuple[int, int, int]] = ...,
+        variant_ids: int = 0,
     ) -> None:
-        """Begin a step; ValueError when a token, sequence, position or block does not exist."""
+        """Begin a step; ValueError when a token, sequence, position, block or fine-tune does not exist.
+
+        Rows of `runs`, (slot, first, end) ascending and not empty, are those of fine-tunes, the others the base's; all
+        rows of a sequence are of one. A row's bits depend on its own fine-tune only. `variant_ids`: int64 [rows], by
+        which the embeddings that fine-tunes change are looked up, where `token_ids` are places in a table of some rows
+        (0: by `token_ids`).
+        """
 
     def know(self, moe_layer: int, experts: KnownExperts) -> None:
         """Compute these experts where their planes are known; ValueError when they do not fit the model."""

@@ -102,11 +102,9 @@ def _least_for(store: Path, variant: str, **more: str) -> int:
     with pytest.raises(BudgetError) as refused:
         LLM(store, memory="1MiB", **OPENED, **more)
     least = int(re.findall(r"\((\d+) bytes\)", str(refused.value))[0])
-    with (
-        LLM(store, memory=least, **OPENED, **more) as llm,
-        pytest.raises(BudgetError, match=f"variant {variant}") as refused,
-    ):
-        llm.generate(PROMPTS[0], GREEDY, variant=variant)
+    opened = LLM(store, memory=least, **OPENED, **more)
+    with opened, pytest.raises(BudgetError, match=f"variant {variant}") as refused:
+        opened.generate(PROMPTS[0], GREEDY, variant=variant)
     return int(re.findall(r"\((\d+) bytes\)", str(refused.value))[0])
 
 
@@ -187,7 +185,9 @@ def test_damage_ends_the_requests_that_it_hits_and_no_others(own: Family) -> Non
     _damage(bob.dense_file, next(iter(bob.dense_deltas.values())).offset + 70)
     with LLM(own.store, memory=MEMORY, **OPENED) as llm:
         base = _tokens(llm, PROMPTS[2], "")
-        answers = [llm._submit(prompt, GREEDY, name) for prompt, name in zip(PROMPTS, ["ada", "bob", ""])]
+        answers = [
+            llm._submit(prompt, GREEDY, name) for prompt, name in zip(PROMPTS[:3], ["ada", "bob", ""], strict=True)
+        ]
         while not all(answer.finished for answer in answers):
             llm.engine.step()
         assert [answer.sequence.finish_reason for answer in answers] == ["error", "error", "length"]

@@ -22,8 +22,10 @@ from moestro.runtime.grouping import Grouping
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows `first` to `end` (not included) of a group have the delta of `spec`, whose plane lies at `address`."""
+    """Rows `first` to `end` (not included) of a group, of the variant of this number, have the delta of `spec`, whose
+    plane lies at `address`."""
 
+    variant: int
     spec: ExpertDeltaSpec
     first: int
     end: int
@@ -48,10 +50,11 @@ class StepDeltas:
     def __init__(self, runs: Sequence[Run], changed: Sequence[ChangedExperts], arena: int) -> None:
         """`changed` are the variants of the runs, `arena` is the address that planes' offsets count from."""
         assert len(runs) == len(changed)
-        self._runs, self._changed, self._arena = tuple(runs), tuple(changed), arena
+        self.runs = tuple(runs)
+        self._changed, self._arena = tuple(changed), arena
         self._bounds = np.array([run.first for run in runs])
         self._base: list[int] = []
-        self._stretches: dict[int, list[tuple[ExpertDeltaSpec, int, int]]] = {}
+        self._stretches: dict[int, list[tuple[int, ExpertDeltaSpec, int, int]]] = {}
 
     def chains(self, layer: int, rows: Grouping, wanted: Sequence[Chain]) -> list[Chain]:
         """The chains of the groups in use, with the delta planes that their rows need."""
@@ -61,8 +64,9 @@ class StepDeltas:
             expert = rows.expert_of(group)
             spec = self._changed[number].spec(layer, expert)
             if spec is not None:
-                self._stretches.setdefault(group, []).append((spec, first, end))
-                key = (layer, expert, FIRST_DELTA + self._runs[number].variant)
+                variant = self.runs[number].variant
+                self._stretches.setdefault(group, []).append((variant, spec, first, end))
+                key = (layer, expert, FIRST_DELTA + variant)
                 more.setdefault(group, []).append(key)
         return [(*chain, *more.get(group, ())) for group, chain in zip(rows.used, wanted, strict=True)]
 
@@ -77,8 +81,8 @@ class StepDeltas:
             stretches = self._stretches.get(group, ())
             pieces.append(
                 [
-                    Piece(spec, first, end, self._arena + offset)
-                    for (spec, first, end), offset in zip(stretches, offsets[base:], strict=True)
+                    Piece(*stretch, self._arena + offset)
+                    for stretch, offset in zip(stretches, offsets[base:], strict=True)
                 ]
             )
         return arrived, pieces
@@ -87,13 +91,13 @@ class StepDeltas:
         """The delta planes of an expert that some row of the step may come to need."""
         return tuple(
             (layer, expert, FIRST_DELTA + run.variant)
-            for run, changed in zip(self._runs, self._changed, strict=True)
+            for run, changed in zip(self.runs, self._changed, strict=True)
             if changed.spec(layer, expert) is not None
         )
 
     def rows_of(self, variant: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of these rows that run on a variant."""
-        run = next(one for one in self._runs if one.variant == variant)
+        run = next(one for one in self.runs if one.variant == variant)
         return rows[(rows >= run.first) & (rows < run.end)]
 
 

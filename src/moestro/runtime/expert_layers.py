@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from moestro import _native
-from moestro.kernels.base import ExpertSpec, Kernels
-from moestro.runtime.deltas import Pieces, add_pieces, expert_deltas
+from moestro.kernels.base import ExpertDeltaSpec, ExpertSpec, Kernels
+from moestro.kernels.shapes import native_expert_delta
+from moestro.runtime.deltas import ChangedExperts, Pieces, add_pieces, expert_deltas
 from moestro.runtime.expert_mlp import activate, expert_mlp
 from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec
 from moestro.runtime.grouping import Grouping
@@ -49,7 +50,19 @@ class LayerExperts(Protocol):
         ...
 
     def forget(self, expert: int | None = None) -> None:
-        """Planes of this expert (None: of any) are not where they were."""
+        """Planes of this expert (None: of any) are not where they were; those of variants are."""
+        ...
+
+    def forget_delta(self, expert: int, variant: int) -> None:
+        """The plane of a variant is not where it was."""
+        ...
+
+    def entered(self, variant: int, changed: ChangedExperts) -> None:
+        """A variant has this number from now on."""
+        ...
+
+    def left(self, variant: int) -> None:
+        """None has this number."""
         ...
 
 
@@ -59,6 +72,15 @@ class StreamedExperts:
     known: None = None
 
     def forget(self, expert: int | None = None) -> None:
+        pass
+
+    def forget_delta(self, expert: int, variant: int) -> None:
+        pass
+
+    def entered(self, variant: int, changed: ChangedExperts) -> None:
+        pass
+
+    def left(self, variant: int) -> None:
         pass
 
 
@@ -87,9 +109,18 @@ class PackedExperts:
     """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
 
     def __init__(
-        self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int, know: bool
+        self,
+        kernels: Kernels,
+        spec: ExpertSpec,
+        arena: torch.Tensor,
+        *,
+        layer: int,
+        level: int,
+        experts: int,
+        know: bool,
     ) -> None:
-        self._kernels, self._spec, self._level = kernels, spec, level
+        self._kernels, self._spec, self._layer, self._level = kernels, spec, layer, level
+        self._deltas: dict[int, np.ndarray] = {}  # of each variant: addresses [E], 0: not known, -1: there is none
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
         self.known = kernels.known_experts(spec, self._known_EP, level) if know else None
@@ -109,13 +140,41 @@ class PackedExperts:
         if self.known is not None:
             self._note(groups, planes_JP, rows)
         jobs = rows.jobs(groups, planes_JP)
-        deltas = None if pieces is None else expert_deltas(pieces, jobs.starts)
+        deltas = None
+        if pieces is not None:
+            deltas = expert_deltas(pieces, jobs.starts)
+            if self.known is not None:
+                self._note_deltas(groups, pieces, rows)
         self._kernels.experts(self._spec, jobs, hidden_TH, out_PH, deltas)
 
     def _note(self, groups: Sequence[int], planes_JP: np.ndarray, rows: Grouping) -> None:
         """Where the exact ones are, which is all that is ever taken from what is known."""
         whole = [place for place, group in enumerate(groups) if rows.bits_of(group) == self._level]
         self._known_EP[[rows.expert_of(groups[place]) for place in whole]] = planes_JP[whole]
+
+    def _note_deltas(self, groups: Sequence[int], pieces: Pieces, rows: Grouping) -> None:
+        for group, some in zip(groups, pieces, strict=True):
+            for piece in some:
+                self._deltas[piece.variant][rows.expert_of(group)] = piece.address
+
+    def entered(self, variant: int, changed: ChangedExperts) -> None:
+        if self.known is None:
+            return
+        specs = [changed.spec(self._layer, expert) for expert in range(len(self._known_EP))]
+        spec = next((one for one in specs if one is not None), ExpertDeltaSpec(None, None, 0, 0))
+        addresses_E = np.array([-1 if one is None else 0 for one in specs], dtype=np.int64)
+        self._deltas[variant] = addresses_E
+        self.known.set_deltas(variant, native_expert_delta(spec), addresses_E.ctypes.data)
+
+    def left(self, variant: int) -> None:
+        if self.known is not None:
+            self.known.set_deltas(variant, None, 0)
+            del self._deltas[variant]
+
+    def forget_delta(self, expert: int, variant: int) -> None:
+        addresses_E = self._deltas.get(variant)
+        if addresses_E is not None:
+            addresses_E[expert] = 0
 
     def forget(self, expert: int | None = None) -> None:
         self._known_EP[slice(None) if expert is None else expert] = 0
@@ -170,6 +229,7 @@ def packed_layer(
     *,
     level: int,
     experts: int,
+    layer: int = 0,
     know: bool = False,
 ) -> LayerExperts:
     """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`.
@@ -179,7 +239,7 @@ def packed_layer(
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
     if spec is not None:
-        return PackedExperts(kernels, spec, arena, level=level, experts=experts, know=know)
+        return PackedExperts(kernels, spec, arena, layer=layer, level=level, experts=experts, know=know)
     _say_once(type(module))
     return PackedExpertsWithModule(kernels, module, matrices, arena)
 

@@ -28,6 +28,7 @@ from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.levels import LayerLevels
 from moestro.runtime.narrow import plain
+from moestro.runtime.open_variant import OpenVariant
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.slots import SlotViews
 from moestro.spans import Event, Part, Spans
@@ -118,6 +119,20 @@ class RoutedExperts:
         layer, expert, plane = key
         if plane < FIRST_DELTA:
             self._layers[layer].forget(expert)
+        else:
+            self._layers[layer].forget_delta(expert, plane - FIRST_DELTA)
+
+    def entered(self, variant: OpenVariant) -> None:
+        """A variant has come into memory: rows of it may follow."""
+        assert variant.slot is not None
+        for one in self._layers:
+            one.entered(variant.slot, variant)
+
+    def leaving(self, variant: OpenVariant, *, is_gone: bool) -> None:  # noqa: ARG002
+        """It leaves: no row of it may follow."""
+        assert variant.slot is not None
+        for one in self._layers:
+            one.left(variant.slot)
 
     def count_known(self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray) -> None:
         """Count the rows of layers from number `first` on that have been computed from `known`."""
@@ -140,12 +155,13 @@ class RoutedExperts:
     ) -> torch.Tensor | None:
         """The weighted sum from planes that are known to be where they were; None when some are not."""
         known, (rows, picks) = self.known[layer], index_TK.shape
-        if known is None or rows > KNOWN_ROWS or self.deltas is not None:
+        if known is None or rows > KNOWN_ROWS:
             return None
         sum_TH, out_PH = torch.empty_like(hidden_TH), torch.empty(rows * picks, hidden_TH.shape[1])
         inputs = (hidden_TH.data_ptr(), index_TK.data_ptr(), weights_TK.data_ptr())
         self.spans.begin(Part.EXPERTS)
-        computed = known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr())
+        runs = () if self.deltas is None else self.deltas.runs
+        computed = known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr(), runs)
         self.spans.end(Event.KNOWN if computed else None, layer, rows)
         if not computed:
             return None
@@ -265,5 +281,7 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), know=know))
+            layers.append(
+                packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), layer=layer, know=know)
+            )
     return RoutedExperts(planes, layers, chains, level=level)

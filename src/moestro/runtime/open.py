@@ -239,6 +239,7 @@ def _assemble(
         know=foresight is None or foresight.prefetcher is None,
     )
     experts.spans = spans
+    variants.followers.append(experts)
     experts.order = ReadOrder(options.order, transfers)
     if foresight is not None:
         if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
@@ -261,6 +262,7 @@ def _assemble(
     native = None
     if blueprint is not None:
         native = NativeForward(blueprint, kv=kv, experts=experts, rows=plan.step_rows, context=plan.context)
+        variants.followers.append(native)
     runner = ModelRunner(
         skeleton=skeleton,
         kernels=kernels,

@@ -32,7 +32,7 @@ class OpenVariant:
         stored: what is in it.
         slot: the number by which steps and planes know it; None while it has none.
         parts: its dense parts, None while they are not in memory.
-        changed: what the model meets in the place of its own tensors, by name; empty without parts.
+        changed: what the model meets in the place of its own tensors, by the id of these; empty without parts.
         running: requests that run on it.
         used: when it was used last, in requests begun.
     """
@@ -42,7 +42,7 @@ class OpenVariant:
         self.name, self.serial, self.stored = stored.name, serial, stored
         self.slot: int | None = None
         self.parts: DenseParts | None = None
-        self.changed: Mapping[str, torch.Tensor] = {}
+        self.changed: Mapping[int, torch.Tensor] = {}
         self.running = 0
         self.used = 0
         self._reader = reader

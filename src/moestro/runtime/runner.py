@@ -100,10 +100,11 @@ class ModelRunner:
         started = time.perf_counter()
         try:
             with _computing():
-                if not batch.runs:
-                    return self._pass(batch, BASE)
-                self._set_apart(batch)
-                return torch.cat([self._pass(part, part.segments[0].variant) for part in batch.parts()])
+                if batch.runs:
+                    self._set_apart(batch)
+                    if self.native is None:
+                        return torch.cat([self._pass(part) for part in batch.parts()])
+                return self._pass(batch)
         finally:
             self.stats.forward_s += time.perf_counter() - started
             self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
@@ -117,8 +118,8 @@ class ModelRunner:
                 collections = None if self._histories is None else self._histories.of(segment.variant)
                 self.recorder.set_apart(segment.request, collections)
 
-    def _pass(self, batch: PackedBatch, variant: int) -> torch.Tensor:
-        """The logits of rows of one variant, or of the base."""
+    def _pass(self, batch: PackedBatch) -> torch.Tensor:
+        """The logits of a step; on the general path it has rows of one variant, or of the base."""
         self._batch = batch
         self.spans.begin(Part.POLICY)
         if self._experts.foresight is not None:
@@ -128,10 +129,7 @@ class ModelRunner:
         self._experts.step(batch, self.variants.deltas(batch))
         self.spans.end(Event.BEGIN)
         try:
-            if self.native is not None and variant == BASE:
-                logits_SV = self.native(batch)
-            else:
-                logits_SV = self._general_forward(batch, variant)
+            logits_SV = self._general_forward(batch) if self.native is None else self.native(batch)
             if self.recorder is not None:
                 self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
             return logits_SV
@@ -170,7 +168,7 @@ class ModelRunner:
     def _general_route(self, batch: PackedBatch, layers: int) -> np.ndarray:
         self._route_only = layers
         try:
-            self._general_forward(batch, BASE)
+            self._general_forward(batch)
         except _Routed:
             pass
         finally:
@@ -187,8 +185,8 @@ class ModelRunner:
         """How a forward pass runs: "native" (compiled layers) or "general" (transformers' own layers)."""
         return "general" if self.native is None else "native"
 
-    def _general_forward(self, batch: PackedBatch, variant: int) -> torch.Tensor:
-        wearing = self.variants.wearing(variant)
+    def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
+        wearing = self.variants.wearing(batch.segments[0].variant)
         with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL), wearing:
             output = self._model(
                 input_ids=batch.token_ids_T.unsqueeze(0),
@@ -294,7 +292,7 @@ class ModelRunner:
 
     def _routing(self, *, with_weights: bool) -> StepRouting:
         """What the step that has just gone through routed. Without weights, they may change."""
-        if self.native is not None and not self._routed:
+        if self.native is not None:
             ids_LTK, weights_LTK = self.native.routing
             return StepRouting(ids_LTK.copy(), weights_LTK.copy() if with_weights else weights_LTK)
         experts, weights = (np.stack(one) for one in zip(*self._routed, strict=True))

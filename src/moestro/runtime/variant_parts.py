@@ -103,6 +103,7 @@ class Wardrobe:
         self._tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
+        self._own = {id(tensor): tensor for tensor in self._tensors.values()}
         self._places: dict[int, list[_Place]] = {}
         for module in model.modules():
             for holder in (module._parameters, module._buffers):
@@ -110,26 +111,28 @@ class Wardrobe:
                     if tensor is not None:
                         self._places.setdefault(id(tensor), []).append(_Place(holder, leaf))
 
-    def tensors(self, parts: DenseParts) -> dict[str, torch.Tensor]:
-        """What a model meets in the places of the tensors that a variant changed."""
-        changed: dict[str, torch.Tensor] = {}
+    def tensors(self, parts: DenseParts) -> dict[int, torch.Tensor]:
+        """What a model meets in the places of the tensors that a variant changed, by the id of these."""
+        changed: dict[int, torch.Tensor] = {}
         for name, delta in parts.deltas.items():
             base = self._tensors[name]
             assert isinstance(base, DenseWeight), name
-            changed[name] = DeltaWeight.of(base, delta.region, delta.address, self._kernels)
-        return changed | {name: placed(tensor, self._kernels) for name, tensor in parts.replaced.items()}
+            changed[id(base)] = DeltaWeight.of(base, delta.region, delta.address, self._kernels)
+        for name, tensor in parts.replaced.items():
+            changed[id(self._tensors[name])] = placed(tensor, self._kernels)
+        return changed
 
     @contextmanager
-    def wearing(self, changed: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def wearing(self, changed: Mapping[int, torch.Tensor]) -> Iterator[None]:
         """Within, the model has these tensors."""
         try:
-            for name, tensor in changed.items():
-                self._put(name, tensor)
+            for own, tensor in changed.items():
+                self._put(own, tensor)
             yield
         finally:
-            for name in changed:
-                self._put(name, self._tensors[name])
+            for own in changed:
+                self._put(own, self._own[own])
 
-    def _put(self, name: str, tensor: torch.Tensor) -> None:
-        for holder, leaf in self._places[id(self._tensors[name])]:
+    def _put(self, own: int, tensor: torch.Tensor) -> None:
+        for holder, leaf in self._places[own]:
             holder[leaf] = tensor
