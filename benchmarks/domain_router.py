@@ -2,19 +2,21 @@
 
     python benchmarks/domain_router.py CORPUS --variants spanish python arithmetic [--store tiny-qwen3moe-28m]
 
-CORPUS is a folder of X.train.txt and X.val.txt, a pair for each kind of text. Those named are for variants, all others for
-the base. Routers are fitted to windows of 256 tokens of the training texts, evenly spread, and judged on windows of
+CORPUS is a folder of X.train.txt and X.val.txt, a pair for each kind of text. Those named are for variants, all others
+for the base. Routers are fitted to windows of 256 tokens of the training texts, evenly spread, and judged on windows of
 other lengths of the validation texts. Writes docs/benchmarks/domain-router.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +75,7 @@ def main() -> None:
         }
         bench = Bench(train, judged, frozenset(arguments.variants))
         parts = [
-            _head(arguments, kinds, store),
+            _head(arguments, kinds),
             *_text_part(bench),
             *_trace_part(bench, llm),
         ]
@@ -163,7 +165,7 @@ def _trace_part(bench: Bench, llm: LLM) -> Iterator[str]:
         for count in EXAMPLES:
             yield _line(str(layers), str(count), bench, _by_trace(bench.examples(count), layers, experts))
     yield ""
-    yield "What looking at a prompt takes, everything in memory, beside its whole prefill (medians of 15, and the range):\n"
+    yield "What looking at a prompt takes, all in memory, beside its whole prefill (medians of 15, and the range):\n"
     yield f"| prompt | {' | '.join(f'{layers} layer(s)' for layers in depths)} | prefill |"
     yield "|---|" + "---|" * (len(depths) + 1)
     for length in LENGTHS:
@@ -201,7 +203,8 @@ def _table_head(*names: str) -> str:
 def _line(first: str, second: str, bench: Bench, router: DomainRouter) -> str:
     each = [f"{bench.score(router, windows).right:.1%}" for windows in bench.judged.values()]
     whole = bench.score(router, [one for windows in bench.judged.values() for one in windows])
-    return f"| {first} | {second} | {' | '.join(each)} | **{whole.right:.1%}** | {whole.balanced:.1%} | {whole.unsure:.1%} |"
+    shares = [*each, f"**{whole.right:.1%}**", f"{whole.balanced:.1%}", f"{whole.unsure:.1%}"]
+    return f"| {first} | {second} | {' | '.join(shares)} |"
 
 
 def _confusion(bench: Bench, router: DomainRouter) -> Iterator[str]:
@@ -226,7 +229,13 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _head(arguments: argparse.Namespace, kinds: Sequence[str], store: Path) -> str:
+def _machine() -> str:
+    names = ("numpy", "scikit-learn", "torch")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return f"{len(os.sched_getaffinity(0))} cores of a shared virtual machine ({platform.machine()}), {versions}."
+
+
+def _head(arguments: argparse.Namespace, kinds: Sequence[str]) -> str:
     others = [kind for kind in kinds if kind not in arguments.variants]
     return f"""# The router of domains
 
@@ -236,11 +245,12 @@ def _head(arguments: argparse.Namespace, kinds: Sequence[str], store: Path) -> s
 $ python benchmarks/domain_router.py CORPUS --variants {" ".join(arguments.variants)}
 ```
 
-Thirteen kinds of text of the built-in model's corpus: {", ".join(arguments.variants)} are for variants, the other
-{len(others)} ({", ".join(others)}) for the base. Examples are windows of 256 tokens of training texts, {arguments.prompts} prompts of
-each kind and length are cut out of validation texts wherever that falls, so that some are in no way of their domain: a
-licence in English in a Spanish manual, a docstring, a table of characters. Threshold {THRESHOLD:g}: below it the base
-answers ("unsure"). The base of {store.name.rsplit("-", 2)[0]}, {platform.machine()}, Python {platform.python_version()}.
+Of {len(kinds)} kinds of text, {", ".join(arguments.variants)} are for variants, the others for the base:
+{", ".join(others)}.
+Examples are windows of 256 tokens of training texts. {arguments.prompts} prompts of each kind and length are cut out of
+validation texts wherever that falls, so that some are in no way of their domain: a licence in English in a Spanish
+manual, a docstring, a table of characters. Threshold {THRESHOLD:g}: below it the base answers ("unsure"). Base:
+{arguments.store}. {_machine()}
 """
 
 

@@ -155,6 +155,7 @@ class ServeOptions:
     max_queue: int = option(64, "Requests that may wait; more are refused with status 429.")
     max_request: str = option("4MiB", "Longest body of a request in bytes.")
     structured: bool = option(True, "Offer answers that follow a schema or an expression; a few MB of library.")
+    access_log: bool = option(False, "Write a line of JSON for each answered request to standard error.")
     drain: int = option(30, "Seconds that requests get to end after SIGTERM or Ctrl-C.")
 
     def __post_init__(self) -> None:

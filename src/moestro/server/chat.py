@@ -24,7 +24,7 @@ from moestro.server.messages import Message, for_template, user_text
 from moestro.server.parts import Kind, Marks, Part, Splitter
 from moestro.server.sampling import choices_of, sampling_of
 from moestro.server.stream import reply
-from moestro.server.tools import Tool, marks_of, tools_for_template
+from moestro.server.tools import Tool, ToolChoice, call_guide, marks_of, tools_for_template
 
 
 class ChatRequest(SamplingFields):
@@ -39,7 +39,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: ToolChoice | None = Field(default=None, description="required, or a function: the answer is one call.")
     parallel_tool_calls: Literal[True] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables of the model's chat template."
@@ -97,15 +97,20 @@ def prepare(body: ChatRequest, asked: Asked) -> Prepared:
         raise ApiError(400, "max_tokens is given beside max_completion_tokens. Leave it out.", param="max_tokens")
     tools = tools_for_template(body.tools, body.tool_choice, serving)
     prompt = serving.llm.chat_prompt(for_template(body.messages), tools=tools, settings=body.chat_template_kwargs)
+    marks = marks_of(serving, prompt, tools=bool(tools))
+    call = call_guide(body.tools, body.tool_choice, marks)
+    form = guide_of(body.response_format)
+    if call is not None and form is not None:
+        raise ApiError(400, "tool_choice asks for a call: response_format has no place in it.", param="response_format")
     sampling = sampling_of(
         body,
         serving.defaults,
         max_tokens=body.max_tokens or body.max_completion_tokens or max(1, serving.llm.plan.context - len(prompt)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        guide=guide_of(body.response_format),
+        guide=call or form,
     )
     ask = Ask(prompt, choices_of(sampling, body.n or 1), asked.variant)
-    return Prepared(ask, marks_of(serving, prompt, tools=bool(tools)), asked)
+    return Prepared(ask, marks, asked)
 
 
 class ChatWriter:
