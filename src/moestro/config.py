@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from moestro.errors import BudgetError, PackError, RequestError, ServeError, TraceError, VariantError
 from moestro.options import check_least, check_types, option
+from moestro.route_options import RouteOptions
 from moestro.sampling import Guide, SamplingParams
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Guide",
     "LoadOptions",
     "PackOptions",
+    "RouteOptions",
     "RuntimeOptions",
     "SamplingParams",
     "ServeOptions",
@@ -63,7 +65,10 @@ class RuntimeOptions:
         "Load what structured output needs: 0.7 KB for each token of the vocabulary, beside the memory given.",
         flag=False,
     )
-    variant: str = option("", "Variant of the store that answers (empty: the base); MODEL:VARIANT says the same.")
+    variant: str = option(
+        "",
+        "Variant of the store that answers (empty: the base, auto: one fit for the prompt), as in MODEL:VARIANT.",
+    )
     auto_pack: bool = option(True, "Pack a checkpoint into the cache folder when there is no store of it yet.")
 
     def __post_init__(self) -> None:
@@ -157,6 +162,7 @@ class ServeOptions:
     max_queue: int = option(64, "Requests that may wait; more are refused with status 429.")
     max_request: str = option("4MiB", "Longest body of a request in bytes.")
     structured: bool = option(True, "Offer answers that follow a schema or an expression; a few MB of library.")
+    access_log: bool = option(False, "Write a line of JSON for each answered request to standard error.")
     drain: int = option(30, "Seconds that requests get to end after SIGTERM or Ctrl-C.")
 
     def __post_init__(self) -> None:

@@ -41,6 +41,10 @@ class TraceError(MoestroError):
     """A trace of routing, or a collection of them, is missing, damaged, of another model or not valid."""
 
 
+class RouteError(MoestroError):
+    """The router of domains cannot be fitted as asked, is missing or damaged, or is of another model."""
+
+
 class DiskError(MoestroError):
     """A disk cannot be measured where that was asked for."""
 

@@ -28,6 +28,9 @@ from moestro.cli.simulate import simulate
 from moestro.cli.trace import export_, fit, import_, record, show
 from moestro.cli.variants import add, list_, remove
 from moestro.cli.variants import show as show_variant
+from moestro.cli.variants_route import evaluate as evaluate_route
+from moestro.cli.variants_route import fit as fit_route
+from moestro.cli.variants_route import show as show_route
 
 app = typer.Typer(
     help="Run mixture-of-experts language models that are larger than memory.",
@@ -58,6 +61,13 @@ _variants = typer.Typer(
 _variants_commands: dict[str, Command] = {"add": add, "list": list_, "show": show_variant, "remove": remove}
 for _name, _subcommand in _variants_commands.items():
     _variants.command(_name)(guarded(spread_options(_subcommand)))
+_route = typer.Typer(
+    help="Fit, judge and ask what sends prompts to variants.", no_args_is_help=True, add_completion=False
+)
+_route_commands: dict[str, Command] = {"fit": fit_route, "eval": evaluate_route, "show": show_route}
+for _name, _subcommand in _route_commands.items():
+    _route.command(_name)(guarded(spread_options(_subcommand)))
+_variants.add_typer(_route, name="route")
 app.add_typer(_variants, name="variants")
 
 

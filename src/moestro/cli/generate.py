@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +18,12 @@ from moestro.cli.opening import open_llm
 from moestro.cli.picture import check_picture_path, draw_experts
 from moestro.cli.report import summary, to_json
 from moestro.config import RuntimeOptions, SamplingParams
+from moestro.domain import AUTO
 from moestro.errors import RequestError
 
 if TYPE_CHECKING:
     from moestro import LLM, Completion
+    from moestro.domain import Choice
 
 
 def generate(
@@ -69,9 +72,10 @@ def generate(
     if sampling.temperature == 0 and unused:
         say("note", f"{', '.join(unused)} changes nothing at temperature 0, which takes the likeliest token.")
     with open_llm(model, options) as llm:
+        choice = llm.choose(text) if llm.options.variant == AUTO else None  # by the text alone, not by the template's
         whole = llm.chat_prompt([{"role": "user", "content": text}]) if chat else text
         with nullcontext() if timeline is None else llm.timeline(timeline):
-            completion = _answer(llm, whole, sampling, show=not as_json)
+            completion = _answer(llm, whole, sampling, choice, show=not as_json)
         stats = llm.stats()
         if picture is not None:
             tokens = completion.prompt_tokens + len(completion.token_ids)
@@ -108,9 +112,11 @@ def _read_file(name: str) -> str:
         raise RequestError(f"The prompt in {name} is not UTF-8 text ({error}).") from error
 
 
-def _answer(llm: LLM, prompt: str | list[int], sampling: SamplingParams, *, show: bool) -> Completion:
-    completion = None
-    for delta in llm.stream(prompt, sampling):
+def _answer(
+    llm: LLM, prompt: str | list[int], sampling: SamplingParams, choice: Choice | None, *, show: bool
+) -> Completion:
+    completion, variant = None, None if choice is None else choice.variant or ""
+    for delta in llm.stream(prompt, sampling, variant=variant):
         completion = delta.completion
         if show:
             sys.stdout.write(delta.text)
@@ -118,4 +124,4 @@ def _answer(llm: LLM, prompt: str | list[int], sampling: SamplingParams, *, show
     assert completion is not None
     if show and sys.stdout.isatty():
         sys.stdout.write("\n")
-    return completion
+    return replace(completion, choice=choice)

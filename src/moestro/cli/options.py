@@ -22,6 +22,7 @@ _PANELS = {
     "SamplingParams": "How tokens are picked",
     "PackOptions": "How the store is made",
     "VariantOptions": "How the variant is made",
+    "RouteOptions": "How domains are told",
     "SimulateOptions": "What is simulated",
     "BenchOptions": "What is measured",
     "ServeOptions": "How it listens",

@@ -17,6 +17,8 @@ def to_json(completion: Completion, stats: Stats) -> dict[str, Any]:
     """The object of `generate --json`. Keys, once published, stay."""
     # What one prompt without a flag for it cannot have is left out.
     known = {name: value for name, value in asdict(completion).items() if name not in ("logprobs", "cached_tokens")}
+    if completion.choice is None:
+        del known["choice"]
     return {**known, "stats": asdict(stats)}
 
 
@@ -33,6 +35,7 @@ def summary(completion: Completion, stats: Stats) -> str:
         f"peak resident {format_bytes(stats.peak_rss_bytes)} with a process floor of "
         f"{format_bytes(stats.process_floor_bytes)}; experts {share(stats.hits, used)} hits, "
         f"{format_bytes(stats.bytes_read)} read, waited {stats.stall_s:.2f} s for the disk"
+        + _chosen(completion)
         + "".join(f"\n{name}: {', '.join(facts)}" for name, *facts in ahead_rows(stats))
     )
 
@@ -41,6 +44,16 @@ def _variants(stats: Stats) -> list[Row]:
     if not stats.variants:
         return []
     return [("  variants", format_bytes(sum(stats.variants.values())), ", ".join(stats.variants))]
+
+
+def _chosen(completion: Completion) -> str:
+    """Who answered, where that was left to the router of domains."""
+    choice = completion.choice
+    if choice is None:
+        return ""
+    extra = f", {choice.tokens} tokens under the base to tell" if choice.tokens else ""
+    who = choice.variant or "the base"
+    return f"\nanswered by {who}: likeliest for {choice.domain} ({choice.confidence:.0%}){extra}"
 
 
 def memory_rows(stats: Stats) -> list[Row]:

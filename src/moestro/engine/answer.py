@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from moestro.domain import Choice
 from moestro.engine.detokenize import Detokenizer
 from moestro.engine.results import TokenLogprob
 from moestro.engine.sequence import Sequence
@@ -23,10 +25,12 @@ class News:
 
 
 class Answer:
-    """Follows one sequence. `text` is what has become certain of it so far."""
+    """Follows one sequence. `text` is what has become certain of it so far, `choice` who answers where that was left to
+    the router of domains."""
 
     def __init__(self, sequence: Sequence, tokenizer: PreTrainedTokenizerBase, texts: TokenTexts) -> None:
         self.sequence = sequence
+        self.choice: Choice | None = None
         self.text = ""
         self._texts = texts
         self._stop = StopStrings(sequence.sampling.stop)
@@ -90,3 +94,10 @@ class Answer:
             self._ended = True
             self._decode()
             self.text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()
+
+
+def raise_error(answers: Iterable[Answer]) -> None:
+    """Raise the first error that one of the answers has ended with."""
+    for answer in answers:
+        if answer.sequence.error is not None:
+            raise answer.sequence.error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from moestro.config import SamplingParams
 from moestro.engine.prefixes import Prefixes
 from moestro.engine.sampling import Constraint, Sampler
@@ -12,9 +14,16 @@ from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
 from moestro.errors import PlaneReadError, RequestError
 from moestro.policy.levels import EXACT, budget_of
+from moestro.runtime.batch import PackedBatch, Segment
 from moestro.runtime.runner import ModelRunner
 from moestro.runtime.shares import MemoryShares
 from moestro.spans import Event, Part
+
+ROUTED_TOKENS = 256
+"""Of a prompt, most that `Engine.route` looks at: experts' shares change little after them."""
+
+_NOBODY = -1
+"""The number of a request that there is not."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Engine:
             variants=self._variants,
             alike=alike,
         )
-        self._context = context
+        self._context, self._step_rows = context, step_rows
         self._end_ids = end_ids
         self._vocabulary = vocabulary
         self._submitted = 0
@@ -132,6 +141,23 @@ class Engine:
         self._runner.spans.end(Event.SAMPLE, len(sampled))
         self._retire()
         return failed + sampled
+
+    def route(self, prompt_ids: List[int], layers: int) -> np.ndarray | None:
+        """Experts [N, layers, K] that the base picks for a prompt's first tokens in its first MoE layers.
+
+        Between two steps, without a request: N is at most `ROUTED_TOKENS` and what a step takes. None where there is no
+        room for their KV rows now.
+
+        Raises:
+            RequestError: as `prepare`.
+            PlaneReadError: a plane that this needs could not be read.
+        """
+        self._check(prompt_ids)
+        tokens = list(prompt_ids[: min(ROUTED_TOKENS, self._step_rows)])
+        with self._prefixes.borrowed(len(tokens)) as blocks:
+            if blocks is None:
+                return None
+            return self._runner.route(PackedBatch([Segment(_NOBODY, tokens, 0, blocks, False)]), layers)
 
     def cancel(self, sequence: Sequence) -> None:
         """Take a request out at any moment and free what it holds. One that has not ended is cancelled."""

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from moestro.calibration import pack_apart
 from moestro.config import Guide, RuntimeOptions, SamplingParams
-from moestro.engine.answer import Answer
+from moestro.domain import AUTO, Choice
+from moestro.engine.answer import Answer, raise_error
+from moestro.engine.chooser import Chooser, Route
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
 from moestro.engine.sampling import Constraint
@@ -53,7 +55,8 @@ class LLM:
 
     `model` is a store, a checkpoint folder, a Hugging Face id or the name of the built-in model; what is not a store is
     packed once into a cache folder. Options are the fields of `RuntimeOptions`: `LLM("path", memory="512MiB")`.
-    `LLM("path:name")` answers with the variant `name` of the store, if a request names no other ("" is the base).
+    `LLM("path:name")` answers with that variant of the store, if a request names no other ("": the base, "auto": the
+    one that the store's router of domains finds fit).
     Not thread-safe. `clock` is what `Stats.time_s` and timelines go by, in seconds.
 
     Raises:
@@ -81,6 +84,7 @@ class LLM:
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
         self._token_texts = TokenTexts(self.tokenizer)
+        self.chooser = Chooser(store, self.encode)
         config = config_from_dict(store.config_dict)
         end_ids, vocabulary = end_token_ids(store, config), int(config.vocab_size)
         self._guides = _open_guides(self.tokenizer, vocabulary, end_ids) if self.options.guides else None
@@ -102,7 +106,7 @@ class LLM:
             shares=self._model.shares,
             alike=self.options.admit == "alike" or (self.options.admit == "auto" and not self.plan.whole),
         )
-        if self.options.variant:
+        if self.options.variant not in ("", AUTO):
             self._model.variants.open(self.options.variant)
         self._load_s = time.perf_counter() - started
 
@@ -119,7 +123,7 @@ class LLM:
         alone. `variant` is the one that answers (None: the one that the model was opened with), or one for each prompt.
 
         Raises:
-            VariantError, BudgetError: there is no such variant, or no room for it.
+            VariantError, BudgetError, RouteError: there is no such variant, no room for it, or no router to choose it.
             RequestError: a prompt or a sampling parameter is not valid; nothing has been generated then.
             PlaneReadError: a plane could not be read. Requests that did not need it have been answered, and are lost
                 with the error: submit them again.
@@ -138,7 +142,7 @@ class LLM:
             finally:
                 for answer in answers:
                     self._engine.cancel(answer.sequence)
-            _raise_error(answers)
+            raise_error(answers)
             return [self._complete(answer) for answer in answers]
 
     def complete_each(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
@@ -163,7 +167,7 @@ class LLM:
                         self._engine.step()
                     done = [number for number, one in running.items() if one.finished]
                     ended = {number: running.pop(number) for number in done}
-                    _raise_error([*ended.values()])
+                    raise_error([*ended.values()])
                     answers = [(number, self._complete(one)) for number, one in ended.items()]
                 if not running and not answers:
                     return
@@ -209,7 +213,7 @@ class LLM:
                     # Another stream's or batch's steps may have brought tokens, or the end, in the meantime.
                     if not answer.finished and not answer.has_news:
                         self._engine.step()
-                    _raise_error([answer])
+                    raise_error([answer])
                     news = answer.news()
                 if answer.finished:
                     break
@@ -274,6 +278,21 @@ class LLM:
         assert not self._engine.busy, "flush() while requests run"
         self._engine.forget()
 
+    def choose(self, prompt: Prompt, *, route: Route | None = None) -> Choice:
+        """Who answers a prompt, of the base and the store's variants. `route` is for `Service`.
+
+        Raises:
+            RouteError: the store has no router of domains, or its file is damaged.
+        """
+        text = prompt if isinstance(prompt, str) else str(self.tokenizer.decode(list(prompt), skip_special_tokens=True))
+        return self.chooser.choose(text, self.variants(), route or self.route)
+
+    def route(self, prompt_ids: List[int], layers: int) -> np.ndarray:
+        """Experts [N, layers, K] that the base picks, as `Engine.route`."""
+        while (found := self._engine.route(prompt_ids, layers)) is None:
+            self._engine.step()  # requests under way hold all room
+        return found
+
     def variants(self) -> tuple[str, ...]:
         """The names of the store's variants, as they are now. Any thread may ask."""
         return self._open.variants.names()
@@ -330,7 +349,10 @@ class LLM:
         return self._guides.constraint(guide)
 
     def _submit(self, prompt: Prompt, sampling: SamplingParams, variant: str | None = None) -> Answer:
-        answer = self.prepare(self.encode(prompt), sampling, variant=variant)
+        name = self.options.variant if variant is None else variant
+        choice = self.choose(prompt) if name == AUTO else None
+        answer = self.prepare(self.encode(prompt), sampling, variant=name if choice is None else choice.variant or "")
+        answer.choice = choice
         self._engine.add(answer.sequence)
         return answer
 
@@ -349,6 +371,7 @@ class LLM:
             prompt_tokens=len(sequence.prompt_ids),
             cached_tokens=sequence.reused,
             logprobs=answer.logprobs(),
+            choice=answer.choice,
             timings=Timings(
                 load_s=self._load_s,
                 ttft_s=sequence.first_token_at - sequence.submitted_at,
@@ -371,12 +394,6 @@ def _check_before_packing(model: str, options: RuntimeOptions) -> None:
     make_load_order(options.order)
     if not has_manifest(locate_shapes(model)):
         Subject.open(model).plan(options).require_fit()
-
-
-def _raise_error(answers: List[Answer]) -> None:
-    for answer in answers:
-        if answer.sequence.error is not None:
-            raise answer.sequence.error
 
 
 def _one_each(prompts: List[Any], given: _T | List[_T], what: str) -> list[_T]:

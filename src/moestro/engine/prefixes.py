@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
@@ -67,21 +68,44 @@ class Prefixes:
         """
         chain = self._known(sequence)
         needed = blocks_for(sequence.most_rows) - len(chain)
-        lacking = needed - self._kv.free_blocks - len(self._idle) + sum(not one.users for one in chain)
-        if lacking > 0:
-            if self._shares is None or not self._shares.trades or self._kv.limit + lacking > self._kv.blocks:
-                return False
-            self._shares.give_kv(self._kv.limit + lacking)
+        if not self._has_room(needed, sum(not one.users for one in chain)):
+            return False
         for one in chain:
             self._use(one)
-        while self._kv.free_blocks < needed:
-            _, oldest = self._idle.popitem(last=False)
-            self._drop(oldest)
+        self._make_free(needed)
         sequence.chain = chain
         sequence.blocks = [one.block for one in chain] + self._kv.allocate(needed)
         sequence.cached = len(chain) * BLOCK_ROWS
         self._peaks[0] = max(self._peaks[0], self.used)
         return True
+
+    @contextmanager
+    def borrowed(self, rows: int) -> Iterator[list[int] | None]:
+        """Blocks for so many rows that are no request's and that nobody keeps; None where there is no room now."""
+        needed = blocks_for(rows)
+        if not self._has_room(needed):
+            yield None
+            return
+        self._make_free(needed)
+        blocks = self._kv.allocate(needed)
+        try:
+            yield blocks
+        finally:
+            self._kv.release(blocks)
+
+    def _has_room(self, needed: int, kept: int = 0) -> bool:
+        """Whether so many blocks can be had, of those that nobody uses `kept` staying. Experts may give some."""
+        lacking = needed + kept - self._kv.free_blocks - len(self._idle)
+        if lacking > 0:
+            if self._shares is None or not self._shares.trades or self._kv.limit + lacking > self._kv.blocks:
+                return False
+            self._shares.give_kv(self._kv.limit + lacking)
+        return True
+
+    def _make_free(self, needed: int) -> None:
+        while self._kv.free_blocks < needed:
+            _, oldest = self._idle.popitem(last=False)
+            self._drop(oldest)
 
     def written(self, sequence: Sequence) -> None:
         """More of a request's rows have been computed: its full blocks get names, from now on others may use them."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moestro.domain import Choice
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -34,7 +36,7 @@ class TokenLogprob:
 class Completion:
     """A finished request. `finish_reason` is "stop" (by an end-of-text token, a stop string or the end of its guide) or
     "length" (max_tokens reached). `cached_tokens` of the prompt had been computed before. `logprobs` are those of
-    its tokens, if asked for."""
+    its tokens, if asked for. `choice` tells who answered and why, where that was left to the router of domains."""
 
     text: str
     token_ids: list[int]
@@ -43,6 +45,7 @@ class Completion:
     timings: Timings
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Stats:
     "general" (transformers' own layers, with moestro's attention and experts).
     `variants` are those in memory, with the bytes that each takes beside the planes of its experts.
     `levels_applied` counts the experts of rows that need not be exact, by the level that was chosen for them ("0":
-    left out).
+    left out). `domain_tokens` of prompts were run through the base's first layers only to choose a variant, in
+    `domain_s`.
 
     `wall_s` is the time within `generate`, `stream` and others that generate; `time_s` says where it went, and adds up
     to it: "dense" (attention and all matrices but routed experts), "experts", waiting for planes asked for when they
@@ -118,6 +122,8 @@ class Stats:
     path: str
     direct_io: bool
     huge_pages: bool
+    domain_tokens: int
+    domain_s: float
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
+import numpy as np
+
 from moestro.config import SamplingParams
+from moestro.domain import Choice
 from moestro.engine.events import Event, ServiceSnapshot
-from moestro.engine.llm import LLM
+from moestro.engine.llm import LLM, Prompt
 from moestro.engine.submitted import Submitted, state_of
 from moestro.errors import MoestroError, QueueFullError, RequestError, ServiceError
 
@@ -42,7 +45,7 @@ class Service:
         self._live: dict[str, Submitted] = {}
         self._inbox: list[Submitted] = []
         self._unwanted: list[Submitted] = []
-        self._commands: list[tuple[Callable[[], None], Future[None]]] = []
+        self._commands: list[tuple[Callable[[], bool | None], Future[None]]] = []
         self._refusal: ServiceError | None = None
         self._stopping = False
         self._count = 0
@@ -103,6 +106,31 @@ class Service:
                 self._unwanted.append(submitted)
                 self._changed.notify_all()
 
+    def choose(self, prompt: Prompt) -> Choice:
+        """Who answers a prompt, of the base and the store's variants.
+
+        Any thread may ask but the service's own; where the router looks at what the base routes, that is between two
+        steps.
+
+        Raises:
+            RouteError, RequestError, PlaneReadError: as `LLM.choose`.
+            QueueFullError, ServiceError: as `submit`.
+        """
+        with self._changed:
+            self._require_room()
+        return self._llm.choose(prompt, route=self._route)
+
+    def _route(self, prompt_ids: Sequence[int], layers: int) -> np.ndarray:
+        found: list[np.ndarray] = []
+
+        def look() -> bool:
+            experts_NLK = self._engine.route(prompt_ids, layers)
+            found.extend(() if experts_NLK is None else (experts_NLK,))
+            return bool(found)
+
+        self._between_steps(look)
+        return found[0]
+
     def snapshot(self) -> ServiceSnapshot:
         """How things are. Any thread may ask; never waits for a step."""
         now = time.perf_counter()
@@ -161,8 +189,8 @@ class Service:
     ) -> None:
         self.close(drain_s=None if kind is None else 0.0)
 
-    def _between_steps(self, command: Callable[[], None]) -> None:
-        """Have the service's thread do something, and wait until it is done."""
+    def _between_steps(self, command: Callable[[], bool | None]) -> None:
+        """Have the service's thread do something, again after the next step as long as it is False, and wait for it."""
         done: Future[None] = Future()
         with self._changed:
             if self._refusal is not None:
@@ -210,16 +238,20 @@ class Service:
                 self._engine.add(one.answer.sequence)
         for one in unwanted:
             self._engine.cancel(one.answer.sequence)
-        while self._commands:
+        for _ in range(len(self._commands)):  # those that are not finished come again
             command, done = self._commands.pop(0)
             try:
-                command()
+                finished = command()
             except Exception as error:  # whoever waits for it has to be told, whatever it is
                 done.set_exception(error)
                 if not isinstance(error, MoestroError):
                     raise
             else:
-                done.set_result(None)
+                if finished is False:
+                    with self._changed:
+                        self._commands.append((command, done))
+                else:
+                    done.set_result(None)
         return True
 
     def _end_overdue(self) -> None:

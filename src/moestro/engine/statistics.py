@@ -52,4 +52,6 @@ def stats_of(opened: OpenModel, spans: Spans, *, huge_pages: bool) -> Stats:
         path=opened.runner.path,
         direct_io=opened.transfers.direct,
         huge_pages=huge_pages,
+        domain_tokens=runner.routed_tokens,
+        domain_s=runner.routed_s,
     )

@@ -6,6 +6,8 @@ Shapes: T rows of the batch, S rows whose logits are wanted, H hidden or heads, 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +37,16 @@ from moestro.trace import Recorder, StepRouting
 
 @dataclass
 class RunnerStats:
-    """Seconds in forward passes, and of those in experts (waiting for planes included)."""
+    """Seconds in forward passes, and of those in experts (waiting for planes included). `route` is counted apart."""
 
     forward_s: float = 0.0
     experts_s: float = 0.0
+    routed_tokens: int = 0
+    routed_s: float = 0.0
+
+
+class _Routed(Exception):  # noqa: N818
+    """As many layers as were asked for have been routed: the rest of the forward pass is not wanted."""
 
 
 class ModelRunner:
@@ -74,6 +82,7 @@ class ModelRunner:
         self._experts = experts
         self.spans: Spans = experts.spans
         self._routed: list[tuple[np.ndarray, np.ndarray]] = []
+        self._route_only = 0  # so many MoE layers, 0 for a whole pass
         modules = (module for module in self._model.modules() if is_experts_module(module))
         self._layer_of = {id(module): layer for layer, module in enumerate(modules)}
         hooks.install(self._model)
@@ -89,18 +98,14 @@ class ModelRunner:
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         started = time.perf_counter()
-        torch_threads = torch.get_num_threads()
-        # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
-        torch.set_num_threads(1)
         try:
-            with torch.inference_mode():
+            with _computing():
                 if batch.runs:
                     self._set_apart(batch)
                     if self.native is None:
                         return torch.cat([self._pass(part) for part in batch.parts()])
                 return self._pass(batch)
         finally:
-            torch.set_num_threads(torch_threads)
             self.stats.forward_s += time.perf_counter() - started
             self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
 
@@ -137,6 +142,44 @@ class ModelRunner:
         if self.recorder is not None:
             self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
         return logits_SV
+
+    def route(self, batch: PackedBatch, layers: int) -> np.ndarray:
+        """Experts [T, layers, K] that the base picks for the batch's rows in its first MoE layers. Nobody is told.
+
+        Little is computed after the last of these layers' routers, and no expert of it. Rows are written to the batch's
+        KV blocks as far as layers have run, so they must be nobody else's.
+
+        Raises:
+            PlaneReadError: a plane that this needs could not be read.
+        """
+        assert not batch.runs
+        assert 0 < layers <= len(self._experts.chains)
+        started = time.perf_counter()
+        foresight, self._experts.foresight = self._experts.foresight, None
+        self._batch = batch
+        try:
+            with _computing(), self.spans.within(Part.PYTHON, Event.FORWARD, batch.rows, len(batch.segments)):
+                self._experts.step(batch, self.variants.deltas(batch))
+                ids_LTK = (
+                    self._general_route(batch, layers) if self.native is None else self.native.route(batch, layers)
+                )
+        finally:
+            self._experts.foresight = foresight
+            self._batch = None
+            self._forget_routing()
+            self.stats.routed_tokens += batch.rows
+            self.stats.routed_s += time.perf_counter() - started
+        return ids_LTK.swapaxes(0, 1)
+
+    def _general_route(self, batch: PackedBatch, layers: int) -> np.ndarray:
+        self._route_only = layers
+        try:
+            self._general_forward(batch)
+        except _Routed:
+            pass
+        finally:
+            self._route_only = 0
+        return np.stack([ids_TK for ids_TK, _ in self._routed])
 
     @property
     def foreseen(self) -> Foreseen:
@@ -212,8 +255,10 @@ class ModelRunner:
         layer = self._layer_of[id(module)]
         if self._replay is not None:
             index_TK, weights_TK = map(torch.from_numpy, self._replay.layer(layer))
-        if self.recorder is not None:
+        if self.recorder is not None or self._route_only:
             self._routed.append((index_TK.numpy(), plain(weights_TK).float().numpy()))
+        if len(self._routed) == self._route_only > 0:
+            raise _Routed
         return self._experts(layer, hidden_TH, index_TK, weights_TK, self.batch.requests_of)
 
     def remember(self, history: History) -> None:
@@ -275,3 +320,16 @@ class ModelRunner:
     def expert_counts(self) -> np.ndarray:
         """Rows routed to each expert since the model was opened: int64 [MoE layers, experts]."""
         return self._experts.counts_LE
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """How a forward pass computes."""
+    torch_threads = torch.get_num_threads()
+    # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(torch_threads)

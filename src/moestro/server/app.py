@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 import moestro
 from moestro.config import ServeOptions
+from moestro.server.access_log import AccessLog
 from moestro.server.chat import chat_router
 from moestro.server.completions import completions_router
 from moestro.server.desk import make_desk
@@ -42,4 +43,4 @@ def make_app(host: ModelHost, options: ServeOptions, rules: Rules) -> ASGIApp:
         guarded = CORSMiddleware(
             guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
         )
-    return guarded
+    return AccessLog(guarded) if options.access_log else guarded

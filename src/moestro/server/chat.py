@@ -15,16 +15,16 @@ from starlette.responses import Response
 
 from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
-from moestro.server.desk import Asked, Desk, timings_json
+from moestro.server.desk import Asked, Desk, choice_headers, choice_json, timings_json
 from moestro.server.errors import ApiError
 from moestro.server.fields import SamplingFields
 from moestro.server.guides import ResponseFormat, guide_of
 from moestro.server.logprobs import chat_logprobs
-from moestro.server.messages import Message, for_template
+from moestro.server.messages import Message, for_template, user_text
 from moestro.server.parts import Kind, Marks, Part, Splitter
 from moestro.server.sampling import choices_of, sampling_of
 from moestro.server.stream import reply
-from moestro.server.tools import Tool, marks_of, tools_for_template
+from moestro.server.tools import Tool, ToolChoice, call_guide, marks_of, tools_for_template
 
 
 class ChatRequest(SamplingFields):
@@ -39,7 +39,7 @@ class ChatRequest(SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: ToolChoice | None = Field(default=None, description="required, or a function: the answer is one call.")
     parallel_tool_calls: Literal[True] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables of the model's chat template."
@@ -56,10 +56,11 @@ class ChatRequest(SamplingFields):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A conversation as the engine takes it, and what to look for in answers."""
+    """A conversation as the engine takes it, what to look for in answers, and what answers."""
 
     ask: Ask
     marks: Marks
+    asked: Asked
 
 
 def chat_router(desk: Desk) -> APIRouter:
@@ -72,7 +73,7 @@ def chat_router(desk: Desk) -> APIRouter:
         asked = await asyncio.to_thread(desk.asked, body.model)
         prepared = await asyncio.to_thread(prepare, body, asked)
         answers = desk.answers(asked.serving)
-        writer = ChatWriter(asked.name, prepared, with_logprobs=bool(body.logprobs))
+        writer = ChatWriter(prepared, with_logprobs=bool(body.logprobs))
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return await reply(
             request,
@@ -80,6 +81,7 @@ def chat_router(desk: Desk) -> APIRouter:
             stream=writer.stream(answers, include_usage=include_usage) if body.stream else None,
             whole=lambda: writer.whole(answers),
             leave=answers.cancel,
+            headers=choice_headers([prepared.asked.choice]),
         )
 
     return router
@@ -87,6 +89,7 @@ def chat_router(desk: Desk) -> APIRouter:
 
 def prepare(body: ChatRequest, asked: Asked) -> Prepared:
     """Everything of a request that can be wrong is found here. Raises ApiError, RequestError."""
+    asked = asked.decided(user_text(body.messages))
     serving = asked.serving
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs: true.", param="top_logprobs")
@@ -94,22 +97,27 @@ def prepare(body: ChatRequest, asked: Asked) -> Prepared:
         raise ApiError(400, "max_tokens is given beside max_completion_tokens. Leave it out.", param="max_tokens")
     tools = tools_for_template(body.tools, body.tool_choice, serving)
     prompt = serving.llm.chat_prompt(for_template(body.messages), tools=tools, settings=body.chat_template_kwargs)
+    marks = marks_of(serving, prompt, tools=bool(tools))
+    call = call_guide(body.tools, body.tool_choice, marks)
+    form = guide_of(body.response_format)
+    if call is not None and form is not None:
+        raise ApiError(400, "tool_choice asks for a call: response_format has no place in it.", param="response_format")
     sampling = sampling_of(
         body,
         serving.defaults,
         max_tokens=body.max_tokens or body.max_completion_tokens or max(1, serving.llm.plan.context - len(prompt)),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        guide=guide_of(body.response_format),
+        guide=call or form,
     )
     ask = Ask(prompt, choices_of(sampling, body.n or 1), asked.variant)
-    return Prepared(ask, marks_of(serving, prompt, tools=bool(tools)))
+    return Prepared(ask, marks, asked)
 
 
 class ChatWriter:
     """Writes answers as OpenAI does, in pieces or whole."""
 
-    def __init__(self, model: str, prepared: Prepared, *, with_logprobs: bool) -> None:
-        self._id, self._model, self._created = f"chatcmpl-{secrets.token_hex(12)}", model, int(time.time())
+    def __init__(self, prepared: Prepared, *, with_logprobs: bool) -> None:
+        self._id, self._created, self._asked = f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), prepared.asked
         self._with_logprobs = with_logprobs
         self._splitters = [Splitter(prepared.marks) for _ in prepared.ask.sampling]
 
@@ -164,7 +172,8 @@ class ChatWriter:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": None}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        head = {"id": self._id, "object": kind, "created": self._created, "model": self._asked.name}
+        return head | choice_json(self._asked.choice)
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head("chat.completion.chunk") | {"choices": choices}

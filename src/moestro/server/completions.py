@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
-from moestro.server.desk import Asked, Desk, timings_json
+from moestro.server.desk import Asked, Desk, choice_headers, choice_json, timings_json
 from moestro.server.errors import ApiError
 from moestro.server.fields import MOST_CHOICES, SamplingFields, TokenId
 from moestro.server.host import Serving
@@ -47,9 +47,9 @@ def completions_router(desk: Desk) -> APIRouter:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on from one or several prompts, each of them text or token ids."""
         asked = await asyncio.to_thread(desk.asked, body.model)
-        asks = await asyncio.to_thread(_asks, body, asked)
+        asks, decided = await asyncio.to_thread(_asks, body, asked)
         answers = desk.answers(asked.serving)
-        writer = _Writer(asked.name, len(asks) * (body.n or 1), with_logprobs=body.logprobs is not None)
+        writer = _Writer(asked, decided, body.n or 1, with_logprobs=body.logprobs is not None)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return await reply(
             request,
@@ -57,24 +57,32 @@ def completions_router(desk: Desk) -> APIRouter:
             stream=writer.stream(answers, include_usage=include_usage) if body.stream else None,
             whole=lambda: writer.whole(answers),
             leave=answers.cancel,
+            headers=choice_headers([one.choice for one in decided]),
         )
 
     return router
 
 
-def _asks(body: CompletionRequest, asked: Asked) -> list[Ask]:
-    prompts = _prompts(body, asked.serving)
+def _asks(body: CompletionRequest, asked: Asked) -> tuple[list[Ask], list[Asked]]:
+    """The prompts, and what answers each of them."""
+    given = _given(body.prompt)
+    prompts = _encoded(given, asked.serving)
     if len(prompts) * (body.n or 1) > MOST_CHOICES:
         raise ApiError(400, f"prompt and n ask for more than {MOST_CHOICES} answers at once.", param="n")
     most = body.max_tokens or _DEFAULT_TOKENS
     sampling = sampling_of(body, asked.serving.defaults, max_tokens=most, logprobs=body.logprobs)
-    return [Ask(prompt, choices_of(sampling, body.n or 1), asked.variant) for prompt in prompts]
+    decided = [asked.decided(one) for one in given]
+    choices = [(prompt, one.variant) for prompt, one in zip(prompts, decided, strict=True)]
+    return [Ask(prompt, choices_of(sampling, body.n or 1), variant) for prompt, variant in choices], decided
 
 
-def _prompts(body: CompletionRequest, serving: Serving) -> list[list[int]]:
-    prompt: Any = body.prompt
-    single = isinstance(prompt, str) or isinstance(prompt[0], int)
-    found = [serving.llm.encode(one) for one in ([prompt] if single else prompt)]
+def _given(prompt: Any) -> list[str | list[int]]:
+    """Each prompt, where there may be one or a list of them."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def _encoded(prompts: Sequence[str | list[int]], serving: Serving) -> list[list[int]]:
+    found = [serving.llm.encode(one) for one in prompts]
     if not all(found):
         raise ApiError(400, "prompt is empty. Expected at least one character of text.", param="prompt")
     return found
@@ -83,14 +91,19 @@ def _prompts(body: CompletionRequest, serving: Serving) -> list[list[int]]:
 class _Writer:
     """Writes answers as OpenAI does."""
 
-    def __init__(self, model: str, choices: int, *, with_logprobs: bool) -> None:
+    def __init__(self, asked: Asked, decided: Sequence[Asked], each: int, *, with_logprobs: bool) -> None:
+        names = {one.name for one in decided}
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": model,
+            "model": names.pop() if len(names) == 1 else asked.name,
         }
-        self._logprobs = [CompletionLogprobs() if with_logprobs else None for _ in range(choices)]
+        self._of_choice: list[dict[str, Any]] = [choice_json(one.choice) for one in decided for _ in range(each)]
+        if len(decided) == 1:
+            self._head |= self._of_choice[0]
+            self._of_choice = [{}] * each
+        self._logprobs = [CompletionLogprobs() if with_logprobs else None for _ in self._of_choice]
 
     async def stream(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
         async for index, event in answers.events():
@@ -127,4 +140,5 @@ class _Writer:
             "text": event.text,
             "logprobs": None if logprobs is None else logprobs.take(event.logprobs),
             "finish_reason": event.finish_reason,
+            **self._of_choice[index],
         }

@@ -21,6 +21,7 @@ from moestro.errors import (
     PlaneReadError,
     QueueFullError,
     RequestError,
+    RouteError,
     ServiceError,
     VariantError,
 )
@@ -81,7 +82,7 @@ def as_api_error(error: MoestroError) -> ApiError:
         return ApiError(429, message, code="queue_full", headers=retry)
     if isinstance(error, ServiceError):
         return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
-    if isinstance(error, VariantError):
+    if isinstance(error, VariantError | RouteError):
         return ApiError(404, message, param="model", code="model_not_found")
     if isinstance(error, BudgetError):
         return ApiError(400, message, param="model", code="model_too_large")

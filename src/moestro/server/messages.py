@@ -88,6 +88,11 @@ def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_plain(message, place) for place, message in enumerate(messages)]
 
 
+def user_text(messages: Sequence[Message]) -> str:
+    """What the user says in all of a conversation: by it, domains are told."""
+    return "\n".join(_text(message.content) for message in messages if isinstance(message, UserMessage))
+
+
 def _plain(message: Message, place: int) -> dict[str, Any]:
     plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     plain["content"] = _text(message.content)

@@ -13,9 +13,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from moestro.engine.events import Event
-from moestro.server.answers import Answers, Ask
-from moestro.server.chat import ChatRequest, prepare
-from moestro.server.desk import Asked, Desk
+from moestro.server.answers import Answers
+from moestro.server.chat import ChatRequest, Prepared, prepare
+from moestro.server.desk import Asked, Desk, choice_headers, choice_json
 from moestro.server.fields import Fields
 from moestro.server.guides import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from moestro.server.messages import AssistantMessage, Message, SystemMessage, UserMessage
@@ -84,22 +84,23 @@ def responses_router(desk: Desk) -> APIRouter:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         """Answer a text, or the last message of a conversation."""
         asked = await asyncio.to_thread(desk.asked, body.model)
-        ask = await asyncio.to_thread(_ask, body, asked)
+        prepared = await asyncio.to_thread(_prepared, body, asked)
         answers = desk.answers(asked.serving)
-        writer = _Writer(asked.name, body)
+        writer = _Writer(prepared.asked, body)
         return await reply(
             request,
-            answers.submit([ask]),
+            answers.submit([prepared.ask]),
             stream=writer.stream(answers) if body.stream else None,
             whole=lambda: writer.whole(answers),
             leave=answers.cancel,
+            headers=choice_headers([prepared.asked.choice]),
             named=True,
         )
 
     return router
 
 
-def _ask(body: ResponsesRequest, asked: Asked) -> Ask:
+def _prepared(body: ResponsesRequest, asked: Asked) -> Prepared:
     """The same as of a chat, with its checks."""
     found = [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     head: list[Message] = [SystemMessage(role="system", content=body.instructions)] if body.instructions else []
@@ -116,7 +117,7 @@ def _ask(body: ResponsesRequest, asked: Asked) -> Ask:
         quality=body.quality,
         response_format=form,  # type: ignore[arg-type]
     )
-    return prepare(chat, asked).ask
+    return prepare(chat, asked)
 
 
 def _message(one: InputMessage) -> Message:
@@ -131,13 +132,14 @@ def _message(one: InputMessage) -> Message:
 class _Writer:
     """Writes one response, whole or as OpenAI's events."""
 
-    def __init__(self, model: str, body: ResponsesRequest) -> None:
+    def __init__(self, asked: Asked, body: ResponsesRequest) -> None:
         self._body, self._item = body, f"msg_{secrets.token_hex(12)}"
         self._head = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": model,
+            "model": asked.name,
+            **choice_json(asked.choice),
             "error": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,

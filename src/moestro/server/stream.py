@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -30,9 +30,14 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[dict[str, Any]], *, leave: Callable[[], None], named: bool = False
+        self,
+        chunks: AsyncIterator[dict[str, Any]],
+        *,
+        leave: Callable[[], None],
+        headers: Mapping[str, str],
+        named: bool = False,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._chunks, self._leave, self._named = chunks, leave, named
 
@@ -83,6 +88,7 @@ async def reply(
     stream: AsyncIterator[dict[str, Any]] | None,
     whole: Callable[[], Awaitable[dict[str, Any]]],
     leave: Callable[[], None],
+    headers: Mapping[str, str],
     named: bool = False,
 ) -> Response:
     """What comes of a call once it is submitted: `stream` as events if there is one, else one object.
@@ -92,8 +98,10 @@ async def reply(
     try:
         await until_gone(request, submitting)
         if stream is not None:
-            return EventStream(stream, leave=leave, named=named)
-        return json_response(await until_gone(request, whole()))
+            return EventStream(stream, leave=leave, headers=headers, named=named)
+        response = json_response(await until_gone(request, whole()))
+        response.headers.update(headers)
+        return response
     except BaseException:
         leave()
         raise

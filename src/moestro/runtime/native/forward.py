@@ -76,10 +76,30 @@ class NativeForward:
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """Logits [S, V] of the batch's wanted rows; all rows are appended to the KV cache."""
+        spans = self._experts.spans
+        last_TH = self._layers(batch, self._blueprint.moe_layers)
+        wanted = batch.logit_rows
+        logits_SV = torch.empty(len(wanted), self._vocabulary)
+        spans.begin(Part.DENSE)
+        self._decoder.logits(wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
+        spans.end(Event.HEAD, len(wanted))
+        del last_TH  # the decoder knows its address only, and adds it before the head
+        return logits_SV
+
+    def route(self, batch: PackedBatch, layers: int) -> np.ndarray:
+        """Experts [layers, T, K] of the batch's rows in the first MoE layers; little is computed after them."""
+        self._layers(batch, layers - 1)
+        return self.routing[0][:layers].copy()
+
+    def _layers(self, batch: PackedBatch, last: int) -> torch.Tensor | None:
+        """Run until MoE layer `last` is routed, perhaps further; to the end if there is no such layer.
+
+        Returns what the decoder has still to add to the residual, if that is not its own.
+        """
         decoder, experts, spans = self._decoder, self._experts, self._experts.spans
         self._begin(batch)
         ids_LTK, weights_LTK = self.routing
-        done, address = 0, 0
+        done, address, delta_TH = 0, 0, None
         while True:
             computed_s = decoder.experts_seconds
             spans.begin(Part.DENSE)
@@ -89,8 +109,8 @@ class NativeForward:
             spans.end(Event.DENSE, done, reached, computed_s)
             if reached > done:
                 experts.count_known(done, ids_LTK[done:reached], weights_LTK[done:reached])
-            if reached == len(ids_LTK):
-                break
+            if reached >= last:
+                return delta_TH
             if self._replay is not None:
                 ids_LTK[reached], weights_LTK[reached] = self._replay.layer(reached)
             ids_TK, weights_TK = torch.from_numpy(ids_LTK[reached]), torch.from_numpy(weights_LTK[reached])
@@ -98,12 +118,6 @@ class NativeForward:
             assert delta_TH.dtype is torch.float32
             assert delta_TH.is_contiguous()
             done, address = reached + 1, delta_TH.data_ptr()
-        wanted = batch.logit_rows
-        logits_SV = torch.empty(len(wanted), self._vocabulary)
-        spans.begin(Part.DENSE)
-        decoder.logits(wanted.data_ptr(), len(wanted), logits_SV.data_ptr())
-        spans.end(Event.HEAD, len(wanted))
-        return logits_SV
 
     def entered(self, variant: OpenVariant) -> None:
         """A variant has come into memory: rows of it may follow."""
