@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from moestro.errors import BudgetError, PackError, RequestError, ServeError, TraceError
+from moestro.errors import BudgetError, PackError, RequestError, ServeError, TraceError, VariantError
 from moestro.options import check_least, check_types, option
 from moestro.sampling import Guide, SamplingParams
 
@@ -18,6 +18,7 @@ __all__ = [
     "SamplingParams",
     "ServeOptions",
     "SimulateOptions",
+    "VariantOptions",
     "check_types",
     "option",
 ]
@@ -216,6 +217,8 @@ LEVELS = (2, 3, 4, 8)
 RAW = "raw"
 ENCODING_NAMES = ("nested", "signs")
 DENSE_BITS = (4, 8, 16)
+VARIANT_METHODS = ("me-switch", "bitdelta")
+DELTA_BITS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +301,68 @@ class PackOptions:
                 f"bit_router is on, and levels {self.levels} have none below exact_level {self.exact_level}: there is "
                 "nothing to choose. Leave bit_router out, or add a lower level."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantOptions:
+    """How a fine-tune becomes a variant. Environment twins: `MOESTRO_BITS`, `MOESTRO_SALIENT`, ...
+
+    Raises:
+        VariantError: a value is not valid, or has no effect beside the others.
+    """
+
+    method: str = option(
+        "me-switch", "How: me-switch (codes and kept channels) or bitdelta (signs, a size per matrix)."
+    )
+    bits: int = option(2, "Bits of the codes of differences: 1, 2 or 4 (bitdelta: 1).")
+    dense_delta_bits: int = option(0, "Bits for matrices that are not experts': 1, 2 or 4 (0: as many as for experts).")
+    salient: float = option(0.02, "Share of a matrix's input channels that are kept in 16 bits, at least 2 of them.")
+    calibration: bool = option(True, "Run the fine-tune over a text to find the codes that keep its outputs.")
+    calibrate: str = option(
+        "", "Text file to calibrate on, best of the fine-tune's domain (empty: the shipped sample)."
+    )
+    distill_steps: int = option(0, "Steps in which the whole model learns the sizes of codes from the fine-tune.")
+
+    def __post_init__(self) -> None:
+        check_types(self, VariantError)
+        if self.method not in VARIANT_METHODS:
+            raise VariantError(f"method is {self.method!r}, expected one of: {', '.join(VARIANT_METHODS)}.")
+        if self.bits not in DELTA_BITS:
+            raise VariantError(f"bits is {self.bits}, expected 1, 2 or 4.")
+        if self.dense_delta_bits not in (0, *DELTA_BITS):
+            raise VariantError(
+                f"dense_delta_bits is {self.dense_delta_bits}, expected 1, 2 or 4, or 0 for as many as bits."
+            )
+        if not 0 <= self.salient <= 1:
+            raise VariantError(f"salient is {self.salient}, expected a share from 0 to 1, such as 0.02.")
+        check_least(self, VariantError, distill_steps=0)
+        if self.calibrate and not self.calibration:
+            raise VariantError(
+                f"calibrate is {self.calibrate!r}, which has no effect while calibration is off. Leave one of them out."
+            )
+        if self.distill_steps and not self.calibration:
+            raise VariantError(
+                f"distill_steps is {self.distill_steps}, and calibration is off: steps need a text. Leave one out."
+            )
+        if self.is_bitdelta and (self.bits_of_dense, self.bits, self.kept_share) != (1, 1, 0.0):
+            raise VariantError(
+                "method is 'bitdelta', which has 1 bit and keeps no channels: give bits 1 and salient 0."
+            )
+
+    @property
+    def is_bitdelta(self) -> bool:
+        """Whether all codes are signs, of one size for a matrix."""
+        return self.method == "bitdelta"
+
+    @property
+    def bits_of_dense(self) -> int:
+        """Bits of matrices that are not experts'."""
+        return self.dense_delta_bits or self.bits
+
+    @property
+    def kept_share(self) -> float:
+        """The share of input channels that are kept."""
+        return float(self.salient)
 
 
 def _parse_levels(text: str) -> tuple[int, ...]:

@@ -29,6 +29,10 @@ class PackError(MoestroError):
     """A store cannot be packed as asked: options that are not valid together, or an unusable calibration text."""
 
 
+class VariantError(MoestroError):
+    """A variant of a store is missing, damaged or of another base, or a checkpoint cannot become one."""
+
+
 class BudgetError(MoestroError):
     """The memory given cannot be parsed or is below the least number that would do."""
 

@@ -196,4 +196,4 @@ def test_the_files_of_a_store(tmp_path: Path) -> None:
     _tiny_checkpoint(tmp_path / "source")
     pack_raw(tmp_path / "source", tmp_path / "store")
     files = {path.name for path in (tmp_path / "store").iterdir()}
-    assert files == {"config.json", "dense.safetensors", "experts.planes", "manifest.json"}
+    assert files == {"config.json", "dense.safetensors", "experts.planes", "manifest.json", "origin.json"}

@@ -26,6 +26,8 @@ from moestro.cli.ps import ps
 from moestro.cli.serve import serve
 from moestro.cli.simulate import simulate
 from moestro.cli.trace import export_, fit, import_, record, show
+from moestro.cli.variants import add, list_, remove
+from moestro.cli.variants import show as show_variant
 
 app = typer.Typer(
     help="Run mixture-of-experts language models that are larger than memory.",
@@ -47,6 +49,16 @@ _trace_commands: dict[str, Command] = {"record": record, "show": show, "export":
 for _name, _subcommand in _trace_commands.items():
     _trace.command(_name)(guarded(spread_options(_subcommand)))
 app.add_typer(_trace, name="trace")
+
+_variants = typer.Typer(
+    help="Keep fine-tunes of a store's base in it, as differences of few bits.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+_variants_commands: dict[str, Command] = {"add": add, "list": list_, "show": show_variant, "remove": remove}
+for _name, _subcommand in _variants_commands.items():
+    _variants.command(_name)(guarded(spread_options(_subcommand)))
+app.add_typer(_variants, name="variants")
 
 
 class _Notes(logging.Handler):

@@ -15,6 +15,7 @@ from moestro.config import (
     SamplingParams,
     ServeOptions,
     SimulateOptions,
+    VariantOptions,
 )
 
 _HEAD = """\
@@ -35,6 +36,7 @@ _SECTIONS = (
     ),
     ("How tokens are picked", SamplingParams, "`generate` and `trace record`"),
     ("How a store is made", PackOptions, "`pack`; `generate` and others pack a checkpoint with the defaults"),
+    ("How a fine-tune becomes a variant", VariantOptions, "`variants add`"),
     ("What is simulated", SimulateOptions, "`simulate`"),
     ("What is measured", BenchOptions, "`bench`"),
     ("How a server listens", ServeOptions, "`serve`, which also reads them from a TOML file (`--config`)"),

@@ -21,6 +21,7 @@ _PANELS = {
     "RuntimeOptions": "How the model is opened",
     "SamplingParams": "How tokens are picked",
     "PackOptions": "How the store is made",
+    "VariantOptions": "How the variant is made",
     "SimulateOptions": "What is simulated",
     "BenchOptions": "What is measured",
     "ServeOptions": "How it listens",

@@ -71,6 +71,10 @@ class Fields:
         items = Fields(self._array(key), f"{key} of {self._where}")
         return tuple(items.size(index) for index in range(len(items._values)))
 
+    def sizes_or_none(self, key: str) -> tuple[int, ...] | None:
+        """An array of whole numbers, or null."""
+        return None if self._get(key) is None else self.sizes(key)
+
     def numbers(self, key: str | int) -> tuple[float, ...]:
         """An array of numbers."""
         items = Fields(self._array(key), f"{key} of {self._where}")
@@ -117,6 +121,13 @@ class Fields:
             if not isinstance(value, dict):
                 raise self._wrong(key, "an array of objects", value)
             yield Fields(value, f"{key}[{index}] of {self._where}")
+
+    def objects_or_nulls(self, key: str) -> Iterator[Fields | None]:
+        """An array whose members are objects or null."""
+        for index, value in enumerate(self._array(key)):
+            if value is not None and not isinstance(value, dict):
+                raise self._wrong(key, "an array of objects and nulls", value)
+            yield None if value is None else Fields(value, f"{key}[{index}] of {self._where}")
 
     def rows(self, key: str, *, columns: int) -> Iterator[Fields]:
         """An array of arrays with `columns` members each."""

@@ -118,8 +118,8 @@ def encode(manifest: Manifest) -> bytes:
         StoreError: the model's config holds something that JSON cannot hold.
     """
     body = _body(manifest)
-    body["checksum"] = to_hex(checksum(_canonical(body)))
-    return _canonical(body) + b"\n"
+    body["checksum"] = to_hex(checksum(canonical_json(body)))
+    return canonical_json(body) + b"\n"
 
 
 def decode(raw: bytes, path: Path) -> Manifest:
@@ -143,7 +143,7 @@ def decode(raw: bytes, path: Path) -> Manifest:
         )
     stated = body.pop("checksum", None)
     try:
-        actual = to_hex(checksum(_canonical(body)))
+        actual = to_hex(checksum(canonical_json(body)))
         manifest = _parse(Fields(body, "the manifest"))
         same_text = actual == stated and encode(manifest) == raw
     except (StoreError, ValueError, OverflowError) as error:
@@ -173,7 +173,8 @@ def _damaged(path: Path, detail: str) -> StoreError:
     return StoreError(f"{path} is damaged: {detail}. Pack the model again.")
 
 
-def _canonical(body: dict[str, Any]) -> bytes:
+def canonical_json(body: dict[str, Any]) -> bytes:
+    """Sorted keys, no spaces, ASCII. Raises StoreError for what JSON cannot hold."""
     try:
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     except ValueError as error:

@@ -35,6 +35,7 @@ from moestro.store.manifest import (
     has_manifest,
     read_manifest,
 )
+from moestro.store.origin import write_origin
 from moestro.store.pack_plan import DENSE_NAME, PLANE_FILE_BYTES, PackPlan, plan_pack
 from moestro.store.reader import PARTIAL_SUFFIX, Store
 from moestro.store.recipe import recipe_of
@@ -210,6 +211,8 @@ class _Packer:
         manifest = _manifest(self._plan, done, assets, findings)
         for entry in assets:
             sync_file(self._partial / entry.name)
+        if not self._checkpoint.origin:
+            write_origin(self._partial, self._source)
         write_durably(self._partial / MANIFEST_NAME, encode(manifest))
 
 
