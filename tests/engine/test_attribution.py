@@ -16,7 +16,7 @@ from moestro import LLM, SamplingParams
 from moestro.config import RuntimeOptions
 from moestro.errors import RequestError
 from moestro.memory.transfer import TransferEngine
-from moestro.runtime.experts import RawExperts
+from moestro.runtime.expert_layers import RawExperts
 from moestro.runtime.plan import Plan
 from moestro.spans import LANES
 from opening import plan_of

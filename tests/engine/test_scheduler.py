@@ -34,6 +34,7 @@ def test_a_long_prompt_is_cut_and_does_not_hold_up_decoding() -> None:
     scheduler.add(second)
     rows = []
     while second.finish_reason is None:
+        scheduler.admit()
         batch, sampled = scheduler.next_step()
         scheduler.commit(batch)
         rows.append([(segment.request, len(segment.token_ids)) for segment in batch.segments])
@@ -58,6 +59,7 @@ def test_every_request_ends_with_its_tokens_and_all_blocks_come_back(
     for _ in range(10_000):
         if not scheduler.busy:
             break
+        scheduler.admit()
         batch, sampled = scheduler.next_step()
         scheduler.commit(batch)
         assert batch.rows <= max(step_rows, max_sequences)
@@ -81,6 +83,7 @@ def test_dropping_a_request_frees_its_blocks() -> None:
     running, waiting = _sequence(0, 3, 10), _sequence(1, 3, 10)
     scheduler.add(running)
     scheduler.add(waiting)
+    scheduler.admit()
     scheduler.next_step()
     scheduler.drop(running)
     scheduler.drop(waiting)
@@ -91,7 +94,9 @@ def test_dropping_a_request_frees_its_blocks() -> None:
 def test_a_step_that_did_not_go_through_comes_again() -> None:
     scheduler, _ = _scheduler(blocks=4, max_sequences=2, step_rows=8)
     scheduler.add(_sequence(0, 5, 3))
+    scheduler.admit()
     first, _ = scheduler.next_step()
+    scheduler.admit()
     again, sampled = scheduler.next_step()
     assert first.token_ids_T.tolist() == again.token_ids_T.tolist()
     assert first.positions_T.tolist() == again.positions_T.tolist()
@@ -102,6 +107,7 @@ def _steps(scheduler: Scheduler, *, most: int = 1000) -> list[list[int]]:
     """Runs to the end; who was in each step."""
     steps = []
     while scheduler.busy and len(steps) < most:
+        scheduler.admit()
         batch, sampled = scheduler.next_step()
         scheduler.commit(batch)
         for sequence in sampled:

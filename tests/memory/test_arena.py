@@ -99,6 +99,22 @@ def test_extents_of_nested_planes_waste_nothing() -> None:
     assert extent == 512 * PAGE
 
 
+def test_a_class_that_is_added_gets_empty_extents_as_others_do() -> None:
+    arena = Arena(8 * PAGE, 4 * PAGE, [2 * PAGE])
+    assert arena.alloc(2 * PAGE) is not None
+    arena.add_class(3 * PAGE)
+    assert arena.slot_sizes == (2 * PAGE, 3 * PAGE)
+    slot = arena.alloc(3 * PAGE)
+    assert slot is not None
+    assert slot.extent == 1
+    assert arena.alloc(3 * PAGE) is None
+    assert arena.used_by(3 * PAGE) == 3 * PAGE
+    arena.free(slot)
+    arena.add_class(3 * PAGE)
+    assert arena.alloc(2 * PAGE) is not None
+    assert arena.alloc(2 * PAGE) is not None
+
+
 class ArenaMachine(RuleBasedStateMachine):
     """Any sequence of alloc and free against the plainest model: the list of slots in use."""
 

@@ -197,3 +197,38 @@ def test_close_closes_every_file(uniform_planes: PlaneFile, buffer: HostBuffer) 
     assert open_files() == 2  # the refused one as well, which other threads may still be reading from
     reader.close()
     assert open_files() == 0
+
+
+def test_a_kept_file_is_what_it_was_whatever_becomes_of_its_name(tmp_path: Path, buffer: HostBuffer) -> None:
+    file, reader = tmp_path / "kept.bin", FileReader()
+    file.write_bytes(b"a" * 2 * PAGE)
+    first = reader.keep(file)
+    file.unlink()
+    file.write_bytes(b"b" * 2 * PAGE)
+    second = reader.keep(file)
+    file.unlink()
+    for kept, letter in ((first, b"a"), (second, b"b")):
+        reader.read(kept, PAGE, buffer.view(0, PAGE))
+        assert bytes(buffer.view(0, PAGE)) == letter * PAGE
+        assert str(kept) == str(file)
+    assert first != second
+    before = len(os.listdir("/proc/self/fd"))
+    reader.let_go(first)
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    reader.close()
+    reader.let_go(second)
+    with pytest.raises(FileNotFoundError):
+        reader.keep(file)
+
+
+@pytest.mark.parametrize("size", [1, PAGE, PAGE + 1, 3 * PAGE - 1])
+def test_a_file_is_read_to_its_end_wherever_that_is(tmp_path: Path, buffer: HostBuffer, size: int) -> None:
+    file, reader = tmp_path / "odd.bin", FileReader()
+    content = bytes(index * 7 & 255 for index in range(size))
+    file.write_bytes(content)
+    room = -(-size // PAGE) * PAGE
+    reader.read_to_end(file, size, buffer.view(0, room))
+    assert bytes(buffer.view(0, size)) == content
+    with pytest.raises(EOFError):
+        reader.read_to_end(file, room + 1, buffer.view(0, room + PAGE))
+    reader.close()

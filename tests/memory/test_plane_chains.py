@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,3 +186,37 @@ def test_an_abandoned_stream_frees_chains_that_are_half_there(shelf: Shelf) -> N
     until(lambda: not shelf.cache._loading)
     assert shelf.reads() == list(chain(0))  # in one request, which had begun
     assert not any(held.leases for held in shelf.cache._planes.by_key.values())
+
+
+def test_planes_of_a_number_are_dropped_and_read_again(shelf: Shelf) -> None:
+    shelf.run(chain(0), chain(1))
+    gone: list[PlaneKey] = []
+    shelf.cache.on_gone = gone.append
+    shelf.reads()
+    shelf.cache.drop(1)
+    assert sorted(gone) == [(0, 0, 1), (0, 1, 1)]
+    assert shelf.cache.stats.evictions == 0
+    shelf.run(chain(0), chain(1))
+    assert shelf.reads() == [(0, 0, 1), (0, 1, 1)]
+
+
+def test_a_read_under_way_is_waited_for_before_it_is_dropped(shelf: Shelf) -> None:
+    shelf.disk.open.clear()
+    shelf.cache.prefetch([(0, 0, 0), (0, 0, 1), (0, 0, 2)])
+    shelf.disk.begun.acquire()
+    threading.Timer(0.05, shelf.disk.open.set).start()
+    shelf.cache.drop(0)
+    shelf.cache.settle()
+    assert shelf.cache.resident() == {(0, 0, 1), (0, 0, 2)}
+
+
+def test_an_arena_is_cut_anew(shelf: Shelf) -> None:
+    shelf.run(chain(0), chain(1))
+    shelf.cache.recut(2 * PAGE, [PAGE, 2 * PAGE])
+    assert shelf.cache.extent_bytes == 2 * PAGE
+    assert shelf.cache.resident() == set()
+    assert shelf.cache.nbytes == 32 * PAGE
+    assert sorted(flat(shelf.run(chain(0), chain(1), chain(2)))) == [0, 1, 2]
+    shelf.cache.resize(5 * PAGE)
+    assert shelf.cache.nbytes == 4 * PAGE
+    assert sorted(flat(shelf.run(chain(0), chain(1)))) == [0, 1]

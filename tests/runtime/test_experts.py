@@ -26,8 +26,9 @@ from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
 from moestro.quant import make_encoding
-from moestro.runtime import experts as room
-from moestro.runtime.experts import PackedExperts, PackedExpertsWithModule, RoutedExperts, combine, packed_layer
+from moestro.runtime import expert_layers as room
+from moestro.runtime.expert_layers import PackedExperts, PackedExpertsWithModule, packed_layer
+from moestro.runtime.experts import RoutedExperts, combine
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.level import cut
 from moestro.store.layout import Layout, quantised_layout

@@ -36,8 +36,8 @@ def read_level(store: Store, layer: int, expert: int, level: int) -> dict[str, t
             for t in layout.tensors
             if t.name == tensor.name
         ]
-        if tensor.dtype == "F32":
-            values[tensor.name] = regions[0].view(torch.float32).view(tensor.shape)
+        if tensor.dtype in TORCH_DTYPES:
+            values[tensor.name] = regions[0].view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
         else:
             values[tensor.name] = make_encoding(tensor.dtype).decode(regions, *tensor.shape, level)
     return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from moestro.cli.progress import Lines
 from moestro.cli.report import share
 from moestro.config import RuntimeOptions, SamplingParams
 from moestro.memory.budget import format_bytes
+from moestro.store.variant_name import split_variant
 
 if TYPE_CHECKING:
     from moestro.engine.batch_file import BatchReport, Done
@@ -38,6 +39,8 @@ def answer_batch(
     requests = read_requests(text, name, sampling)
     if timeline is not None:
         check_timeline_path(timeline)
+    model, variant = split_variant(model)
+    options = replace(options, variant=variant or options.variant)
     store = Store.open(locate_store(model, auto_pack=options.auto_pack))
     lines: Lines[Done] = Lines(lambda done: say("note", f"{done.done} of {done.total} answered"))
     report = answer_file(store, options, requests, out, name=name, chat=chat, timeline=timeline, progress=lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from moestro.cli.arguments import AsJson, Model
@@ -13,6 +13,7 @@ from moestro.cli.options import Only
 from moestro.cli.report import share
 from moestro.config import BenchOptions, RuntimeOptions
 from moestro.memory.budget import format_bytes
+from moestro.store.variant_name import split_variant
 
 if TYPE_CHECKING:
     from moestro.engine.bench import BenchProgress, BenchResult, Phase
@@ -28,6 +29,7 @@ _OPENING = Only(
         "policy",
         "predictor",
         "prefetch",
+        "variant",
         "auto_pack",
     )
 )
@@ -42,7 +44,9 @@ def bench(
     """Measure prefill and decoding, beside what disk, memory and processor allow for the bytes that were moved."""
     from moestro.engine.bench import bench as measure
 
-    store = locate_store(model, auto_pack=options.auto_pack)
+    name, variant = split_variant(model)
+    options = replace(options, variant=variant or options.variant)
+    store = locate_store(name, auto_pack=options.auto_pack)
     if what.replay_routing:
         say("note", f"Routing is replayed from {what.replay_routing}: speeds are real, tokens are not.")
     result = measure(store, options=options, what=what, progress=_say)

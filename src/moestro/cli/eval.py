@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +17,13 @@ from moestro.cli.progress import Lines, read_text
 from moestro.config import RuntimeOptions
 from moestro.errors import RequestError
 from moestro.memory.budget import format_bytes
+from moestro.store.variant_name import split_variant
 
 if TYPE_CHECKING:
     from moestro.engine.evaluate import EvaluationProgress
     from moestro.engine.results import Evaluation
 
-_OPTIONS = ("memory", "level", "quality", "level_policy", "threads", "policy", "auto_pack")
+_OPTIONS = ("memory", "level", "quality", "level_policy", "threads", "policy", "variant", "auto_pack")
 
 
 def evaluate(
@@ -54,6 +55,9 @@ def evaluate(
         raise RequestError("--raw measures the raw model itself, so --reference has no use. Give one of the two.")
     if raw and options.level:
         raise RequestError("--raw measures weights as they are, which --level would not. Give one of the two.")
+    model, variant = split_variant(model)
+    if variant:
+        options = replace(options, variant=variant)
     texts = [read_text(path) for path in text]
     store, raw_store = _locate(model, reference, raw=raw, auto_pack=options.auto_pack)
     measured = evaluate_store(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from moestro.server.host import Opener
     from moestro.store.pack import PackProgress
 
-OPENING = tuple(name for name in RuntimeOptions.__dataclass_fields__ if name not in ("max_sequences", "guides"))
+OPENING = tuple(
+    name for name in RuntimeOptions.__dataclass_fields__ if name not in ("max_sequences", "guides", "variant")
+)
 
 
 def serve(

@@ -30,7 +30,8 @@ class Engine:
     """Requests in, tokens out. Knows no text and no planes. Not thread-safe.
 
     `quality` is that of requests that ask for none, `level_policy` what it is spent by. `prefix_cache`: KV rows of what
-    requests begin with are kept and shared. `shares`: what KV blocks and experts trade by, if they do.
+    requests begin with are kept and shared. `shares`: what KV blocks and experts trade by, if they do. `alike`:
+    requests that share tokens run together.
     """
 
     def __init__(
@@ -46,11 +47,19 @@ class Engine:
         level_policy: str = "fixed",
         prefix_cache: bool = False,
         shares: MemoryShares | None = None,
+        alike: bool = False,
     ) -> None:
         self._quality, self._level_policy = quality, level_policy
         self._runner, self._shares = runner, shares
         self._prefixes = Prefixes(runner.kv, keep=prefix_cache, shares=shares)
-        self._scheduler = Scheduler(prefixes=self._prefixes, max_sequences=max_sequences, step_rows=step_rows)
+        self._variants = runner.variants
+        self._scheduler = Scheduler(
+            prefixes=self._prefixes,
+            max_sequences=max_sequences,
+            step_rows=step_rows,
+            variants=self._variants,
+            alike=alike,
+        )
         self._context = context
         self._end_ids = end_ids
         self._vocabulary = vocabulary
@@ -63,14 +72,21 @@ class Engine:
         return sequence
 
     def prepare(
-        self, prompt_ids: List[int], sampling: SamplingParams, constraint: Constraint | None = None
+        self,
+        prompt_ids: List[int],
+        sampling: SamplingParams,
+        constraint: Constraint | None = None,
+        *,
+        variant: str = "",
     ) -> Sequence:
         """A request, checked and not queued yet. Any thread may ask for it. It ends at the end of the context at the
-        latest. `constraint` is what its `guide` comes to.
+        latest. `constraint` is what its `guide` comes to, `variant` the name of what it runs on (empty: the base).
 
         Raises:
             RequestError: the prompt is empty, holds ids outside the vocabulary, or does not fit the context; or
                 there is no such quality.
+            VariantError: there is no such variant, or it is damaged.
+            BudgetError: there can never be room for it.
         """
         self._check(prompt_ids)
         self._check_tokens(sampling)
@@ -81,6 +97,7 @@ class Engine:
             sampling=replace(sampling, max_tokens=min(sampling.max_tokens, room)),
             sampler=Sampler(sampling, prompt_ids, constraint),
             budget=budget,
+            variant=self._variants.open(variant) if variant else None,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -98,11 +115,14 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Sequence]:
+        failed = self._scheduler.admit()
+        if not self._scheduler.running:
+            return failed
         batch, sampled = self._scheduler.next_step()
         try:
             logits_SV = self._runner.forward(batch)
         except PlaneReadError as error:
-            failed = self._scheduler.fail(batch, error)
+            failed += self._scheduler.fail(batch, error)
             self._retire()
             return failed
         self._scheduler.commit(batch)
@@ -111,7 +131,7 @@ class Engine:
             sequence.pick(logits_V, self._end_ids)
         self._runner.spans.end(Event.SAMPLE, len(sampled))
         self._retire()
-        return sampled
+        return failed + sampled
 
     def cancel(self, sequence: Sequence) -> None:
         """Take a request out at any moment and free what it holds. One that has not ended is cancelled."""
@@ -128,6 +148,7 @@ class Engine:
         """Drop every expert in memory and the prefixes that nobody uses, between two steps."""
         self._runner.planes.clear()
         self._prefixes.forget()
+        self._variants.release()
 
     def resize(self, memory_bytes: int) -> None:
         """Make the number of bytes another one, between two steps. Raises BudgetError as `MemoryShares.resize`."""

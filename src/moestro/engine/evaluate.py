@@ -26,7 +26,7 @@ from moestro.errors import BudgetError, RequestError
 from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import format_bytes, peak_resident_bytes
 from moestro.policy.levels import EXACT, budget_of
-from moestro.runtime.batch import PackedBatch, Segment
+from moestro.runtime.batch import BASE, PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, level_of, open_model
 from moestro.runtime.plan import STEP_ROWS, Plan, longest_context
@@ -65,9 +65,10 @@ def evaluate(
 ) -> Evaluation:
     """Measure the store at `store_path` on `texts`; against the raw store at `reference_path` if there is one.
 
-    Windows are those of `cut_windows`; `window` 0 is the model's context, at most 512. `options.memory` is for both
-    models together; `context` and `max_sequences` are the evaluation's own. With `one_by_one` tokens are fed one at a
-    time, as decoding does: only speed and levels chosen per token can tell.
+    With `options.variant` that variant is measured. Windows are those of `cut_windows`; `window` 0 is
+    the model's context, at most 512. `options.memory` is for both models together; `context` and `max_sequences` are
+    the evaluation's own. With `one_by_one` tokens are fed one at a time, as decoding does: only speed and levels chosen
+    per token can tell.
 
     Raises:
         RequestError: a text, the window or `max_tokens` is not as expected, or the reference does not fit the store.
@@ -89,7 +90,8 @@ def evaluate(
         for one, its_options in _divide_memory(store, reference, wanted, rows):
             opened.append(stack.enter_context(open_model(one, its_options, logit_rows=rows)))
         budgets = [budget_of(opened[0].level_policy, wanted.quality), *[0.0] * (len(opened) - 1)]
-        feeds = [_Feed(model, rows, budget) for model, budget in zip(opened, budgets, strict=True)]
+        names = [wanted.variant, *[""] * (len(opened) - 1)]
+        feeds = [_Feed(model, rows, budget, name) for model, budget, name in zip(opened, budgets, names, strict=True)]
         scores = _score(feeds, windows, len(texts), progress)
         seconds = opened[0].runner.stats.forward_s
         plans = [model.plan for model in opened]
@@ -97,10 +99,16 @@ def evaluate(
 
 
 class _Feed:
-    """Runs windows through one model, chunk by chunk."""
+    """Runs windows through one model, or a variant of it, chunk by chunk."""
 
-    def __init__(self, opened: OpenModel, rows: int, budget: float) -> None:
+    def __init__(self, opened: OpenModel, rows: int, budget: float, variant: str) -> None:
         self._runner = opened.runner
+        self._variant = BASE
+        if variant:
+            found = opened.variants.open(variant)
+            opened.variants.enter(found)
+            assert found.slot is not None
+            self._variant = found.slot
         self._rows, self._budget = rows, budget
         self._blocks = self._runner.kv.allocate(blocks_for(opened.plan.context))
 
@@ -114,6 +122,7 @@ class _Feed:
             True,
             decode=self._rows == 1,
             budget=self._budget,
+            variant=self._variant,
         )
         return self._runner.forward(PackedBatch([chunk], every_row=True))
 

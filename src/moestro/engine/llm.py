@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,12 +21,12 @@ from moestro.engine.answer import Answer
 from moestro.engine.engine import Engine
 from moestro.engine.results import Completion, Delta, Stats, Timings
 from moestro.engine.sampling import Constraint
+from moestro.engine.statistics import stats_of
 from moestro.engine.timeline import check_timeline_path, write_timeline
 from moestro.engine.token_text import TokenTexts
 from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_tokenizer
 from moestro.errors import RequestError
 from moestro.hf.skeleton import config_from_dict
-from moestro.memory.budget import peak_resident_bytes
 from moestro.memory.pages import PagesWatch
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
@@ -38,11 +38,13 @@ from moestro.store.locate import locate, locate_shapes
 from moestro.store.manifest import has_manifest
 from moestro.store.pack import PackProgress
 from moestro.store.reader import Store
+from moestro.store.variant_name import split_variant
 
 if TYPE_CHECKING:
     from moestro.engine.guides import Guides
 
 Prompt = str | List[int]
+_T = TypeVar("_T", str, SamplingParams)
 
 
 class LLM:
@@ -50,6 +52,7 @@ class LLM:
 
     `model` is a store, a checkpoint folder, a Hugging Face id or the name of the built-in model; what is not a store is
     packed once into a cache folder. Options are the fields of `RuntimeOptions`: `LLM("path", memory="512MiB")`.
+    `LLM("path:name")` answers with the variant `name` of the store, if a request names no other ("" is the base).
     Not thread-safe. `clock` is what `Stats.time_s` and timelines go by, in seconds.
 
     Raises:
@@ -69,8 +72,10 @@ class LLM:
         if isinstance(settings.get("memory"), int):
             settings["memory"] = str(settings["memory"])
         self.options = replace(options or RuntimeOptions(), **settings)
-        _check_before_packing(str(model), self.options)
-        store = Store.open(locate(str(model), auto_pack=self.options.auto_pack, pack=pack_apart, progress=progress))
+        model, variant = split_variant(str(model))
+        self.options = replace(self.options, variant=variant or self.options.variant)
+        _check_before_packing(model, self.options)
+        store = Store.open(locate(model, auto_pack=self.options.auto_pack, pack=pack_apart, progress=progress))
         self.path = store.path
         # Before the model is opened, so that what it holds counts as the process's floor.
         self.tokenizer = load_tokenizer(store)
@@ -94,30 +99,39 @@ class LLM:
             level_policy=self._model.level_policy,
             prefix_cache=self.options.prefix_cache,
             shares=self._model.shares,
+            alike=self.options.admit == "alike" or (self.options.admit == "auto" and not self.plan.whole),
         )
+        if self.options.variant:
+            self._model.variants.open(self.options.variant)
         self._load_s = time.perf_counter() - started
 
     def generate(
-        self, prompts: Prompt | List[Prompt], sampling: SamplingParams | List[SamplingParams] | None = None
+        self,
+        prompts: Prompt | List[Prompt],
+        sampling: SamplingParams | List[SamplingParams] | None = None,
+        *,
+        variant: str | List[str] | None = None,
     ) -> list[Completion]:
         """Answer one prompt or several, in their order. Prompts are texts or lists of token ids.
 
         Several prompts share forward passes, `max_sequences` of them at a time; each gets the tokens that it would get
-        alone.
+        alone. `variant` is the one that answers (None: the one that the model was opened with), or one for each prompt.
 
         Raises:
+            VariantError, BudgetError: there is no such variant, or no room for it.
             RequestError: a prompt or a sampling parameter is not valid; nothing has been generated then.
             PlaneReadError: a plane could not be read. Requests that did not need it have been answered, and are lost
                 with the error: submit them again.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
         batch = [prompts] if single else list(prompts)
-        params = _params_for(batch, sampling)  # type: ignore[arg-type]
+        params = _one_each(batch, sampling or SamplingParams(), "sampling parameters")
+        names = _one_each(batch, self.options.variant if variant is None else variant, "variants")
         answers: list[Answer] = []
         with self._spans.within(Part.PYTHON):
             try:
-                for prompt, one in zip(batch, params, strict=True):
-                    answers.append(self._submit(prompt, one))  # type: ignore[arg-type]
+                for prompt, one, name in zip(batch, params, names, strict=True):
+                    answers.append(self._submit(prompt, one, name))  # type: ignore[arg-type]
                 while not all(answer.finished for answer in answers):
                     self._engine.step()
             finally:
@@ -177,14 +191,16 @@ class LLM:
             spans.timeline = None
             write_timeline(Path(path), recorded)
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, variant: str | None = None
+    ) -> Iterator[Delta]:
         """Answer one prompt piece by piece. Closing the iterator cancels the request.
 
         Raises:
-            RequestError, PlaneReadError: as `generate`.
+            RequestError, VariantError, BudgetError, PlaneReadError: as `generate`.
         """
         with self._spans.within(Part.PYTHON):
-            answer = self._submit(prompt, sampling or SamplingParams())
+            answer = self._submit(prompt, sampling or SamplingParams(), variant)
         try:
             while True:
                 with self._spans.within(Part.PYTHON):
@@ -228,48 +244,7 @@ class LLM:
         """What was placed where, and what happened since the model was opened."""
         if self._closed_stats is not None:
             return self._closed_stats
-        plan, planes, runner = self.plan, self._open.runner.planes.stats, self._open.runner.stats
-        foreseen, shares = self._open.runner.foreseen, self._open.shares
-        return Stats(
-            hits=planes.hits,
-            misses=planes.misses,
-            evictions=planes.evictions,
-            prefetches=planes.prefetches,
-            late_prefetches=planes.late_prefetches,
-            cancelled_prefetches=planes.cancelled_prefetches,
-            wasted_prefetches=planes.wasted_prefetches,
-            wasted_bytes=planes.wasted_bytes,
-            prefetch_recall=foreseen.recall,
-            prefetch_precision=foreseen.precision,
-            bytes_read=planes.bytes_read,
-            prefetched_bytes=planes.prefetched_bytes,
-            stall_s=planes.stall_seconds,
-            demand_stall_s=planes.stall_seconds - planes.late_stall_seconds,
-            late_prefetch_stall_s=planes.late_stall_seconds,
-            wall_s=self._spans.wall_seconds,
-            time_s={part.name.lower(): seconds for part, seconds in zip(Part, self._spans.seconds, strict=True)},
-            slowest_read_s=self._open.transfers.stats.slowest_seconds,
-            compute_s=runner.forward_s - planes.stall_seconds,
-            expert_s=runner.experts_s - planes.stall_seconds,
-            peak_rss_bytes=peak_resident_bytes(),
-            process_floor_bytes=plan.floor_bytes,
-            memory_bytes=shares.memory_bytes,
-            model_bytes=plan.model_bytes,
-            dense_bytes=plan.dense_bytes,
-            expert_bytes=plan.expert_bytes,
-            arena_bytes=shares.arena_bytes,
-            kv_bytes=shares.kv_bytes,
-            activation_bytes=plan.activation_bytes,
-            staging_bytes=plan.staging_bytes,
-            level=plan.level,
-            policy=self._open.chosen.policy,
-            predictor=self._open.chosen.predictor,
-            level_policy=self._open.level_policy,
-            levels_applied=self._open.runner.levels_applied,
-            path=self._open.runner.path,
-            direct_io=self._open.transfers.direct,
-            huge_pages=self._pages.huge,
-        )
+        return stats_of(self._open, self._spans, huge_pages=self._pages.huge)
 
     def expert_counts(self) -> np.ndarray:
         """Tokens routed to each expert since the model was opened: int64 [MoE layers, experts]."""
@@ -292,13 +267,23 @@ class LLM:
         """
         return self._open.runner.held()
 
-    def prepare(self, prompt_ids: List[int], sampling: SamplingParams) -> Answer:
+    def flush(self) -> None:
+        """Forget every expert in memory, every kept prefix and every variant. Nothing may be running."""
+        assert not self._engine.busy, "flush() while requests run"
+        self._engine.forget()
+
+    def variants(self) -> tuple[str, ...]:
+        """The names of the store's variants, as they are now. Any thread may ask."""
+        return self._open.variants.names()
+
+    def prepare(self, prompt_ids: List[int], sampling: SamplingParams, *, variant: str | None = None) -> Answer:
         """A request, checked and not begun: for `Service`, which runs its engine itself. Any thread may ask.
 
         Raises:
-            RequestError: as `generate`.
+            RequestError, VariantError, BudgetError: as `generate`.
         """
-        sequence = self._engine.prepare(prompt_ids, sampling, self._constraint(sampling.guide))
+        name = self.options.variant if variant is None else variant
+        sequence = self._engine.prepare(prompt_ids, sampling, self._constraint(sampling.guide), variant=name)
         return Answer(sequence, self.tokenizer, self._token_texts)
 
     @property
@@ -342,8 +327,8 @@ class LLM:
             raise RequestError("guide: the model was opened without what this needs. Open it with guides=True.")
         return self._guides.constraint(guide)
 
-    def _submit(self, prompt: Prompt, sampling: SamplingParams) -> Answer:
-        answer = self.prepare(self.encode(prompt), sampling)
+    def _submit(self, prompt: Prompt, sampling: SamplingParams, variant: str | None = None) -> Answer:
+        answer = self.prepare(self.encode(prompt), sampling, variant=variant)
         self._engine.add(answer.sequence)
         return answer
 
@@ -392,9 +377,10 @@ def _raise_error(answers: List[Answer]) -> None:
             raise answer.sequence.error
 
 
-def _params_for(prompts: List[Prompt], sampling: SamplingParams | List[SamplingParams] | None) -> list[SamplingParams]:
-    if sampling is None or isinstance(sampling, SamplingParams):
-        return [sampling or SamplingParams()] * len(prompts)
-    if len(sampling) != len(prompts):
-        raise RequestError(f"{len(prompts)} prompts came with {len(sampling)} sampling parameters. Expected one each.")
-    return list(sampling)
+def _one_each(prompts: List[Any], given: _T | List[_T], what: str) -> list[_T]:
+    """Of each prompt; one that is given alone is that of all."""
+    if isinstance(given, str | SamplingParams):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
+        raise RequestError(f"{len(prompts)} prompts came with {len(given)} {what}. Expected one each.")
+    return list(given)

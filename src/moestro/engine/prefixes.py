@@ -1,9 +1,10 @@
 """KV blocks by what they hold, so that what was computed for one request serves others that begin alike.
 
-A full block holds the rows of 16 tokens that follow certain others, computed at a certain quality. Its name is the
-block before it, that quality and those tokens: requests that begin with the same tokens find the same chain of blocks,
-and no two different ones can be taken for each other. An exact request never finds rows that are not exact. (A pool
-belongs to a model that is open at one level.) Blocks that are not full belong to one request alone.
+A full block holds the rows of 16 tokens that follow certain others, computed by a certain variant of the model at a
+certain quality. Its name is the block before it, these two and those tokens: requests that begin with the same tokens
+find the same chain of blocks, and no two different ones can be taken for each other. An exact request never finds rows
+that are not exact. (A pool belongs to a model that is open at one level.) Blocks that are not full belong to one
+request alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moestro.runtime.shares import MemoryShares
 _WINDOW = 16
 """So many requests end before memory that they did not need is given away."""
 
-_Name = tuple[int, float, bytes]
+_Name = tuple[int, int, float, bytes]
 
 
 @dataclass(eq=False)
@@ -140,6 +141,7 @@ class Prefixes:
         known, usable = len(self._known(sequence)), _usable_blocks(sequence)
         return any(
             other.budget == sequence.budget
+            and other.variant_serial == sequence.variant_serial
             and known < min(usable, len(other.prompt_ids) // BLOCK_ROWS)
             and other.tokens(0, (known + 1) * BLOCK_ROWS) == sequence.tokens(0, (known + 1) * BLOCK_ROWS)
             for other in running
@@ -157,7 +159,7 @@ class Prefixes:
 
     def _name(self, sequence: Sequence, place: int, before: int) -> _Name:
         tokens = array("I", sequence.tokens(place * BLOCK_ROWS, (place + 1) * BLOCK_ROWS))
-        return before, sequence.budget, tokens.tobytes()
+        return before, sequence.variant_serial, sequence.budget, tokens.tobytes()
 
     def _use(self, one: NamedBlock) -> None:
         if not one.users:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from moestro.config import SamplingParams
+from moestro.engine.likeness import sketch
 from moestro.engine.logprobs import TokenLikelihood
 from moestro.engine.sampling import Sampler
 from moestro.errors import MoestroError, RequestError
+from moestro.runtime.batch import BASE
 
 if TYPE_CHECKING:
     from moestro.engine.prefixes import NamedBlock
+    from moestro.runtime.open_variant import OpenVariant
 
 
 @dataclass
@@ -23,9 +28,10 @@ class Sequence:
     """A request in flight. `cached` counts tokens whose KV rows are written, `reused` those of the prompt that had
     been there before; `sampled` counts also an end-of-text token.
 
-    `budget`: nats that each of its tokens may lose to lower levels. `listener` is told of each token of the answer and
-    says whether the answer ends with it. `chain` are the first of its `blocks`, which others may use too; `yielded`
-    says that it gave up its place once. Times in seconds of time.perf_counter.
+    `variant` is what it runs on, None for the base. `budget`: nats that each of its tokens may lose to lower levels.
+    `listener` is told of each token of the answer and says whether the answer ends with it. `chain` are the first of
+    its `blocks`, which others may use too; `yielded` says that it gave up its place once. Times in seconds of
+    time.perf_counter.
     """
 
     prompt_ids: list[int]
@@ -34,6 +40,7 @@ class Sequence:
     number: int = -1
     budget: float = 0.0
     priority: int = 0
+    variant: OpenVariant | None = None
     token_ids: list[int] = field(default_factory=list)
     likelihoods: list[TokenLikelihood] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -51,9 +58,27 @@ class Sequence:
     listener: Callable[[], bool] | None = None
 
     @property
+    def variant_serial(self) -> int:
+        """A number that no other variant ever has, 0 for the base."""
+        return 0 if self.variant is None else self.variant.serial
+
+    @property
+    def slot(self) -> int:
+        """The number of its variant while it runs, `BASE` for none."""
+        if self.variant is None:
+            return BASE
+        assert self.variant.slot is not None
+        return self.variant.slot
+
+    @property
     def most_rows(self) -> int:
         """Rows of KV cache that the request can come to need; the last token is never fed back."""
         return len(self.prompt_ids) + self.sampling.max_tokens - 1
+
+    @cached_property
+    def sketch(self) -> np.ndarray:
+        """What its likeness to others is told by."""
+        return sketch(self.prompt_ids)
 
     def pending(self, limit: int) -> list[int]:
         """The next tokens to feed, at most `limit`: the rest of the prompt, or the last token."""

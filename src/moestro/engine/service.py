@@ -58,6 +58,7 @@ class Service:
         sampling: SamplingParams,
         on_event: Callable[[Event], None],
         *,
+        variant: str | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
         request_id: str | None = None,
@@ -65,12 +66,14 @@ class Service:
         """Queue a request. `on_event` is called on the service's thread and must not block.
 
         Args:
+            variant: what it runs on (empty: the base; None: what the model was opened with).
             priority: lower ones go first.
             deadline_s: seconds from now after which the request ends with what it has, as "deadline".
             request_id: a name of its own (None: one is made).
 
         Raises:
             RequestError: the request is not valid; it says which field.
+            VariantError, BudgetError: there is no such variant, or no room for it.
             QueueFullError: too many wait already.
             ServiceError: the service is closed, or has failed.
         """
@@ -78,7 +81,7 @@ class Service:
             raise RequestError(f"deadline_s is {deadline_s}, expected seconds above 0.")
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority is {priority}, expected a whole number of 32 bits; lower ones go first.")
-        answer = self._llm.prepare(prompt_ids, sampling)
+        answer = self._llm.prepare(prompt_ids, sampling, variant=variant)
         answer.sequence.priority = priority
         with self._changed:
             self._require_room()

@@ -73,6 +73,18 @@ class Arena:
         # class -> number of free slots -> extents: the fullest are filled first, so that others run empty
         self._open: dict[int, dict[int, dict[int, None]]] = {size: {} for size in self.slot_sizes}
 
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all extents, in use or not."""
+        return sum(self._extent_sizes)
+
+    def add_class(self, slot_bytes: int) -> None:
+        """Have slots of another size, too, at most `extent_bytes`."""
+        if slot_bytes not in self.slot_sizes:
+            self.slot_sizes = _slot_classes([*self.slot_sizes, slot_bytes])
+            assert self.slot_sizes[-1] <= self.extent_bytes, (self.slot_sizes, self.extent_bytes)
+            self._used[slot_bytes], self._open[slot_bytes] = 0, {}
+
     def resize(self, nbytes: int) -> None:
         """Use only as many whole extents, from the first on, as `nbytes` hold (all of them where that is no limit).
 

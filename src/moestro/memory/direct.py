@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from moestro.memory.pages import PAGE
 
@@ -27,6 +27,18 @@ def preadv(descriptor: int, destinations: Sequence[memoryview], offset: int) -> 
     return os.preadv(descriptor, destinations, offset)
 
 
+class KeptFile(PosixPath):
+    """A file that is what it was when it was opened, whatever becomes of its name: no other is equal to it.
+
+    `FileReader.keep` makes them.
+    """
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
     descriptor: int
@@ -39,7 +51,7 @@ class FileReader:
 
     def __init__(self, read_at: ReadAt = preadv) -> None:
         self._read_at = read_at
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # files may be let go of by whoever drops the last mention of them
         self._files: dict[Path, _OpenFile] = {}
         self._replaced: list[int] = []
         self._buffered_devices: set[int] = set()
@@ -54,16 +66,11 @@ class FileReader:
 
         Raises OSError when the file cannot be opened or read, EOFError when it ends too early.
         """
-        opened = self._open(file)
-        try:
-            self._fill(opened, offset, destination)
-        except OSError as error:
-            if not opened.direct or error.errno not in REFUSED:
-                raise
-            opened = self._fall_back(file, opened)
-            self._fill(opened, offset, destination)
-        if not opened.direct:
-            os.posix_fadvise(opened.descriptor, offset, len(destination), os.POSIX_FADV_DONTNEED)
+        self._read(file, offset, destination, len(destination))
+
+    def read_to_end(self, file: Path, size: int, destination: memoryview) -> None:
+        """Fill the first `size` bytes, all that the file has; aligned as in `read`, where `size` need not be."""
+        self._read(file, 0, destination, size)
 
     def read_together(self, file: Path, offset: int, destinations: Sequence[memoryview]) -> bool:
         """Fill these, one after another, from `offset` on in one system call; aligned as in `read`.
@@ -80,6 +87,22 @@ class FileReader:
             os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
         return count == wanted
 
+    def keep(self, file: Path) -> KeptFile:
+        """Open the file now: reads of what is returned find its bytes also when it has been replaced or deleted.
+
+        Raises OSError when it cannot be opened.
+        """
+        kept = KeptFile(file)
+        self._open(kept)
+        return kept
+
+    def let_go(self, file: KeptFile) -> None:
+        """Close a file that was kept; no read of it may be under way. Nothing happens after `close`."""
+        with self._lock:
+            opened = self._files.pop(file, None)
+            if opened is not None:
+                os.close(opened.descriptor)
+
     def close(self) -> None:
         """Close all files; no read may be under way."""
         with self._lock:
@@ -88,8 +111,20 @@ class FileReader:
             self._files.clear()
             self._replaced.clear()
 
-    def _fill(self, opened: _OpenFile, offset: int, destination: memoryview) -> None:
-        filled, wanted = 0, len(destination)
+    def _read(self, file: Path, offset: int, destination: memoryview, wanted: int) -> None:
+        opened = self._open(file)
+        try:
+            self._fill(opened, offset, destination, wanted)
+        except OSError as error:
+            if not opened.direct or error.errno not in REFUSED:
+                raise
+            opened = self._fall_back(file, opened)
+            self._fill(opened, offset, destination, wanted)
+        if not opened.direct:
+            os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
+
+    def _fill(self, opened: _OpenFile, offset: int, destination: memoryview, wanted: int) -> None:
+        filled = 0
         while filled < wanted:
             try:
                 count = self._read_at(opened.descriptor, [destination[filled:]], offset + filled)

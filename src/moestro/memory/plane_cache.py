@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
-from moestro.keys import PlaneExtent, PlaneKey
+from moestro.keys import FIRST_DELTA, PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.plane_stream import PlaneStream
 from moestro.memory.planes import NEVER, Arrange, CacheStats, Chain, EvictableView, HeldPlane, Planes, Watch
@@ -62,7 +62,8 @@ class PlaneCache:
         self._buffer = buffer
         self._engine = engine
         self._policy = policy
-        self._locate = locate
+        self.locate = locate
+        """Where a plane lies on disk."""
         self._planes = Planes(arena)
         self._loading: dict[PlaneKey, HeldPlane] = {}
         self._streams: list[PlaneStream] = []
@@ -122,7 +123,7 @@ class PlaneCache:
             with self._engine.together():
                 for key in wanted:
                     if key not in self._planes.by_key:
-                        if self._issue(key, self._locate(key), urgent=False, keep=wanted) is None:
+                        if self._issue(key, self.locate(key), urgent=False, keep=wanted) is None:
                             break
                         issued += 1
             self._stats.prefetches += issued
@@ -145,10 +146,50 @@ class PlaneCache:
             for plane in tuple(self._planes.by_key.values()):
                 self._drop(plane)
 
+    def drop(self, plane: int) -> None:
+        """Forget the planes of this number, of all experts; waits for their reads. No stream may be open."""
+        with self._lock:
+            assert not self._streams, "drop() within a stream"
+            for one in tuple(self._loading.values()):
+                if one.key[2] == plane:
+                    self._cancel(one)
+            while any(key[2] == plane for key in self._loading):
+                self._changed.wait()
+            for one in [held for key, held in self._planes.by_key.items() if key[2] == plane]:
+                self._drop(one)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arena that are in use."""
         return self._arena.nbytes
+
+    @property
+    def extent_bytes(self) -> int:
+        """The size of the arena's extents."""
+        return self._arena.extent_bytes
+
+    @property
+    def slot_sizes(self) -> tuple[int, ...]:
+        """The sizes of the arena's slots, ascending."""
+        return self._arena.slot_sizes
+
+    def serve_planes_of(self, nbytes: int) -> None:
+        """Have slots for planes of so many bytes, at most those of an extent."""
+        with self._lock:
+            self._arena.add_class(nbytes)
+
+    def recut(self, extent_bytes: int, slot_sizes: Sequence[int]) -> None:
+        """Forget every plane and cut the arena into other extents, for slots of these sizes. No stream may be open.
+
+        Only whole extents are in use afterwards: `resize` says how many.
+        """
+        self.clear()
+        with self._lock:
+            nbytes = self._arena.nbytes
+            self._arena = Arena(self._arena.reserved_bytes, extent_bytes, slot_sizes)
+            self._planes = Planes(self._arena)
+            self._loaded.clear()
+            self._arena.resize(nbytes)
 
     def resize(self, nbytes: int) -> None:
         """Use the arena's first `nbytes` from now on; waits for reads into the rest. No stream may be open.
@@ -211,7 +252,8 @@ class PlaneCache:
         plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER, ahead=not urgent)
         destination = self._buffer.view(slot.offset, extent.nbytes)
         layer, expert, position = key
-        label = f"Plane {position} of expert {expert} of MoE layer {layer}"
+        what = f"Plane {position}" if position < FIRST_DELTA else "The variant's plane"
+        label = f"{what} of expert {expert} of MoE layer {layer}"
         read = Read(extent.file, extent.offset, extent.nbytes, destination, extent.checksum, label)
         self._planes.add(plane)
         self._policy.on_load(key, slot.nbytes)

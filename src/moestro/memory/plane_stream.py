@@ -136,7 +136,7 @@ class PlaneStream:
 
     def _missing_bytes(self, chain: WantedChain) -> int:
         cache = self._cache
-        return sum(cache._locate(key).nbytes for key in chain.keys if key not in cache._planes.by_key)
+        return sum(cache.locate(key).nbytes for key in chain.keys if key not in cache._planes.by_key)
 
     def _lease(self, chain: WantedChain, plane: HeldPlane) -> None:
         """Keep a plane of `chain.leased` in place."""
@@ -173,7 +173,7 @@ class PlaneStream:
 
     def _issue(self, key: PlaneKey) -> HeldPlane | None:
         cache = self._cache
-        extent = cache._locate(key)
+        extent = cache.locate(key)
         plane = cache._issue(key, extent, urgent=True, keep=self._kept)
         if plane is None and not (self._ready or self._under_way or self._handed_out):
             # Nothing to wait for: the planes that later chains could have used must go as well.

@@ -5,10 +5,11 @@ Shapes: T rows (tokens) of the batch, S sequences in it, M blocks of the longest
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +17,25 @@ import torch
 from moestro.policy.observation import RequestRows
 from moestro.runtime.kv import BLOCK_ROWS, RowAddress
 
+BASE = -1
+"""In the place of a variant's number: none."""
+
+
+class Run(NamedTuple):
+    """Rows `first` to `end` (not included) of a step run on the variant of this number."""
+
+    variant: int
+    first: int
+    end: int
+
 
 @dataclass(frozen=True)
 class Segment:
     """One sequence's share of a step: its new tokens, where they start, its KV blocks, whether logits are wanted.
 
     `request` is the request's number, by which traces know it; `decode` says that its new token is of the answer;
-    `budget` are the nats that each of its tokens may lose to lower levels, 0 for none.
+    `budget` are the nats that each of its tokens may lose to lower levels, 0 for none; `variant` is the number of the
+    variant that it runs on, `BASE` for none.
     """
 
     request: int
@@ -32,6 +45,7 @@ class Segment:
     wants_logits: bool
     decode: bool = False
     budget: float = 0.0
+    variant: int = BASE
 
     @property
     def end(self) -> int:
@@ -40,7 +54,9 @@ class Segment:
 
 
 class PackedBatch:
-    """`segments` back to back: rows of segment i follow those of segment i - 1.
+    """`segments` back to back: rows of segment i follow those of segment i - 1. They ascend by variant.
+
+    `runs` are the rows of variants; those before them are the base's.
 
     `every_row`: all rows of segments that want logits get them, not the last row alone.
     """
@@ -51,6 +67,7 @@ class PackedBatch:
         self.segments = tuple(segments)
         lengths = [len(segment.token_ids) for segment in segments]
         self.rows = sum(lengths)
+        self.runs = _runs(segments, lengths)
         self.token_ids_T = torch.tensor([token for segment in segments for token in segment.token_ids])
         positions_T = np.concatenate([np.arange(segment.start, segment.end) for segment in segments])
         sequence_T = np.repeat(np.arange(len(segments)), lengths)
@@ -69,6 +86,15 @@ class PackedBatch:
             ],
             dtype=torch.int64,
         )
+
+    def parts(self) -> Iterator[PackedBatch]:
+        """The rows of the base and of each variant, as steps of their own, with the logits that they want here."""
+        end = 0
+        for _, some in groupby(self.segments, key=lambda segment: segment.variant):
+            part = PackedBatch(tuple(some))
+            first, end = end, end + part.rows
+            part.logit_rows = self.logit_rows[(self.logit_rows >= first) & (self.logit_rows < end)] - first
+            yield part
 
     def requests_of(self, rows: np.ndarray) -> frozenset[int]:
         """The requests that own these rows."""
@@ -100,6 +126,20 @@ class PackedBatch:
         for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             table[index, :length] = np.arange(start, start + length)
         return torch.from_numpy(table)
+
+
+def _runs(segments: Sequence[Segment], lengths: Sequence[int]) -> tuple[Run, ...]:
+    if all(segment.variant == BASE for segment in segments):
+        return ()
+    runs: list[Run] = []
+    end = 0
+    for segment, length in zip(segments, lengths, strict=True):
+        first, end = end, end + length
+        if runs and runs[-1].variant == segment.variant:
+            first = runs.pop().first
+        runs.append(Run(segment.variant, first, end))
+    assert [run.variant for run in runs] == sorted({run.variant for run in runs}), "segments are not by variant"
+    return tuple(run for run in runs if run.variant != BASE)
 
 
 def _block_table(segments: Sequence[Segment]) -> torch.Tensor:

@@ -84,7 +84,7 @@ class PackedMatrix:
     spec: MatrixSpec
 
 
-class _Bodiless(DenseWeight):
+class Bodiless(DenseWeight):
     """A DenseWeight that has a shape, but no storage of its own."""
 
     @classmethod
@@ -92,7 +92,7 @@ class _Bodiless(DenseWeight):
         raise AssertionError(f"{func} met a matrix that is no tensor")
 
 
-class LookupWeight(_Bodiless):
+class LookupWeight(Bodiless):
     """A DenseWeight of which only rows are looked up, from disk."""
 
     matrix: RowsOnDisk
@@ -114,7 +114,7 @@ class LookupWeight(_Bodiless):
         raise AssertionError(f"{self.matrix.name} is on disk to be looked up, not to be used as a whole")
 
 
-class PackedWeight(_Bodiless):
+class PackedWeight(Bodiless):
     """A DenseWeight whose values are codes of 8 or 4 bits."""
 
     matrix: PackedMatrix
@@ -148,7 +148,7 @@ Stored = torch.Tensor | PackedMatrix | RowsOnDisk
 
 def place_dense(model: nn.Module, tensors: Mapping[str, Stored], kernels: Kernels) -> None:
     """Put the stored dense tensors into the model in place of its meta parameters and buffers."""
-    put_tensors(model, {name: _placed(tensor, kernels) for name, tensor in tensors.items()})
+    put_tensors(model, {name: placed(tensor, kernels) for name, tensor in tensors.items()})
 
 
 def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -162,7 +162,8 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             _replace(model, name, replaced[id(old)])
 
 
-def _placed(tensor: Stored, kernels: Kernels) -> torch.Tensor:
+def placed(tensor: Stored, kernels: Kernels) -> torch.Tensor:
+    """What a model meets in the place of a stored tensor."""
     if isinstance(tensor, RowsOnDisk):
         return LookupWeight.of(tensor, kernels)
     if isinstance(tensor, PackedMatrix):

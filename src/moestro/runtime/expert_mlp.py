@@ -5,7 +5,7 @@ Shapes: T rows routed to the expert, H hidden, I expert width, G = 2I where gate
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,22 +14,31 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from moestro.kernels.base import Kernels
+from moestro.runtime.deltas import Piece, add_pieces
 from moestro.runtime.narrow import GROUP
 
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def expert_mlp(
-    kernels: Kernels, module: nn.Module, views: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor
+    kernels: Kernels,
+    module: nn.Module,
+    views: Mapping[str, torch.Tensor],
+    hidden_TH: torch.Tensor,
+    pieces: Sequence[Piece] = (),
 ) -> torch.Tensor:
     """Output [T, H] of one expert, not yet weighted.
 
     `views` holds the expert's tensors in canonical layout ([out, in]) under their names in `module`, transformers'
-    experts module, which knows the family's gating (interleaved, clamped, plain).
+    experts module, which knows the family's gating (interleaved, clamped, plain). `pieces` are what variants add.
     """
     up = "gate_up_proj" if module.has_gate else "up_proj"
     up_TG = kernels.linear(hidden_TH, views[up], views.get(f"{up}_bias"))
-    return kernels.linear(activate(module, up_TG), views["down_proj"], views.get("down_proj_bias"))
+    add_pieces(kernels, pieces, "up", hidden_TH, up_TG)
+    activated_TI = activate(module, up_TG)
+    down_TH = kernels.linear(activated_TI, views["down_proj"], views.get("down_proj_bias"))
+    add_pieces(kernels, pieces, "down", activated_TI, down_TH)
+    return down_TH
 
 
 def activate(module: nn.Module, values_TG: torch.Tensor) -> torch.Tensor:

@@ -6,58 +6,36 @@ H hidden.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
 
 from moestro import _native
 from moestro.errors import PlaneReadError
 from moestro.hf.skeleton import Skeleton, is_experts_module
-from moestro.kernels.base import ExpertSpec, Kernels
-from moestro.keys import PlaneKey
+from moestro.kernels.base import Kernels
+from moestro.keys import FIRST_DELTA, PlaneKey
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.policy.observation import Routing
 from moestro.runtime.batch import PackedBatch
-from moestro.runtime.expert_mlp import activate, expert_mlp
-from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec, is_raw
+from moestro.runtime.deltas import StepDeltas
+from moestro.runtime.expert_layers import LayerExperts, RawExperts, packed_layer
+from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.levels import LayerLevels
 from moestro.runtime.narrow import plain
+from moestro.runtime.open_variant import OpenVariant
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.slots import SlotViews
 from moestro.spans import Event, Part, Spans
 from moestro.store.layout import Layout
 
-Arrived = Sequence[tuple[int, tuple[int, ...]]]
-"""(group of a `Grouping`, byte offsets of its planes in the arena) of the chains that a stream hands out together."""
-
-
 KNOWN_ROWS = 16
 """Most rows of a step whose experts are computed without asking the plane cache: with more, what it costs is little."""
-
-
-class LayerExperts(Protocol):
-    """How the experts of one layer are computed once their planes are there."""
-
-    @property
-    def known(self) -> _native.KnownExperts | None:
-        """Those that can be computed from where their planes last arrived; None where that is never so."""
-        ...
-
-    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        """Write the unweighted output of each arrived group into its places of `out_PH`."""
-        ...
-
-    def forget(self, expert: int | None = None) -> None:
-        """Planes of this expert (None: of any) are not where they were."""
-        ...
 
 
 class RoutedExperts:
@@ -73,6 +51,7 @@ class RoutedExperts:
         chains: of each layer, the planes of each expert.
         foresight: is told of every layer whose planes are asked for, if there is one.
         levels: chooses the levels of rows that need not be exact, if there is one.
+        deltas: what rows of variants add in the forward pass under way; None where all are the base's.
         spans: where the time of all this goes; the whole model's, once it is open.
         order: says in which order they are read; None: as they are asked for.
         known: by layer, experts that can be computed where they lie; None where none ever can.
@@ -93,6 +72,7 @@ class RoutedExperts:
         self.seconds = 0.0
         self.foresight: LayerForesight | None = None
         self.levels: LayerLevels | None = None
+        self.deltas: StepDeltas | None = None
         self.spans = Spans()
         self.order: ReadOrder | None = None
         self._level = level
@@ -123,8 +103,11 @@ class RoutedExperts:
         finally:
             self.seconds += time.perf_counter() - started
 
-    def step(self, batch: PackedBatch) -> None:
+    def step(self, batch: PackedBatch, deltas: StepDeltas | None = None) -> None:
         """A forward pass begins."""
+        self.deltas = deltas
+        if self.foresight is not None:
+            self.foresight.also = None if deltas is None else deltas.also
         if self.levels is None:
             return
         self.levels.step(batch)
@@ -133,8 +116,23 @@ class RoutedExperts:
                 one.forget()  # what is known is computed at the exact level
 
     def _gone(self, key: PlaneKey) -> None:
-        layer, expert, _ = key
-        self._layers[layer].forget(expert)
+        layer, expert, plane = key
+        if plane < FIRST_DELTA:
+            self._layers[layer].forget(expert)
+        else:
+            self._layers[layer].forget_delta(expert, plane - FIRST_DELTA)
+
+    def entered(self, variant: OpenVariant) -> None:
+        """A variant has come into memory: rows of it may follow."""
+        assert variant.slot is not None
+        for one in self._layers:
+            one.entered(variant.slot, variant)
+
+    def leaving(self, variant: OpenVariant, *, is_gone: bool) -> None:  # noqa: ARG002
+        """It leaves: no row of it may follow."""
+        assert variant.slot is not None
+        for one in self._layers:
+            one.left(variant.slot)
 
     def count_known(self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray) -> None:
         """Count the rows of layers from number `first` on that have been computed from `known`."""
@@ -162,7 +160,8 @@ class RoutedExperts:
         sum_TH, out_PH = torch.empty_like(hidden_TH), torch.empty(rows * picks, hidden_TH.shape[1])
         inputs = (hidden_TH.data_ptr(), index_TK.data_ptr(), weights_TK.data_ptr())
         self.spans.begin(Part.EXPERTS)
-        computed = known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr())
+        runs = () if self.deltas is None else self.deltas.runs
+        computed = known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr(), runs)
         self.spans.end(Event.KNOWN if computed else None, layer, rows)
         if not computed:
             return None
@@ -185,7 +184,9 @@ class RoutedExperts:
         used = rows.used
         shape = (index_TK.numel(), hidden_TH.shape[1])
         out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
-        compute, foresight = self._layers[layer].compute, self.foresight
+        compute, foresight, deltas = self._layers[layer].compute, self.foresight, self.deltas
+        if deltas is not None:
+            wanted = deltas.chains(layer, rows, wanted)
         spans.begin(Part.POLICY)
         order, counts_E = self.order, rows.counts_E
         arrange = None if order is None else order.of(wanted, counts_E, rows=len(index_TK))
@@ -201,20 +202,32 @@ class RoutedExperts:
                     spans.begin(Part.EXPERTS)
                     if order is not None:
                         order.computing()
-                    compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
+                    if deltas is None:
+                        compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
+                    else:
+                        arrived, pieces = deltas.arrived(rows, batch)
+                        compute(arrived, rows, hidden_TH, out_PH, pieces)
                     if order is not None:
                         order.computed([rows.expert_of(used[index]) for index, _ in batch], counts_E)
                     spans.end(Event.EXPERTS, layer, len(batch))
                     spans.begin(Part.POLICY)
         except PlaneReadError as error:
             if error.key is not None:
-                error.requests = owners(rows.rows_of_expert(error.key[1]))
+                error.requests = owners(self._rows_that_need(error.key, rows))
             raise
         spans.end(Event.ASK, layer, 0)
         spans.begin(Part.EXPERTS)
         sum_TH = combine(out_PH, weights_TK)
         spans.end(Event.COMBINE, layer)
         return sum_TH
+
+    def _rows_that_need(self, key: PlaneKey, rows: Grouping) -> np.ndarray:
+        _, expert, plane = key
+        found = rows.rows_of_expert(expert)
+        if plane < FIRST_DELTA:
+            return found
+        assert self.deltas is not None
+        return self.deltas.rows_of(plane - FIRST_DELTA, found)
 
     def _grouped(
         self, layer: int, hidden_TH: torch.Tensor, index_TK: np.ndarray, weights_TK: np.ndarray
@@ -233,95 +246,12 @@ class RoutedExperts:
         return rows, [levels.chain(layer, rows.expert_of(one), rows.level_of(one)) for one in rows.used]
 
 
-class StreamedExperts:
-    """Those that are asked for anew at every step."""
-
-    known: None = None
-
-    def forget(self, expert: int | None = None) -> None:
-        pass
-
-
 def combine(out_PH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """Weighted sum [T, H] over k in ascending order: the same additions whatever is in the batch. fp32, contiguous."""
     tokens, picks = weights_TK.shape
     sum_TH = torch.empty((tokens, out_PH.shape[1]))
     _native.combine(out_PH.data_ptr(), weights_TK.data_ptr(), sum_TH.data_ptr(), tokens, picks, sum_TH.shape[1])
     return sum_TH
-
-
-class RawExperts(StreamedExperts):
-    """Experts in their stored type, one after another, with the activation of transformers' module."""
-
-    def __init__(self, kernels: Kernels, module: nn.Module, views: SlotViews, layer: int) -> None:
-        self._kernels, self._module, self._views, self._layer = kernels, module, views, layer
-
-    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        for group, (offset,) in arrived:
-            views = self._views.at(self._layer, offset)
-            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
-            out_PH[torch.from_numpy(rows.places_of(group))] = expert_mlp(self._kernels, self._module, views, hidden_RH)
-
-
-class PackedExperts:
-    """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
-
-    def __init__(
-        self, kernels: Kernels, spec: ExpertSpec, arena: torch.Tensor, *, level: int, experts: int, know: bool
-    ) -> None:
-        self._kernels, self._spec, self._level = kernels, spec, level
-        self._arena = arena.data_ptr()
-        self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
-        self.known = kernels.known_experts(spec, self._known_EP, level) if know else None
-
-    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        base = self._arena
-        addresses = [[*[base + offset for offset in offsets], *_ABSENT[len(offsets) :]] for _, offsets in arrived]
-        planes_JP = np.array(addresses, dtype=np.int64)
-        groups = [group for group, _ in arrived]
-        if self.known is not None:
-            self._note(groups, planes_JP, rows)
-        self._kernels.experts(self._spec, rows.jobs(groups, planes_JP), hidden_TH, out_PH)
-
-    def _note(self, groups: Sequence[int], planes_JP: np.ndarray, rows: Grouping) -> None:
-        """Where the exact ones are, which is all that is ever taken from what is known."""
-        whole = [place for place, group in enumerate(groups) if rows.bits_of(group) == self._level]
-        self._known_EP[[rows.expert_of(groups[place]) for place in whole]] = planes_JP[whole]
-
-    def forget(self, expert: int | None = None) -> None:
-        self._known_EP[slice(None) if expert is None else expert] = 0
-
-
-class PackedExpertsWithModule(StreamedExperts):
-    """Quantised experts with an activation that only transformers' module knows, one after another."""
-
-    def __init__(self, kernels: Kernels, module: nn.Module, matrices: ExpertMatrices, arena: torch.Tensor) -> None:
-        self._kernels, self._module, self._matrices = kernels, module, matrices
-        self._bytes = arena
-
-    def compute(self, arrived: Arrived, rows: Grouping, hidden_TH: torch.Tensor, out_PH: torch.Tensor) -> None:
-        matrices = self._matrices
-        for group, offsets in arrived:
-            planes, level = tuple(self._bytes.data_ptr() + offset for offset in offsets), rows.bits_of(group)
-            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
-            up_bias = self._bias(matrices.up_bias, offsets[0], matrices.up.rows)
-            up_RG = self._kernels.packed_linear(hidden_RH, matrices.up, planes, level, up_bias)
-            down_bias = self._bias(matrices.down_bias, offsets[0], matrices.down.rows)
-            activated_RI = activate(self._module, up_RG).contiguous()
-            output_RH = self._kernels.packed_linear(activated_RI, matrices.down, planes, level, down_bias)
-            out_PH[torch.from_numpy(rows.places_of(group))] = output_RH
-
-    def _bias(self, offset: int | None, plane: int, size: int) -> torch.Tensor | None:
-        if offset is None:
-            return None
-        start = plane + offset
-        return self._bytes[start : start + 4 * size].view(torch.float32)
-
-
-_CHAIN_PLANES = 4
-"""Most planes of a chain."""
-
-_ABSENT = (0,) * _CHAIN_PLANES
 
 
 def open_experts(
@@ -351,40 +281,7 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), know=know))
+            layers.append(
+                packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), layer=layer, know=know)
+            )
     return RoutedExperts(planes, layers, chains, level=level)
-
-
-def packed_layer(
-    kernels: Kernels,
-    module: nn.Module,
-    layout: Layout,
-    arena: torch.Tensor,
-    *,
-    level: int,
-    experts: int,
-    know: bool = False,
-) -> LayerExperts:
-    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`.
-
-    With `know` it remembers where planes lie, and forgets what it is told to.
-    """
-    matrices = expert_matrices(layout)
-    spec = expert_spec(matrices, module)
-    if spec is not None:
-        return PackedExperts(kernels, spec, arena, level=level, experts=experts, know=know)
-    _say_once(type(module))
-    return PackedExpertsWithModule(kernels, module, matrices, arena)
-
-
-def _say_once(kind: type) -> None:
-    if kind not in _said:
-        _said.add(kind)
-        logging.getLogger("moestro").warning(
-            "The kernels do not know the activation of %s: its experts are computed one by one with the function of "
-            "transformers, which is slower.",
-            kind.__name__,
-        )
-
-
-_said: set[type] = set()

@@ -6,7 +6,7 @@ Shapes: T rows of a step, H hidden width, K experts per row, E experts per layer
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +117,7 @@ class LayerForesight:
     """Drives a `Foresight` by the real clock: `step`, then for each layer `routed`, `asked` and `served`.
 
     `gates` are asked for the next layers' candidates, if there are any; `levels`, if there are any, say which planes of
-    an expert are worth reading ahead.
+    an expert are worth reading ahead, and `also` which planes of variants go with it.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class LayerForesight:
         self._meter = SlackMeter()
         self.requests: Sequence[RequestRows] = ()
         self.levels: LayerLevels | None = None
+        self.also: Callable[[int, int], Chain] | None = None
         self._begun: set[int] = set()
         self._seconds_per_byte = 0.0
         self._asked = 0
@@ -183,6 +184,8 @@ class LayerForesight:
             for _, expert in self._foresight.propose(layer, slack)
             if expert < len(chains)
         ]
+        if self.also is not None:
+            proposed = [(*chain, *self.also(target, chain[0][1])) for chain in proposed]
         if proposed:
             self._planes.prefetch([key for chain in proposed for key in chain])
 

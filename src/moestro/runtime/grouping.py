@@ -6,7 +6,7 @@ them used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,20 @@ class Grouping:
         """The rows of the batch that are computed with one expert, at whatever level."""
         first = expert * len(self._bits)
         return np.concatenate([self.rows_of(group) for group in range(first, first + len(self._bits))])
+
+    def stretches(self, bounds: Ints) -> Iterator[tuple[int, int, int, int]]:
+        """(group, number, first, end): rows `first` to `end` of a group are rows of the batch from `bounds[number]` to
+        the next bound. Bounds ascend, and rows before the first of them are left out."""
+        total = int(self._ends_G[-1])
+        number_P = np.searchsorted(bounds, self._places_P[:total] // self._per_row, side="right") - 1
+        group_P = np.repeat(np.arange(len(self._counts_G)), self._counts_G)
+        starts_S = np.flatnonzero(np.diff(group_P * (len(bounds) + 1) + number_P, prepend=-2))
+        ends_S = np.append(starts_S[1:], total)
+        group_S = group_P[starts_S]
+        before_S = (self._ends_G - self._counts_G)[group_S]
+        kept = number_P[starts_S] >= 0
+        parts = (group_S, number_P[starts_S], starts_S - before_S, ends_S - before_S)
+        return zip(*(part[kept].tolist() for part in parts), strict=True)
 
     def jobs(self, groups: Sequence[int], planes_JP: Ints) -> ExpertJobs:
         """Jobs for these groups, whose experts' planes lie at the addresses `planes_JP`."""

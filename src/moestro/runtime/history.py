@@ -20,7 +20,7 @@ _ENTRIES = 256
 
 _SAVE_EVERY_S = 300.0
 
-_BYTES_PER_COUNT = 32
+BYTES_PER_COUNT = 32
 """Of an entry, for each expert. Both phases' counts and directions are 16; a file on its way in or out, with what
 others have added to it, is up to 16 more for a moment."""
 
@@ -33,29 +33,31 @@ def history_bytes(shape: Shape, *, step_rows: int, max_sequences: int) -> int:
     experts, entries = shape.layers * shape.experts, _entries(shape)
     in_flight = max_sequences * (16 * experts + 16 * shape.layers * entries)
     rows = (PUT_BY_ROWS + step_rows) * shape.layers * shape.picks
-    return _BYTES_PER_COUNT * experts * entries + in_flight + _BYTES_PER_PICK * rows
+    return BYTES_PER_COUNT * experts * entries + in_flight + _BYTES_PER_PICK * rows
 
 
 class History:
-    """The collections of a model that serves. With a store they are those of its file, which is kept up to date.
+    """The collections of a model that serves. With a store, or the folder of a variant, they are those of its file,
+    which is kept up to date. `entries` is how many each phase has at most (0: by the size of the model).
 
     Raises:
         TraceError: the store has a file of another model, or one that cannot be read. A damaged file is set aside,
             with a warning.
     """
 
-    def __init__(self, shape: Shape, *, store: Path | None, model: str) -> None:
+    def __init__(self, shape: Shape, *, store: Path | None, model: str, entries: int = 0) -> None:
+        capacity = entries or _entries(shape)
         self.collections: Collections
         self._file: CollectionFile | None = None
         if store is None:
-            self.collections = Collections(shape.layers, shape.experts, capacity=_entries(shape))
+            self.collections = Collections(shape.layers, shape.experts, capacity=capacity)
         else:
             self.collections = self._file = CollectionFile(
                 store / COLLECTION_NAME,
                 model=model,
                 layers=shape.layers,
                 experts=shape.experts,
-                capacity=_entries(shape),
+                capacity=capacity,
             )
         self._saved_s = time.monotonic()
 

@@ -44,7 +44,10 @@ from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, p
 from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
-from moestro.runtime.shares import MemoryShares, most_arena_bytes
+from moestro.runtime.shares import MemoryShares, most_arena_bytes, reserved_arena_bytes
+from moestro.runtime.variant_history import VariantHistories
+from moestro.runtime.variant_parts import Wardrobe
+from moestro.runtime.variants import Variants
 from moestro.spans import Clock, Spans
 from moestro.store.folders import cache_folder
 from moestro.store.layout import Layout
@@ -67,12 +70,14 @@ class OpenModel:
     history: History | None
     level_policy: str
     shares: MemoryShares
+    variants: Variants
 
     def close(self) -> None:
         """Stop the transfer threads, keep what was learned and give the memory back."""
         self.transfers.close()
         if self.history is not None:
             self.history.save()
+        self.variants.close()
         for rows in self.rows_on_disk:
             rows.close()
         for buffer in self.buffers:
@@ -160,7 +165,7 @@ def open_model(
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
         )
     blueprint = describe(skeleton, probed) if native else None
-    arena_bytes = most_arena_bytes(plan) if lend_kv else plan.arena_bytes
+    arena_bytes = reserved_arena_bytes(plan, most_arena_bytes(plan) if lend_kv else plan.arena_bytes)
     return _assemble(
         store, skeleton, plan, probed, blueprint, options, level_policy, router, kernels, Spans(clock), arena_bytes
     )
@@ -180,13 +185,12 @@ def _assemble(
     arena_bytes: int,
 ) -> OpenModel:
     chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
-    whole = plan.arena_bytes >= plan.whole_arena_bytes
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
     foresight, history, gates = None, None, None
-    if not whole:
-        most = max(layer.num_experts for layer in store.layers)
-        shape = Shape(len(store.layers), most, max(probed.experts_per_token))
+    most = max(layer.num_experts for layer in store.layers)
+    shape = Shape(len(store.layers), most, max(probed.experts_per_token))
+    if not plan.whole:
         history = open_history(options, chosen, store, shape)
         foresight = make_foresight(chosen, store.path, shape, history)
     transfers = _transfers(store, spans.clock)
@@ -207,9 +211,23 @@ def _assemble(
         locate=store.plane,
     )
     planes.watch = spans
-    planes.resize(plan.arena_bytes)
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
     shares = MemoryShares(plan, planes=planes, arena_buffer=arena_buffer, kv=kv, kv_buffer=kv_buffer)
+    shares.refit()
+    histories = None if history is None else VariantHistories(shape)
+    variants = Variants(
+        store,
+        planes=planes,
+        shares=shares,
+        reader=transfers.reader,
+        wardrobe=Wardrobe(skeleton.model, kernels),
+        arena=arena_buffer.address,
+        chains=[[plane.nbytes for plane in layout.planes] for layout in layouts],
+        overhead_bytes=0,
+        eviction=None if foresight is None else foresight.eviction,
+        histories=histories,
+    )
+    planes.locate = variants.locate
     experts = open_experts(
         skeleton=skeleton,
         kernels=kernels,
@@ -220,6 +238,7 @@ def _assemble(
         know=foresight is None or foresight.prefetcher is None,
     )
     experts.spans = spans
+    variants.followers.append(experts)
     experts.order = ReadOrder(options.order, transfers)
     if foresight is not None:
         if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
@@ -242,12 +261,15 @@ def _assemble(
     native = None
     if blueprint is not None:
         native = NativeForward(blueprint, kv=kv, experts=experts, rows=plan.step_rows, context=plan.context)
+        variants.followers.append(native)
     runner = ModelRunner(
         skeleton=skeleton,
         kernels=kernels,
         kv=kv,
         native=native,
         experts=experts,
+        variants=variants,
+        histories=histories,
     )
     if history is not None:
         runner.remember(history)
@@ -264,6 +286,7 @@ def _assemble(
         history=history,
         level_policy=level_policy,
         shares=shares,
+        variants=variants,
     )
 
 

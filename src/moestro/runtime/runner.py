@@ -17,7 +17,7 @@ from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
 from moestro.policy.foresight import Foreseen
 from moestro.runtime import hooks
-from moestro.runtime.batch import PackedBatch
+from moestro.runtime.batch import BASE, PackedBatch
 from moestro.runtime.cache import HookedCache
 from moestro.runtime.context import AttentionCall, forward_pass
 from moestro.runtime.experts import RoutedExperts
@@ -27,6 +27,8 @@ from moestro.runtime.lookahead import Lookahead
 from moestro.runtime.narrow import plain
 from moestro.runtime.native import NativeForward
 from moestro.runtime.replay import Replay
+from moestro.runtime.variant_history import VariantHistories
+from moestro.runtime.variants import Variants
 from moestro.spans import Event, Part, Spans
 from moestro.trace import Recorder, StepRouting
 
@@ -52,6 +54,8 @@ class ModelRunner:
         kernels: Kernels,
         kv: KVPool,
         experts: RoutedExperts,
+        variants: Variants,
+        histories: VariantHistories | None = None,
         native: NativeForward | None = None,
     ) -> None:
         self.stats = RunnerStats()
@@ -60,6 +64,7 @@ class ModelRunner:
         self._lookahead: Lookahead | None = None
         self._replay: Replay | None = None
         self.native = native
+        self.variants, self._histories = variants, histories
         self.kv = kv
         self.planes = experts.planes
         self._model = skeleton.model
@@ -84,29 +89,48 @@ class ModelRunner:
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         started = time.perf_counter()
+        torch_threads = torch.get_num_threads()
+        # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                if batch.runs:
+                    self._set_apart(batch)
+                    if self.native is None:
+                        return torch.cat([self._pass(part) for part in batch.parts()])
+                return self._pass(batch)
+        finally:
+            torch.set_num_threads(torch_threads)
+            self.stats.forward_s += time.perf_counter() - started
+            self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
+
+    def _set_apart(self, batch: PackedBatch) -> None:
+        """Requests of variants are remembered beside these."""
+        if self.recorder is None:
+            return
+        for segment in batch.segments:
+            if segment.variant != BASE:
+                collections = None if self._histories is None else self._histories.of(segment.variant)
+                self.recorder.set_apart(segment.request, collections)
+
+    def _pass(self, batch: PackedBatch) -> torch.Tensor:
+        """The logits of a step; on the general path it has rows of one variant, or of the base."""
         self._batch = batch
         self.spans.begin(Part.POLICY)
         if self._experts.foresight is not None:
             self._experts.foresight.step(batch.request_rows)
         if self._replay is not None:
             self._replay.begin(batch.segments)
-        self._experts.step(batch)
+        self._experts.step(batch, self.variants.deltas(batch))
         self.spans.end(Event.BEGIN)
-        torch_threads = torch.get_num_threads()
-        # torch would cut elementwise work where its threads meet, and round the elements at a cut differently.
-        torch.set_num_threads(1)
         try:
-            with torch.inference_mode():
-                logits_SV = self._general_forward(batch) if self.native is None else self.native(batch)
-                if self.recorder is not None:
-                    self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
-                return logits_SV
+            logits_SV = self._general_forward(batch) if self.native is None else self.native(batch)
+            if self.recorder is not None:
+                self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
+            return logits_SV
         finally:
             self._batch = None
             self._forget_routing()
-            torch.set_num_threads(torch_threads)
-            self.stats.forward_s += time.perf_counter() - started
-            self.stats.experts_s = self._experts.seconds + (self.native.experts_seconds if self.native else 0.0)
 
     @property
     def foreseen(self) -> Foreseen:
@@ -119,7 +143,8 @@ class ModelRunner:
         return "general" if self.native is None else "native"
 
     def _general_forward(self, batch: PackedBatch) -> torch.Tensor:
-        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL):
+        wearing = self.variants.wearing(batch.segments[0].variant)
+        with forward_pass(self), self.spans.within(Part.DENSE, Event.GENERAL), wearing:
             output = self._model(
                 input_ids=batch.token_ids_T.unsqueeze(0),
                 position_ids=batch.positions_T.unsqueeze(0),

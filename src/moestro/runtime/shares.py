@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from moestro.errors import BudgetError
 from moestro.memory.budget import format_bytes
-from moestro.memory.pages import HUGE_PAGE, HostBuffer, round_up
+from moestro.memory.pages import HUGE_PAGE, PAGE, HostBuffer, round_up
 from moestro.memory.plane_cache import PlaneCache
 from moestro.runtime.kv import KVPool, blocks_for
 from moestro.runtime.plan import Plan
+
+_MOST_TIMES = 16
+"""So many times the base's planes are the most that planes of variants are ever given."""
 
 
 def least_kv_blocks(plan: Plan) -> int:
@@ -30,6 +33,15 @@ def most_arena_bytes(plan: Plan) -> int:
     return most if affords_one and most - plan.arena_bytes >= 2 * plan.extent_bytes else plan.arena_bytes
 
 
+def reserved_arena_bytes(plan: Plan, arena_bytes: int) -> int:
+    """Addresses for the arena, of which `arena_bytes` are used at first: where the whole model is in memory and there
+    is more, variants may have that."""
+    more = plan.memory_bytes - plan.fixed_bytes - arena_bytes
+    if more < max(2 * plan.extent_bytes, HUGE_PAGE):
+        return arena_bytes
+    return min(arena_bytes + more, _MOST_TIMES * round_up(arena_bytes, plan.extent_bytes)) // PAGE * PAGE
+
+
 def _least_arena_bytes(plan: Plan) -> int:
     """Room for two experts. (The least number of all counts embeddings as left on disk.)"""
     return plan.least_bytes - plan.fixed_bytes + (0 if plan.lookup_on_disk else plan.spared_bytes)
@@ -43,7 +55,8 @@ class MemoryShares:
     ) -> None:
         self._planes, self._arena_buffer, self._kv, self._kv_buffer = planes, arena_buffer, kv, kv_buffer
         self._plan = plan
-        self._withheld = 0
+        self._withheld = self._lent = 0
+        self._beyond = False
         self._most_arena = most_arena_bytes(plan)
         self.least_blocks = least_kv_blocks(plan)
         # Finer steps would not free an extent.
@@ -66,6 +79,33 @@ class MemoryShares:
         """The number of bytes as it is now."""
         return self._plan.memory_bytes - self._withheld
 
+    @property
+    def lent_bytes(self) -> int:
+        """What variants have."""
+        return self._lent
+
+    def left_for_planes(self, lent_bytes: int) -> int:
+        """What experts can rely on while variants have so much: KV blocks may then need all that they can come to."""
+        plan = self._plan
+        return min(plan.memory_bytes - self._withheld - plan.fixed_bytes - lent_bytes, self._arena_buffer.nbytes)
+
+    def lend(self, lent_bytes: int) -> None:
+        """Take so much from the experts, in all, for whatever else. Also what is given back is theirs, between steps.
+
+        From the first time on experts may have more than the plan gave them, where the memory has more: planes of
+        variants are none of the plan's.
+        """
+        assert self.left_for_planes(lent_bytes) > 0, lent_bytes
+        self._lent, self._beyond = lent_bytes, True
+        self.refit()
+
+    def refit(self) -> None:
+        """Give experts what is theirs now, after the arena has been cut anew, too."""
+        before = self._planes.nbytes
+        self._planes.resize(self._arena_beside(self._kv.limit))
+        if self._planes.nbytes < before:
+            self._arena_buffer.release(self._planes.nbytes)
+
     def resize(self, memory_bytes: int) -> None:
         """Make the number of bytes another one, at most the one that the model was opened with.
 
@@ -76,17 +116,15 @@ class MemoryShares:
         """
         plan = self._plan
         # Of the arena whole extents can be used: up to one of them is lost.
-        least = min(plan.fixed_bytes + _least_arena_bytes(plan) + plan.extent_bytes, plan.memory_bytes)
+        least = plan.fixed_bytes + self._lent + _least_arena_bytes(plan) + self._planes.extent_bytes
+        least = min(least, plan.memory_bytes)
         if not least <= memory_bytes <= plan.memory_bytes:
             raise BudgetError(
                 f"The memory cannot be made {format_bytes(memory_bytes)} ({memory_bytes} bytes) while the model is "
                 f"open. Expected {least} to {plan.memory_bytes} bytes, which it was opened with; open it anew for more."
             )
         self._withheld = plan.memory_bytes - memory_bytes
-        before = self._planes.nbytes
-        self._planes.resize(self._arena_beside(self._kv.limit))
-        if self._planes.nbytes < before:
-            self._arena_buffer.release(self._planes.nbytes)
+        self.refit()
 
     def give_kv(self, blocks: int) -> None:
         """Let KV have `blocks` blocks, or a few more: those in use are all below. The experts get the rest."""
@@ -108,6 +146,8 @@ class MemoryShares:
         """The experts' bytes when so many KV blocks may be used."""
         plan, kv = self._plan, self._kv
         taken = min(round_up(kv_blocks * kv.block_bytes, HUGE_PAGE), plan.kv_bytes)
-        most = self._most_arena if self.trades else plan.arena_bytes
-        left = plan.memory_bytes - self._withheld - plan.fixed_bytes + plan.kv_bytes
+        most = self._arena_buffer.nbytes
+        if not self._beyond:
+            most = self._most_arena if self.trades else min(most, round_up(plan.arena_bytes, plan.extent_bytes))
+        left = plan.memory_bytes - self._withheld - self._lent - plan.fixed_bytes + plan.kv_bytes
         return min(most, left - taken)

@@ -19,10 +19,11 @@ from moestro.server.metrics import Metrics
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt with the parameters of each answer to it."""
+    """One prompt with the parameters of each answer to it. `variant` answers, the base where it is empty."""
 
     prompt_ids: Sequence[int]
     sampling: Sequence[SamplingParams]
+    variant: str = ""
 
 
 @dataclass
@@ -71,7 +72,12 @@ class Answers:
                 self._first_choice.append(choice == 0)
                 listener = _Listener(number, loop, self._events)
                 submitted = self._service.submit(
-                    ask.prompt_ids, sampling, listener, priority=priority, deadline_s=deadline_s
+                    ask.prompt_ids,
+                    sampling,
+                    listener,
+                    variant=ask.variant,
+                    priority=priority,
+                    deadline_s=deadline_s,
                 )
                 self._running[number] = submitted
                 if self._over.is_set():  # the client left while this one was on its way

@@ -15,11 +15,10 @@ from starlette.responses import Response
 
 from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
-from moestro.server.desk import Desk, timings_json
+from moestro.server.desk import Asked, Desk, timings_json
 from moestro.server.errors import ApiError
 from moestro.server.fields import SamplingFields
 from moestro.server.guides import ResponseFormat, guide_of
-from moestro.server.host import Serving
 from moestro.server.logprobs import chat_logprobs
 from moestro.server.messages import Message, for_template
 from moestro.server.parts import Kind, Marks, Part, Splitter
@@ -70,10 +69,10 @@ def chat_router(desk: Desk) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation."""
-        serving = desk.serving(body.model)
-        prepared = await asyncio.to_thread(prepare, body, serving)
-        answers = desk.answers(serving)
-        writer = ChatWriter(desk.host.name, prepared, with_logprobs=bool(body.logprobs))
+        asked = await asyncio.to_thread(desk.asked, body.model)
+        prepared = await asyncio.to_thread(prepare, body, asked)
+        answers = desk.answers(asked.serving)
+        writer = ChatWriter(asked.name, prepared, with_logprobs=bool(body.logprobs))
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return await reply(
             request,
@@ -86,8 +85,9 @@ def chat_router(desk: Desk) -> APIRouter:
     return router
 
 
-def prepare(body: ChatRequest, serving: Serving) -> Prepared:
+def prepare(body: ChatRequest, asked: Asked) -> Prepared:
     """Everything of a request that can be wrong is found here. Raises ApiError, RequestError."""
+    serving = asked.serving
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs: true.", param="top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -101,7 +101,8 @@ def prepare(body: ChatRequest, serving: Serving) -> Prepared:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         guide=guide_of(body.response_format),
     )
-    return Prepared(Ask(prompt, choices_of(sampling, body.n or 1)), marks_of(serving, prompt, tools=bool(tools)))
+    ask = Ask(prompt, choices_of(sampling, body.n or 1), asked.variant)
+    return Prepared(ask, marks_of(serving, prompt, tools=bool(tools)))
 
 
 class ChatWriter:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
-from moestro.server.desk import Desk, timings_json
+from moestro.server.desk import Asked, Desk, timings_json
 from moestro.server.errors import ApiError
 from moestro.server.fields import MOST_CHOICES, SamplingFields, TokenId
 from moestro.server.host import Serving
@@ -46,10 +46,10 @@ def completions_router(desk: Desk) -> APIRouter:
     @router.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on from one or several prompts, each of them text or token ids."""
-        serving = desk.serving(body.model)
-        asks = await asyncio.to_thread(_asks, body, serving)
-        answers = desk.answers(serving)
-        writer = _Writer(desk.host.name, len(asks) * (body.n or 1), with_logprobs=body.logprobs is not None)
+        asked = await asyncio.to_thread(desk.asked, body.model)
+        asks = await asyncio.to_thread(_asks, body, asked)
+        answers = desk.answers(asked.serving)
+        writer = _Writer(asked.name, len(asks) * (body.n or 1), with_logprobs=body.logprobs is not None)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return await reply(
             request,
@@ -62,13 +62,13 @@ def completions_router(desk: Desk) -> APIRouter:
     return router
 
 
-def _asks(body: CompletionRequest, serving: Serving) -> list[Ask]:
-    prompts = _prompts(body, serving)
+def _asks(body: CompletionRequest, asked: Asked) -> list[Ask]:
+    prompts = _prompts(body, asked.serving)
     if len(prompts) * (body.n or 1) > MOST_CHOICES:
         raise ApiError(400, f"prompt and n ask for more than {MOST_CHOICES} answers at once.", param="n")
     most = body.max_tokens or _DEFAULT_TOKENS
-    sampling = sampling_of(body, serving.defaults, max_tokens=most, logprobs=body.logprobs)
-    return [Ask(prompt, choices_of(sampling, body.n or 1)) for prompt in prompts]
+    sampling = sampling_of(body, asked.serving.defaults, max_tokens=most, logprobs=body.logprobs)
+    return [Ask(prompt, choices_of(sampling, body.n or 1), asked.variant) for prompt in prompts]
 
 
 def _prompts(body: CompletionRequest, serving: Serving) -> list[list[int]]:

@@ -15,7 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from moestro.config import SamplingParams
-from moestro.errors import MoestroError, PlaneReadError, QueueFullError, RequestError, ServiceError
+from moestro.errors import (
+    BudgetError,
+    MoestroError,
+    PlaneReadError,
+    QueueFullError,
+    RequestError,
+    ServiceError,
+    VariantError,
+)
 
 _LOG = logging.getLogger("moestro.server")
 
@@ -73,6 +81,10 @@ def as_api_error(error: MoestroError) -> ApiError:
         return ApiError(429, message, code="queue_full", headers=retry)
     if isinstance(error, ServiceError):
         return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
+    if isinstance(error, VariantError):
+        return ApiError(404, message, param="model", code="model_not_found")
+    if isinstance(error, BudgetError):
+        return ApiError(400, message, param="model", code="model_too_large")
     if isinstance(error, PlaneReadError) or not isinstance(error, RequestError):
         return ApiError(500, message, code="model_error")
     word = message.split(" ", 1)[0].rstrip(":")

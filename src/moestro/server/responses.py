@@ -15,10 +15,9 @@ from starlette.responses import Response
 from moestro.engine.events import Event
 from moestro.server.answers import Answers, Ask
 from moestro.server.chat import ChatRequest, prepare
-from moestro.server.desk import Desk
+from moestro.server.desk import Asked, Desk
 from moestro.server.fields import Fields
 from moestro.server.guides import JsonObjectFormat, JsonSchemaFormat, TextFormat
-from moestro.server.host import Serving
 from moestro.server.messages import AssistantMessage, Message, SystemMessage, UserMessage
 from moestro.server.stream import reply
 
@@ -84,10 +83,10 @@ def responses_router(desk: Desk) -> APIRouter:
     @router.post("/v1/responses", response_model=None)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         """Answer a text, or the last message of a conversation."""
-        serving = desk.serving(body.model)
-        ask = await asyncio.to_thread(_ask, body, serving)
-        answers = desk.answers(serving)
-        writer = _Writer(desk.host.name, body)
+        asked = await asyncio.to_thread(desk.asked, body.model)
+        ask = await asyncio.to_thread(_ask, body, asked)
+        answers = desk.answers(asked.serving)
+        writer = _Writer(asked.name, body)
         return await reply(
             request,
             answers.submit([ask]),
@@ -100,7 +99,7 @@ def responses_router(desk: Desk) -> APIRouter:
     return router
 
 
-def _ask(body: ResponsesRequest, serving: Serving) -> Ask:
+def _ask(body: ResponsesRequest, asked: Asked) -> Ask:
     """The same as of a chat, with its checks."""
     found = [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     head: list[Message] = [SystemMessage(role="system", content=body.instructions)] if body.instructions else []
@@ -117,7 +116,7 @@ def _ask(body: ResponsesRequest, serving: Serving) -> Ask:
         quality=body.quality,
         response_format=form,  # type: ignore[arg-type]
     )
-    return prepare(chat, serving).ask
+    return prepare(chat, asked).ask
 
 
 def _message(one: InputMessage) -> Message:

@@ -55,14 +55,14 @@ def small_router(desk: Desk) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model that is served."""
-        return {"object": "list", "data": [_model(desk)]}
+        """The model that is served, and its variants as they are in the store now."""
+        names = await asyncio.to_thread(desk.names)
+        return {"object": "list", "data": [_model(desk, name) for name in names]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        """That model again, by name."""
-        desk.serving(name)
-        return _model(desk)
+        """One of them, by name."""
+        return _model(desk, (await asyncio.to_thread(desk.asked, name)).name)
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -99,10 +99,10 @@ def small_router(desk: Desk) -> APIRouter:
     return router
 
 
-def _model(desk: Desk) -> dict[str, Any]:
+def _model(desk: Desk, name: str) -> dict[str, Any]:
     llm = desk.serving(None).llm
     return {
-        "id": desk.host.name,
+        "id": name,
         "object": "model",
         "created": desk.host.created,
         "owned_by": "moestro",

@@ -69,6 +69,7 @@ class Recorder:
         self._put_by: list[tuple[Sequence[Chunk], StepRouting]] = []
         self._running: dict[int, _Rows] = {}
         self._ended: dict[int, _Rows] = {}
+        self._apart: dict[int, Collections | None] = {}
         self._meta: dict[int, dict[str, Any]] = {}
 
     def step(self, chunks: Sequence[Chunk], routing: StepRouting) -> None:
@@ -99,14 +100,19 @@ class Recorder:
         """What the trace is to say of a request beside its number of prompt tokens; before or after its end."""
         self._meta[request] = meta
 
+    def set_apart(self, request: int, collections: Collections | None) -> None:
+        """The matrices of a request go elsewhere than those of others."""
+        self._apart[request] = collections
+
     def end(self, request: int) -> None:
         """Nothing more comes of a request: its matrices go into the collections. Unknown requests are passed over."""
         self._catch_up()
         rows = self._running.pop(request, None)
+        collections = self._apart.pop(request, self._collections)
         if rows is None:
             return
-        if self._collections is not None:
-            self._collect(rows, self._collections)
+        if collections is not None:
+            self._collect(rows, collections)
         if self.keep:
             self._ended[request] = rows
 

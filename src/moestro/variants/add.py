@@ -31,6 +31,9 @@ from moestro.variants.text import calibration_text
 from moestro.variants.weights import CheckpointWeights, Weights, open_base
 from moestro.variants.writer import VariantFacts, VariantWriter, refuse_taken
 
+_STEPS_OF_A_READING = 20
+"""About so many steps of distillation take as long as finding all codes."""
+
 
 @dataclass(frozen=True)
 class _Models:
@@ -75,7 +78,7 @@ def add_variant(
         stack.callback(theirs.close)
         _refuse_extra(ours, theirs, checkpoint)
         models = _Models(store, skeleton, ours, theirs)
-        steps = _Steps(_numbers_bytes(skeleton), progress)
+        steps = _Steps(_numbers_bytes(skeleton), options.distill_steps, progress)
         changes = find_changes(
             store, skeleton, ours, theirs, name=checkpoint, progress=partial(steps.add, stage="comparing")
         )
@@ -104,10 +107,15 @@ def _open(folder: Path, base: Weights) -> Checkpoint:
 
 
 class _Steps:
-    """Progress over both readings of the fine-tune."""
+    """Progress over both readings of the fine-tune, and steps of learning, which count as a share of it each."""
 
-    def __init__(self, nbytes: int, progress: Callable[[PackProgress], None] | None) -> None:
-        self._done, self._total, self._progress = 0, 2 * nbytes, progress
+    def __init__(self, nbytes: int, steps: int, progress: Callable[[PackProgress], None] | None) -> None:
+        self._step = nbytes // _STEPS_OF_A_READING
+        self._done, self._total, self._progress = 0, 2 * nbytes + steps * self._step, progress
+
+    def learned(self, stage: str) -> None:
+        """One step more has been done."""
+        self.add(self._step, stage)
 
     def add(self, nbytes: int, stage: str) -> None:
         """So many bytes more have been worked on."""
@@ -130,7 +138,7 @@ def _write(models: _Models, name: str, plan: VariantPlan, facts: VariantFacts, s
             follow(_skeleton(store), models.tuned, list(plan.deltas), text.windows.sequences, encoder)
         encoder.rest_of_dense()
         if text.windows is not None and options.distill_steps:
-            distill(models.skeleton, plan, models.base, models.tuned, codes, text.windows.sequences, steps.add)
+            distill(models.skeleton, plan, models.base, models.tuned, codes, text.windows.sequences, steps.learned)
             codes.pass_on(files)
         if text.windows is not None and (options.distill_steps or not options.is_bitdelta):
             facts = replace(facts, text=text.facts, tokens=text.windows.tokens, distilled=options.distill_steps)

@@ -43,7 +43,7 @@ def distill(
     tuned: Weights,
     codes: Codes,
     sequences: Sequence[Sequence[int]],
-    report: Callable[[int, str], None],
+    report: Callable[[str], None],
 ) -> None:
     """Let the sizes of `codes` learn for as many steps as the plan's options say, on windows of `sequences`.
 
@@ -117,7 +117,7 @@ def _learn(
     matrices: Sequence[_Matrix],
     windows: Sequence[Sequence[int]],
     steps: int,
-    report: Callable[[int, str], None],
+    report: Callable[[str], None],
 ) -> None:
     optimiser = torch.optim.AdamW(
         [one for matrix in matrices for one in matrix.parameters], lr=_RATE, betas=(0.9, 0.99), weight_decay=0.0
@@ -143,7 +143,7 @@ def _learn(
         torch.autograd.backward(loss)
         optimiser.step()
         rates.step()
-        report(0, f"distillation, step {step + 1} of {steps}: {float(loss.detach()):.5f} nats a token")
+        report(f"distillation, step {step + 1} of {steps}: {float(loss.detach()):.5f} nats a token")
 
 
 def _padded(batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +161,7 @@ class _DeltaWeight(torch.autograd.Function):
     """base + middle + scale * position + kept values, [E, N, K]; its gradient is kept by group and channel only."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         scale_ENG: torch.Tensor,
         middle_ENG: torch.Tensor,
@@ -177,7 +177,7 @@ class _DeltaWeight(torch.autograd.Function):
         return weight_ENK.scatter_add_(-1, _places(kept_EC, weight_ENK), value_ECN.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, gradient_ENK: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient_ENK: torch.Tensor) -> Any:
         doubled_ENK, kept_EC = ctx.saved_tensors
         value_ECN = gradient_ENK.gather(-1, _places(kept_EC, gradient_ENK)).transpose(1, 2)
         extra = doubled_ENK.shape[-1] - gradient_ENK.shape[-1]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.keys import PlaneKey
+from moestro.keys import FIRST_DELTA, PlaneKey
 from moestro.policy import Need
 from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.observation import RequestRows, Routing, Shape
@@ -113,3 +113,48 @@ def test_absent_are_experts_without_a_plane() -> None:
     eviction.on_evict((1, 3, 1))
     assert np.flatnonzero(~eviction.absent(1)).tolist() == [3]
     assert eviction.absent(0).all()
+
+
+def _victims(eviction: WorthEviction, held: list[PlaneKey]) -> list[PlaneKey]:
+    """All that leave, in order."""
+    left, held = [], list(held)
+    while held:
+        victim = eviction.victim(NEED, Free(*held))
+        assert victim is not None
+        left.append(victim)
+        held.remove(victim)
+        eviction.on_evict(victim)
+    return left
+
+
+def test_planes_of_idle_variants_leave_first_and_others_with_their_expert() -> None:
+    policy = Fixed()
+    eviction = WorthEviction(policy, SHAPE)
+    policy.worth_LE[0, :3] = (3.0, 1.0, 2.0)
+    held = [(0, expert, plane) for expert in range(3) for plane in (0, 1, FIRST_DELTA, FIRST_DELTA + 57)]
+    for key in held:
+        eviction.on_load(key, 4096)
+    eviction.observe(routing())
+    eviction.idle = 1 << (FIRST_DELTA + 57)
+    left = _victims(eviction, held)
+    assert left[:3] == [(0, expert, FIRST_DELTA + 57) for expert in (1, 2, 0)]
+    assert left[3:] == [(0, expert, plane) for expert in (1, 2, 0) for plane in (FIRST_DELTA, 1, 0)]
+    assert not policy.held
+
+
+def test_planes_of_variants_leave_too_where_planes_have_gains() -> None:
+    policy = Fixed()
+    eviction = WorthEviction(policy, SHAPE)
+    policy.worth_LE[0, :2] = (4.0, 1.0)
+    eviction.gains_LEP = np.broadcast_to([1.0, 0.1], (SHAPE.layers, SHAPE.experts, 2))
+    held = [(0, expert, plane) for expert in range(2) for plane in (0, 1, FIRST_DELTA)]
+    for key in held:
+        eviction.on_load(key, 4096)
+    eviction.observe(routing())
+    assert _victims(eviction, held) == [(0, 1, 1), (0, 0, 1), (0, 1, 4), (0, 1, 0), (0, 0, 4), (0, 0, 0)]
+
+
+def test_an_expert_of_which_only_a_variant_has_a_plane_is_absent() -> None:
+    eviction = WorthEviction(Fixed(), SHAPE)
+    eviction.on_load((1, 3, FIRST_DELTA + 2), 4096)
+    assert eviction.absent(1).all()

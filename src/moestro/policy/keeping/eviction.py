@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moestro.keys import PlaneKey
+from moestro.keys import FIRST_DELTA, PlaneKey
 from moestro.policy.base import Evictable, Need
 from moestro.policy.keeping.base import KeepPolicy
 from moestro.policy.keeping.lowest import Lowest
@@ -27,6 +27,9 @@ class WorthEviction:
     Where a chain is of use only whole, an expert that has given a plane gives the others next: its worth is not looked
     at again before the next `observe`. Where its lower planes are of use without the higher ones, `gains_LEP` says what
     part of an expert's worth each plane has, and the plane of least worth goes.
+
+    Planes of variants (from `FIRST_DELTA` on) have the worth of their expert, and are above its others. Those whose bit
+    is in `idle`, because no request of their variant runs, go before all else.
     """
 
     def __init__(self, policy: KeepPolicy, shape: Shape) -> None:
@@ -39,6 +42,7 @@ class WorthEviction:
         self._layer = 0
         self._candidates: list[tuple[int, int]] = []  # experts, and a bit for each plane that is meant
         self.gains_LEP: np.ndarray | None = None
+        self.idle = 0
 
     def begin(self, request: int) -> None:
         """A request's first forward pass is about to run."""
@@ -49,9 +53,9 @@ class WorthEviction:
         self._policy.end(request)
 
     def absent(self, layer: int) -> np.ndarray:
-        """[E] bool: experts of which no plane is held or on its way."""
+        """[E] bool: experts of which no plane of the base is held or on its way."""
         held_E: np.ndarray = self._held_X[layer * self._experts : (layer + 1) * self._experts]
-        return np.asarray(held_E == 0)
+        return np.asarray(held_E & ((1 << FIRST_DELTA) - 1) == 0)
 
     def observe(self, routing: Routing) -> None:
         """A layer has routed: to be told before its planes are asked for."""
@@ -79,7 +83,9 @@ class WorthEviction:
             self._policy.evicted(layer, expert)
 
     def victim(self, _need: Need, evictable: Evictable) -> PlaneKey | None:
-        key = self._first(self._candidates, evictable)
+        key = self._first_idle(evictable) if self.idle else None
+        if key is None:
+            key = self._first(self._candidates, evictable)
         wanted = _AT_ONCE
         while key is None:
             self._candidates = self._in_order(wanted)
@@ -97,13 +103,24 @@ class WorthEviction:
         return [(index, _ALL_PLANES) for index in self._lowest.places(worth_X, wanted)]
 
     def _planes_in_order(self, gains_LEP: np.ndarray, wanted: int) -> list[tuple[int, int]]:
-        """Among equals the top plane first."""
+        """Among equals the top plane first. A variant's plane is of use as long as its expert's lowest is."""
+        above = int(np.bitwise_or.reduce(self._held_X)).bit_length() - gains_LEP.shape[2]
+        if above > 0:
+            gains_LEP = np.concatenate([gains_LEP, np.repeat(gains_LEP[:, :, :1], above, axis=2)], axis=2)
         most = gains_LEP.shape[2]
         held_XP = (self._held_X[:, None] >> np.arange(most)[::-1]) & 1
         worth_XP = self._policy.worth(self._layer).reshape(-1, 1) * gains_LEP.reshape(-1, most)[:, ::-1]
         barred_XP = np.where(held_XP, worth_XP, np.inf)
         places = (divmod(place, most) for place in self._lowest.places(barred_XP.reshape(-1), wanted))
         return [(index, 1 << (most - 1 - below)) for index, below in places]
+
+    def _first_idle(self, evictable: Evictable) -> PlaneKey | None:
+        """Of the planes that no request needs, the first that may go, of the experts of least worth first."""
+        found_J = np.flatnonzero(self._held_X & self.idle)
+        if not len(found_J):
+            return None
+        order_J = self._policy.worth(self._layer).reshape(-1)[found_J].argsort(kind="stable")
+        return self._first([(int(index), self.idle) for index in found_J[order_J]], evictable)
 
     def _first(self, candidates: list[tuple[int, int]], evictable: Evictable) -> PlaneKey | None:
         return next((key for one in candidates for key in self._planes(*one) if key in evictable), None)

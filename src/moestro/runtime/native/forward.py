@@ -13,18 +13,19 @@ import numpy as np
 import torch
 
 from moestro import _native
-from moestro.kernels.base import WEIGHT_DTYPES
 from moestro.runtime.batch import PackedBatch
-from moestro.runtime.dense import LookupWeight, PackedWeight, stored
+from moestro.runtime.dense import LookupWeight
 from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
 from moestro.runtime.native.blueprint import Blueprint, LayerParts, known_rows
+from moestro.runtime.native.variant import Changes, native_variant
+from moestro.runtime.native.weights import floats, norm_of, weight_of
+from moestro.runtime.open_variant import OpenVariant
 from moestro.runtime.replay import Replay
 from moestro.spans import Event, Part
 
 _TABLE_ROWS = 64
 _ALIGNMENT = 64
-_KINDS = {"flat8": 3, "flat4": 4}
 
 
 class NativeForward:
@@ -55,6 +56,7 @@ class NativeForward:
         self._token_ids = torch.empty(0, dtype=torch.int64)  # those of the step, kept while the decoder reads them
         self._rows = rows
         self._replay: Replay | None = None
+        self._variants: dict[int, OpenVariant] = {}
         self._decoder = self._make_decoder(rows)
 
     @property
@@ -103,10 +105,27 @@ class NativeForward:
         spans.end(Event.HEAD, len(wanted))
         return logits_SV
 
+    def entered(self, variant: OpenVariant) -> None:
+        """A variant has come into memory: rows of it may follow."""
+        assert variant.slot is not None
+        self._variants[variant.slot] = variant
+        self._set_variant(variant.slot, variant)
+
+    def leaving(self, variant: OpenVariant, *, is_gone: bool) -> None:  # noqa: ARG002
+        """It leaves: no row of it may follow."""
+        assert variant.slot is not None
+        del self._variants[variant.slot]
+        self._decoder.set_variant(variant.slot, None)
+
+    def _set_variant(self, slot: int, variant: OpenVariant) -> None:
+        self._decoder.set_variant(slot, native_variant(self._blueprint, Changes(variant.changed)))
+
     def replay_routing(self, replay: Replay) -> None:
         """As of `ModelRunner`. From now on the decoder comes back at every layer's experts, which takes longer."""
         self._replay = replay
         self._decoder = self._make_decoder(self._rows)
+        for slot, variant in self._variants.items():
+            self._set_variant(slot, variant)
 
     def _begin(self, batch: PackedBatch) -> None:
         sequences, most_blocks = batch.block_table_SM.shape
@@ -123,6 +142,8 @@ class NativeForward:
             most_blocks,
             batch.sequence_T.data_ptr(),
             batch.position32_T.data_ptr(),
+            runs=batch.runs,
+            variant_ids=batch.token_ids_T.data_ptr(),
         )
 
     def _make_decoder(self, rows: int) -> _native.Decoder:
@@ -180,7 +201,7 @@ def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _nati
     layer.keys, layer.values = _target(keys), _target(values)
     layer.scale, layer.window, layer.softcap = attention.scale, attention.window, attention.softcap
     if attention.sinks_owner is not None:
-        layer.sinks = _floats(attention.sinks_owner.sinks)
+        layer.sinks = floats(attention.sinks_owner.sinks)
     if parts.mlp is not None:
         mlp = parts.mlp
         scale = _native.Weight() if mlp.scale is None else _weight(mlp.scale)
@@ -191,32 +212,14 @@ def _layer(parts: LayerParts, keys: torch.Tensor, values: torch.Tensor) -> _nati
 
 
 def _weight(module: Any) -> _native.Weight:
-    weight_NK, bias_N = module.weight, getattr(module, "bias", None)
-    outputs, inputs = weight_NK.shape
-    bias = 0 if bias_N is None else _floats(bias_N)
-    if isinstance(weight_NK, PackedWeight):
-        packed, (offset,) = weight_NK.matrix, weight_NK.matrix.spec.offsets
-        kind, data, group = _KINDS[packed.spec.encoding], packed.bytes.data_ptr() + offset, packed.spec.group
-    else:
-        on_disk = isinstance(weight_NK, LookupWeight)
-        plain_NK = weight_NK.matrix.table_CK if on_disk else stored(weight_NK)
-        outputs = len(plain_NK)
-        assert plain_NK.is_contiguous()
-        kind, data, group = WEIGHT_DTYPES.index(plain_NK.dtype), plain_NK.data_ptr(), 0
-    return _native.Weight(kind=kind, data=data, outputs=outputs, inputs=inputs, group=group, bias=bias)
+    return weight_of(module.weight, getattr(module, "bias", None))
 
 
 def _norm(module: Any) -> _native.Norm:
-    return _native.Norm(_floats(module.weight), module.weight.numel(), module.variance_epsilon)
+    return norm_of(module.weight, module)
 
 
 def _target(pool: torch.Tensor) -> _native.KvTarget:
     block_stride, head_stride, position_stride, one = pool.stride()
     assert one == 1
     return _native.KvTarget(pool.data_ptr(), block_stride, head_stride, position_stride)
-
-
-def _floats(vector: Any) -> int:
-    assert vector.dtype is torch.float32
-    assert vector.is_contiguous()
-    return int(vector.data_ptr())

@@ -1,0 +1,257 @@
+"""How the experts of one layer are computed from planes that have arrived: raw, packed, or with transformers' function.
+
+Shapes: T rows of the batch, R rows of a group, J groups that arrived, H hidden, I expert width, G = I or 2I, P places
+of the output (with E: planes of a chain), E experts of the layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from moestro import _native
+from moestro.kernels.base import ExpertDeltaSpec, ExpertSpec, Kernels
+from moestro.kernels.shapes import native_expert_delta
+from moestro.runtime.deltas import ChangedExperts, Pieces, add_pieces, expert_deltas
+from moestro.runtime.expert_mlp import activate, expert_mlp
+from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec
+from moestro.runtime.grouping import Grouping
+from moestro.runtime.slots import SlotViews
+from moestro.store.layout import Layout
+
+Arrived = Sequence[tuple[int, tuple[int, ...]]]
+"""(group of a `Grouping`, byte offsets of its planes in the arena) of the chains that a stream hands out together."""
+
+
+class LayerExperts(Protocol):
+    """How the experts of one layer are computed once their planes are there."""
+
+    @property
+    def known(self) -> _native.KnownExperts | None:
+        """Those that can be computed from where their planes last arrived; None where that is never so."""
+        ...
+
+    def compute(
+        self,
+        arrived: Arrived,
+        rows: Grouping,
+        hidden_TH: torch.Tensor,
+        out_PH: torch.Tensor,
+        pieces: Pieces | None = None,
+    ) -> None:
+        """Write the unweighted output of each arrived group into its places of `out_PH`. `pieces`, of each of them, are
+        what variants add."""
+        ...
+
+    def forget(self, expert: int | None = None) -> None:
+        """Planes of this expert (None: of any) are not where they were; those of variants are."""
+        ...
+
+    def forget_delta(self, expert: int, variant: int) -> None:
+        """The plane of a variant is not where it was."""
+        ...
+
+    def entered(self, variant: int, changed: ChangedExperts) -> None:
+        """A variant has this number from now on."""
+        ...
+
+    def left(self, variant: int) -> None:
+        """None has this number."""
+        ...
+
+
+class StreamedExperts:
+    """Those that are asked for anew at every step."""
+
+    known: None = None
+
+    def forget(self, expert: int | None = None) -> None:
+        pass
+
+    def forget_delta(self, expert: int, variant: int) -> None:
+        pass
+
+    def entered(self, variant: int, changed: ChangedExperts) -> None:
+        pass
+
+    def left(self, variant: int) -> None:
+        pass
+
+
+class RawExperts(StreamedExperts):
+    """Experts in their stored type, one after another, with the activation of transformers' module."""
+
+    def __init__(self, kernels: Kernels, module: nn.Module, views: SlotViews, layer: int) -> None:
+        self._kernels, self._module, self._views, self._layer = kernels, module, views, layer
+
+    def compute(
+        self,
+        arrived: Arrived,
+        rows: Grouping,
+        hidden_TH: torch.Tensor,
+        out_PH: torch.Tensor,
+        pieces: Pieces | None = None,
+    ) -> None:
+        for (group, (offset,)), some in zip(arrived, pieces or repeat(()), strict=False):
+            views = self._views.at(self._layer, offset)
+            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
+            output_RH = expert_mlp(self._kernels, self._module, views, hidden_RH, some)
+            out_PH[torch.from_numpy(rows.places_of(group))] = output_RH
+
+
+class PackedExperts:
+    """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        spec: ExpertSpec,
+        arena: torch.Tensor,
+        *,
+        layer: int,
+        level: int,
+        experts: int,
+        know: bool,
+    ) -> None:
+        self._kernels, self._spec, self._layer, self._level = kernels, spec, layer, level
+        self._deltas: dict[int, np.ndarray] = {}  # of each variant: addresses [E], 0: not known, -1: there is none
+        self._arena = arena.data_ptr()
+        self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
+        self.known = kernels.known_experts(spec, self._known_EP, level) if know else None
+
+    def compute(
+        self,
+        arrived: Arrived,
+        rows: Grouping,
+        hidden_TH: torch.Tensor,
+        out_PH: torch.Tensor,
+        pieces: Pieces | None = None,
+    ) -> None:
+        base = self._arena
+        addresses = [[*[base + offset for offset in offsets], *_ABSENT[len(offsets) :]] for _, offsets in arrived]
+        planes_JP = np.array(addresses, dtype=np.int64)
+        groups = [group for group, _ in arrived]
+        if self.known is not None:
+            self._note(groups, planes_JP, rows)
+        jobs = rows.jobs(groups, planes_JP)
+        deltas = None
+        if pieces is not None:
+            deltas = expert_deltas(pieces, jobs.starts)
+            if self.known is not None:
+                self._note_deltas(groups, pieces, rows)
+        self._kernels.experts(self._spec, jobs, hidden_TH, out_PH, deltas)
+
+    def _note(self, groups: Sequence[int], planes_JP: np.ndarray, rows: Grouping) -> None:
+        """Where the exact ones are, which is all that is ever taken from what is known."""
+        whole = [place for place, group in enumerate(groups) if rows.bits_of(group) == self._level]
+        self._known_EP[[rows.expert_of(groups[place]) for place in whole]] = planes_JP[whole]
+
+    def _note_deltas(self, groups: Sequence[int], pieces: Pieces, rows: Grouping) -> None:
+        for group, some in zip(groups, pieces, strict=True):
+            for piece in some:
+                self._deltas[piece.variant][rows.expert_of(group)] = piece.address
+
+    def entered(self, variant: int, changed: ChangedExperts) -> None:
+        if self.known is None:
+            return
+        specs = [changed.spec(self._layer, expert) for expert in range(len(self._known_EP))]
+        spec = next((one for one in specs if one is not None), ExpertDeltaSpec(None, None, 0, 0))
+        addresses_E = np.array([-1 if one is None else 0 for one in specs], dtype=np.int64)
+        self._deltas[variant] = addresses_E
+        self.known.set_deltas(variant, native_expert_delta(spec), addresses_E.ctypes.data)
+
+    def left(self, variant: int) -> None:
+        if self.known is not None:
+            self.known.set_deltas(variant, None, 0)
+            del self._deltas[variant]
+
+    def forget_delta(self, expert: int, variant: int) -> None:
+        addresses_E = self._deltas.get(variant)
+        if addresses_E is not None:
+            addresses_E[expert] = 0
+
+    def forget(self, expert: int | None = None) -> None:
+        self._known_EP[slice(None) if expert is None else expert] = 0
+
+
+class PackedExpertsWithModule(StreamedExperts):
+    """Quantised experts with an activation that only transformers' module knows, one after another."""
+
+    def __init__(self, kernels: Kernels, module: nn.Module, matrices: ExpertMatrices, arena: torch.Tensor) -> None:
+        self._kernels, self._module, self._matrices = kernels, module, matrices
+        self._bytes = arena
+
+    def compute(
+        self,
+        arrived: Arrived,
+        rows: Grouping,
+        hidden_TH: torch.Tensor,
+        out_PH: torch.Tensor,
+        pieces: Pieces | None = None,
+    ) -> None:
+        matrices = self._matrices
+        for (group, offsets), some in zip(arrived, pieces or repeat(()), strict=False):
+            planes, level = tuple(self._bytes.data_ptr() + offset for offset in offsets), rows.bits_of(group)
+            hidden_RH = hidden_TH[torch.from_numpy(rows.rows_of(group))]
+            up_bias = self._bias(matrices.up_bias, offsets[0], matrices.up.rows)
+            up_RG = self._kernels.packed_linear(hidden_RH, matrices.up, planes, level, up_bias)
+            add_pieces(self._kernels, some, "up", hidden_RH, up_RG)
+            down_bias = self._bias(matrices.down_bias, offsets[0], matrices.down.rows)
+            activated_RI = activate(self._module, up_RG).contiguous()
+            output_RH = self._kernels.packed_linear(activated_RI, matrices.down, planes, level, down_bias)
+            add_pieces(self._kernels, some, "down", activated_RI, output_RH)
+            out_PH[torch.from_numpy(rows.places_of(group))] = output_RH
+
+    def _bias(self, offset: int | None, plane: int, size: int) -> torch.Tensor | None:
+        if offset is None:
+            return None
+        start = plane + offset
+        return self._bytes[start : start + 4 * size].view(torch.float32)
+
+
+_CHAIN_PLANES = 4
+"""Most planes of a chain."""
+
+_ABSENT = (0,) * _CHAIN_PLANES
+
+
+def packed_layer(
+    kernels: Kernels,
+    module: nn.Module,
+    layout: Layout,
+    arena: torch.Tensor,
+    *,
+    level: int,
+    experts: int,
+    layer: int = 0,
+    know: bool = False,
+) -> LayerExperts:
+    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`.
+
+    With `know` it remembers where planes lie, and forgets what it is told to.
+    """
+    matrices = expert_matrices(layout)
+    spec = expert_spec(matrices, module)
+    if spec is not None:
+        return PackedExperts(kernels, spec, arena, layer=layer, level=level, experts=experts, know=know)
+    _say_once(type(module))
+    return PackedExpertsWithModule(kernels, module, matrices, arena)
+
+
+def _say_once(kind: type) -> None:
+    if kind not in _said:
+        _said.add(kind)
+        logging.getLogger("moestro").warning(
+            "The kernels do not know the activation of %s: its experts are computed one by one with the function of "
+            "transformers, which is slower.",
+            kind.__name__,
+        )
+
+
+_said: set[type] = set()
