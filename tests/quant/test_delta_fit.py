@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moestro.quant.delta_codes import fit_codes
@@ -58,6 +58,7 @@ def test_kept_channels_make_up_for_others() -> None:
     assert _cost(inputs, delta, parts.decoded(1)) < _cost(inputs, delta, alone)
 
 
+@example(rows=1, columns=149, bits=2, kept=0)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 150), bits=st.sampled_from([1, 2, 4]), kept=st.integers(0, 3))
 def test_any_shape(rows: int, columns: int, bits: int, kept: int) -> None:
     delta, inputs = _case(rows, columns)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from moestro.quant.codes import LEVELS
 from moestro.quant.delta_codes import DeltaParts, fit_codes, largest_channels
 from moestro.quant.grid import spread
-from moestro.quant.groups import group_size, padded_columns
+from moestro.quant.groups import group_size, padded_columns, padded_rows
 from moestro.quant.hessian import DAMPING, compensation, importance
 from moestro.quant.rounding import Compensation, Rule, round_compensated
 
@@ -115,9 +115,12 @@ def _round(aim: _Aim, scale_NG: torch.Tensor, middle_NG: torch.Tensor, bits: int
     if bits == 1:
         return _round_signs(offset_NK, spread(scale_NG, group), aim.how)
     # A chain that cares for one level only has just that level's codes.
-    rule = Rule([scale_NG.contiguous()], {bits: 1.0}, {bits: 1.0}, 0, 0)
-    code_NK = round_compensated([offset_NK] * len(LEVELS), rule, group, aim.how, sweeps=_SWEEPS).code_NK
-    return code_NK >> (4 - bits)
+    # Rounding wants more than one row: strides of a single one are no matter to torch, and are to it.
+    rows = len(offset_NK)
+    extra = (0, 0, 0, padded_rows(rows) - rows)
+    rule = Rule([functional.pad(scale_NG, extra).contiguous()], {bits: 1.0}, {bits: 1.0}, 0, 0)
+    offsets = [functional.pad(offset_NK, extra)] * len(LEVELS)
+    return round_compensated(offsets, rule, group, aim.how, sweeps=_SWEEPS).code_NK[:rows] >> (4 - bits)
 
 
 def _round_signs(offset_NK: torch.Tensor, scale_NK: torch.Tensor, how: Compensation) -> torch.Tensor:
