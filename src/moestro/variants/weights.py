@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from moestro.config import RAW, PackOptions
-from moestro.errors import StoreError, VariantError
+from moestro.errors import MoestroError, StoreError, VariantError
 from moestro.hf.skeleton import Skeleton
 from moestro.store.checkpoint import Checkpoint
 from moestro.store.dtypes import TORCH_DTYPES
@@ -156,10 +156,13 @@ def _checkpoint_of(folder: Path, wanted: str) -> Checkpoint | None:
     """The checkpoint in `folder` if it is there and has this fingerprint."""
     try:
         checkpoint = Checkpoint(folder)
-    except ValueError:
+    except MoestroError:
         return None
-    if fingerprint(checkpoint) == wanted:
-        return checkpoint
+    try:
+        if fingerprint(checkpoint) == wanted:
+            return checkpoint
+    except MoestroError:
+        pass  # what cannot be read cannot be the base
     checkpoint.close()
     return None
 
