@@ -44,7 +44,7 @@ def main() -> None:
     arguments = _arguments()
     contenders = [_contender(one) for one in arguments.store]
     peer = Contender("llama.cpp", arguments.gguf, "")
-    floor = _floor(contenders[0].path)
+    floor = process_floor(contenders[0].path)
     samples = _earlier(arguments.out)
     for number in range(arguments.rounds):
         for share in (float(text) for text in arguments.shares.split(",")):
@@ -74,7 +74,7 @@ def _contender(text: str) -> Contender:
     return Contender(f"moestro {name}", Path(folder), quality or "exact")
 
 
-def _floor(store: Path) -> int:
+def process_floor(store: Path) -> int:
     """What a moestro process takes before any weight."""
     command = [sys.executable, "-m", "moestro.cli", "plan", str(store), "--memory", "1TiB", "--json"]
     return int(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)["floor_bytes"])

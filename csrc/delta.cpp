@@ -17,7 +17,8 @@ constexpr int64_t kLeastParallelValues = 1 << 14;
 void add_salient(const Salient &salient, int64_t row, float *out) {
   for (int64_t c = 0; c < salient.count; ++c) {
     MOESTRO_ISA::Float16 value;
-    std::memcpy(&value, salient.values + (c * salient.stride + row) * int64_t{sizeof value}, sizeof value);
+    const int64_t place = (row / kTile * salient.count + c) * kTile + row % kTile;
+    std::memcpy(&value, salient.values + place * int64_t{sizeof value}, sizeof value);
     out[salient.ids[c]] += MOESTRO_ISA::to_float(value);
   }
 }
@@ -49,8 +50,7 @@ DeltaShape checked(const DeltaShape &shape) {
 
 Delta delta_at(const DeltaShape &shape, const uint8_t *address) {
   Delta delta{{shape.encoding, flat_bits(shape.encoding), shape.group, shape.rows, shape.columns, {address}}, {}, nullptr};
-  delta.salient = {reinterpret_cast<const int32_t *>(address + shape.ids), address + shape.values, shape.salient,
-                   rounded_up(shape.rows, kTile)};
+  delta.salient = {reinterpret_cast<const int32_t *>(address + shape.ids), address + shape.values, shape.salient};
   if (shape.bias >= 0) delta.bias = reinterpret_cast<const float *>(address + shape.bias);
   return delta;
 }

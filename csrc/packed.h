@@ -61,13 +61,13 @@ struct PackedMatrix {
   const uint8_t *regions[kPlanes];
 };
 
-// Input channels whose values are kept in fp16 beside a matrix's codes, [count, stride] with one row per channel. To a
-// row's result (after the unit) they are added in the order given: t = fma(sx * float(a), value, t), with a the code of
+// Input channels whose values are kept in fp16 beside a matrix's codes, [tiles of the matrix, count, rows of a tile]. To
+// a row's result (after the unit) they are added in the order given: t = fma(sx * float(a), value, t), with a the code of
 // that channel's activation and sx the scale of its group.
 struct Salient {
   const int32_t *ids;
   const uint8_t *values;
-  int64_t count, stride; // stride: rows of the matrix, filled up to whole tiles
+  int64_t count;
 };
 
 // y[t, n] = dot(x[t], row n of matrix) + bias[n]; x is quantised in the matrix's groups. Where it is a delta, with its

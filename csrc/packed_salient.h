@@ -1,7 +1,7 @@
 // The salient channels of a delta: the few columns whose values are kept in fp16, times the same quantised activations.
 //
-// A tile's sixteen values of a channel are half a cache line, and channels lie far apart: they are asked for before the
-// tile's codes are multiplied. What a row's activations are in those channels is worked out once for all tiles of a task.
+// Those of a tile are asked for a tile ahead. What a row's activations are in those channels is worked out once for all
+// tiles of a task.
 #pragma once
 
 #include "packed_tasks.h"
@@ -15,12 +15,12 @@ constexpr int64_t kReadyInputs = 4096;
 constexpr int64_t kOwnInputs = 64;
 
 inline const uint8_t *salient_values(const Salient &salient, int64_t channel, int64_t tile) {
-  return salient.values + (channel * salient.stride + tile * kTile) * int64_t{sizeof(uint16_t)};
+  return salient.values + (tile * salient.count + channel) * kTile * int64_t{sizeof(uint16_t)};
 }
 
-// To the second-level cache: in the first, lines that are a multiple of 4 KiB apart would push each other out.
 inline void ask_for_salient(const Salient &salient, int64_t tile) {
-  for (int64_t c = 0; c < salient.count; ++c) __builtin_prefetch(salient_values(salient, c, tile), 0, 2);
+  const uint8_t *end = salient_values(salient, 0, tile + 1);
+  for (const uint8_t *p = salient_values(salient, 0, tile); p < end; p += kChunk) __builtin_prefetch(p);
 }
 
 // out[c] = what row t of the task has in salient channel first + c.

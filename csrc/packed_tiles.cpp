@@ -35,7 +35,7 @@ template <Form F> MOESTRO_INLINE void ask_for(const GroupCodes &at, int64_t bloc
     const uint8_t *p = at.plane[plane] + block * lines * kChunk + kAhead;
     for (int i = 0; i < lines; ++i) __builtin_prefetch(p + i * kChunk);
   };
-  ask(0, F == Form::flat8 ? 8 : (F == Form::flat4 ? 4 : 2));
+  ask(0, F == Form::flat8 ? 8 : (F == Form::flat4 ? 4 : (F == Form::flat1 ? 1 : 2)));
   if constexpr (planes_of(F) > 1) ask(1, 1);
   if constexpr (planes_of(F) > 2) ask(2, 1);
   if constexpr (planes_of(F) > 3) ask(3, 4);
@@ -125,7 +125,8 @@ void packed_tiles(const TileTask &task) {
   with_form(form_of(*task.matrix, plain), [&](auto form) {
     constexpr Form kForm = decltype(form)::value;
     for (int64_t tile = task.first; tile < task.end; ++tile) {
-      if (task.delta != nullptr) ask_for_salient(*task.delta, tile);
+      if (task.delta != nullptr && tile == task.first) ask_for_salient(*task.delta, tile);
+      if (task.delta != nullptr && tile + 1 < task.end) ask_for_salient(*task.delta, tile + 1);
       for_each_part<rows_at_once<kForm>>(task.count, [&](int64_t first, auto count) __attribute__((noinline)) {
         tile_rows<kForm, decltype(count)::value>(task, layout, inputs, tile, first);
       });

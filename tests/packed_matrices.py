@@ -23,7 +23,7 @@ from moestro.kernels.specs import (
     MatrixSpec,
 )
 from moestro.quant import LEVELS
-from moestro.quant.delta import DeltaRegion
+from moestro.quant.delta import DeltaRegion, pack_kept
 from moestro.quant.flat import flat_encode
 from moestro.quant.groups import TILE, group_size, groups, padded_columns, padded_rows
 from moestro.quant.tiles import BITS1, BITS2, BITS4, BITS8, CodeFormat, pack_codes, pack_scaled, pack_scales
@@ -132,7 +132,7 @@ def filled_delta(
 def _delta(source: Source, region: DeltaRegion, codes: torch.Tensor, values_CN: torch.Tensor) -> PackedDelta:
     ids_C = torch.randperm(region.columns, generator=source.generator)[: region.salient].sort().values.to(torch.int32)
     data = torch.zeros(region.nbytes, dtype=torch.uint8)
-    parts = [(0, codes), (region.ids_at, ids_C), (region.values_at, values_CN)]
+    parts = [(0, codes), (region.ids_at, ids_C), (region.values_at, pack_kept(values_CN))]
     if region.bias:
         parts.append((region.bias_at, source.normal(region.rows)))
     for start, part in parts:

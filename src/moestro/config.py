@@ -47,6 +47,11 @@ class RuntimeOptions:
         "How it is given up: ledger, gate, sensitivity, learned, fixed; auto: ledger if errors are known, else gate.",
     )
     order: str = option("auto", "In which order a layer's experts are read: auto (hebf), arrival, hebf or johnson.")
+    admit: str = option(
+        "auto",
+        "Who starts when a place is free: arrival (first come), alike (whose prompt shares most tokens with those that "
+        "run, who then share experts); auto: alike where not all experts fit in memory.",
+    )
     prefix_cache: bool = option(
         True, "Keep what was computed for the beginnings of requests while the KV cache has room, for others like them."
     )
@@ -65,6 +70,8 @@ class RuntimeOptions:
         check_types(self, BudgetError)
         if self.prefetch not in ("on", "off"):
             raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
+        if self.admit not in ("auto", "arrival", "alike"):
+            raise RequestError(f"admit is {self.admit!r}, expected auto, arrival or alike.")
         if self.learn not in ("auto", "on", "off"):
             raise RequestError(f"learn is {self.learn!r}, expected auto, on or off.")
 
@@ -196,7 +203,8 @@ class LoadOptions:
     requests: int = option(64, "Requests in all.")
     concurrency: int = option(4, "Clients, each of which sends its next request when the last is answered.")
     rate: float = option(0.0, "Requests per second, at random moments (Poisson), instead of --concurrency.")
-    prompt_tokens: int = option(64, "Tokens of each prompt, of random ids.")
+    prompt_tokens: int = option(64, "Tokens of each prompt, of random ids (with --text: about so many).")
+    text: str = option("", "Cut prompts from this file, four characters for a token; any server can be asked then.")
     max_tokens: int = option(64, "Tokens of each answer; it does not end before.")
     seed: int = option(0, "Seed of prompts, moments and sampling.")
     temperature: float = option(0.0, "0 picks the likeliest token; higher is more random.")

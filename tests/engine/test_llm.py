@@ -133,6 +133,7 @@ def test_bad_requests(llm: LLM, prompt: str | list[int], sampling: SamplingParam
         ({"memory": "48MiB", "context": 100_000}, "takes 2 to 1024"),
         ({"memory": "48MiB", "max_sequences": 0}, "max_sequences"),
         ({"memory": "48MiB", "policy": "astrology"}, "astrology"),
+        ({"memory": "48MiB", "admit": "by beauty"}, "by beauty"),
     ],
 )
 def test_bad_options(shipped: Path, options: dict[str, object], says: str) -> None:

@@ -40,6 +40,17 @@ def test_bench_serve_measures_every_request(running: Running, tmp_path: Path) ->
     assert "first token" in run("bench-serve", running.url, *flags[:-1]).stdout
 
 
+def test_bench_serve_cuts_prompts_from_a_text(running: Running, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It is not the crook in modern business that we fear. " * 20)
+    flags = ["--requests", "3", "--prompt-tokens", "16", "--max-tokens", "2", "--json", "--text", text]
+    figures = json.loads(run("bench-serve", running.url, *flags).stdout)
+    assert figures["answered"] == 3
+    assert 3 * 8 < figures["prompt_tokens"] < 3 * 48
+    assert_user_error(run("bench-serve", running.url, *flags, "--prompt-tokens", "9999"), "39996", str(text))
+    assert_user_error(run("bench-serve", running.url, "--text", tmp_path / "none.txt"), "none.txt", "cannot be read")
+
+
 def test_a_conversation_with_a_server(running: Running, tmp_path: Path) -> None:
     saved = tmp_path / "talk.txt"
     lines = ["/help", "/retry", "Bridge\\", "and brook", "/system be kind", "/system", "hello", "/retry", "/bogus",

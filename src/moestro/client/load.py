@@ -7,12 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from moestro.client.connection import Connection
 from moestro.config import LoadOptions
-from moestro.errors import ClientError, MoestroError
+from moestro.errors import ClientError, MoestroError, RequestError
+
+_CHARACTERS = 4
+"""Of a token, about."""
 
 
 @dataclass
@@ -43,10 +47,11 @@ def run_load(
     """Send the requests and follow every answer.
 
     With a rate, requests are due at random moments (exponential distances); else each of `concurrency` clients sends
-    its next one when its last was answered. Prompts are random token ids.
+    its next one when its last was answered. Prompts are random token ids, or pieces of a text.
 
     Raises:
         ClientError: the server cannot be reached, or answered no request at all.
+        RequestError: the text cannot be read, or is too short.
     """
     model = connection.get("/v1/models")["data"][0]["id"]
     prompts = _prompts(connection, options)
@@ -145,15 +150,33 @@ def _offsets(options: LoadOptions) -> list[float]:
     return offsets
 
 
-def _prompts(connection: Connection, options: LoadOptions) -> list[list[int]]:
-    """Random ids between two that a long text has: all models know those."""
+def _prompts(connection: Connection, options: LoadOptions) -> Sequence[str | list[int]]:
+    """Pieces of a text, or random ids between two that a long text has: all models know those."""
+    if options.text:
+        return _pieces(Path(options.text), options)
     known = connection.post("/tokenize", {"prompt": "The quick brown fox jumps over the lazy dog, and zebras look on."})
     most = max(known["tokens"])
     chance = random.Random(options.seed)
     return [[chance.randint(1, most) for _ in range(options.prompt_tokens)] for _ in range(options.requests)]
 
 
-def _body(model: str, prompt: list[int], options: LoadOptions, number: int) -> dict[str, Any]:
+def _pieces(file: Path, options: LoadOptions) -> list[str]:
+    """Of equal length, from all over the text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"The text {file} cannot be read: {error}. Give a file of UTF-8 text.") from error
+    length = _CHARACTERS * options.prompt_tokens
+    if len(text) < length:
+        raise RequestError(
+            f"The text {file} has {len(text)} characters; prompts of {options.prompt_tokens} tokens need {length}."
+        )
+    chance = random.Random(options.seed)
+    starts = [chance.randint(0, len(text) - length) for _ in range(options.requests)]
+    return [text[start : start + length] for start in starts]
+
+
+def _body(model: str, prompt: str | list[int], options: LoadOptions, number: int) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": prompt,

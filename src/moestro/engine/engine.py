@@ -30,7 +30,8 @@ class Engine:
     """Requests in, tokens out. Knows no text and no planes. Not thread-safe.
 
     `quality` is that of requests that ask for none, `level_policy` what it is spent by. `prefix_cache`: KV rows of what
-    requests begin with are kept and shared. `shares`: what KV blocks and experts trade by, if they do.
+    requests begin with are kept and shared. `shares`: what KV blocks and experts trade by, if they do. `alike`:
+    requests that share tokens run together.
     """
 
     def __init__(
@@ -46,13 +47,18 @@ class Engine:
         level_policy: str = "fixed",
         prefix_cache: bool = False,
         shares: MemoryShares | None = None,
+        alike: bool = False,
     ) -> None:
         self._quality, self._level_policy = quality, level_policy
         self._runner, self._shares = runner, shares
         self._prefixes = Prefixes(runner.kv, keep=prefix_cache, shares=shares)
         self._variants = runner.variants
         self._scheduler = Scheduler(
-            prefixes=self._prefixes, max_sequences=max_sequences, step_rows=step_rows, variants=self._variants
+            prefixes=self._prefixes,
+            max_sequences=max_sequences,
+            step_rows=step_rows,
+            variants=self._variants,
+            alike=alike,
         )
         self._context = context
         self._end_ids = end_ids

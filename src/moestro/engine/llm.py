@@ -100,6 +100,7 @@ class LLM:
             level_policy=self._model.level_policy,
             prefix_cache=self.options.prefix_cache,
             shares=self._model.shares,
+            alike=self.options.admit == "alike" or (self.options.admit == "auto" and not self.plan.whole),
         )
         if self.options.variant:
             self._model.variants.open(self.options.variant)
@@ -267,6 +268,11 @@ class LLM:
         Any thread may ask, also while another generates.
         """
         return self._open.runner.held()
+
+    def flush(self) -> None:
+        """Forget every expert in memory, every kept prefix and every variant. Nothing may be running."""
+        assert not self._engine.busy, "flush() while requests run"
+        self._engine.forget()
 
     def variants(self) -> tuple[str, ...]:
         """The names of the store's variants, as they are now. Any thread may ask."""

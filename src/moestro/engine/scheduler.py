@@ -13,7 +13,8 @@ from moestro.runtime.variants import Variants
 
 
 class Scheduler:
-    """Who runs. A request starts when its whole KV room is free, so that it can never starve midway.
+    """Who runs. A request starts when its whole KV room is free, so that it can never starve midway. With `alike` those
+    start together whose prompts share tokens, and so experts.
 
     One that waits may take the place of one that runs and has a lower rank (a higher `priority`), once at most for each
     that gives way: what it has computed so far is kept as long as there is room, and computed again otherwise. One
@@ -21,12 +22,18 @@ class Scheduler:
     """
 
     def __init__(
-        self, *, prefixes: Prefixes, max_sequences: int, step_rows: int, variants: Variants | None = None
+        self,
+        *,
+        prefixes: Prefixes,
+        max_sequences: int,
+        step_rows: int,
+        variants: Variants | None = None,
+        alike: bool = False,
     ) -> None:
         self._prefixes, self._variants = prefixes, variants
         self._max_sequences = max_sequences
         self._step_rows = step_rows
-        self._waiting = WaitingLine()
+        self._waiting = WaitingLine(alike=alike)
         self._running: list[Sequence] = []
 
     @property
@@ -99,7 +106,7 @@ class Scheduler:
         """Have requests begin to run, as many as there is room for. Returns those that ended because they cannot."""
         failed: list[Sequence] = []
         while self._waiting:
-            first = self._waiting.first()
+            first = self._waiting.first(self._running)
             if self._prefixes.is_coming(first, self._running):
                 break
             if len(self._running) == self._max_sequences and not self._make_way(first):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from moestro.config import SamplingParams
+from moestro.engine.likeness import sketch
 from moestro.engine.logprobs import TokenLikelihood
 from moestro.engine.sampling import Sampler
 from moestro.errors import MoestroError, RequestError
@@ -71,6 +74,11 @@ class Sequence:
     def most_rows(self) -> int:
         """Rows of KV cache that the request can come to need; the last token is never fed back."""
         return len(self.prompt_ids) + self.sampling.max_tokens - 1
+
+    @cached_property
+    def sketch(self) -> np.ndarray:
+        """What its likeness to others is told by."""
+        return sketch(self.prompt_ids)
 
     def pending(self, limit: int) -> list[int]:
         """The next tokens to feed, at most `limit`: the rest of the prompt, or the last token."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moestro.kernels.quantised import bytes_at, fused_multiply_add, linear, matrix_at, quantise_rows, values
 from moestro.kernels.specs import ExpertDeltas, ExpertDeltaSpec, delta_codes
-from moestro.quant.delta import DeltaRegion
+from moestro.quant.delta import DeltaRegion, unpack_kept
 from moestro.quant.groups import padded_rows
 
 AddDelta = Callable[[torch.Tensor, torch.Tensor], None]
@@ -74,6 +74,5 @@ def _salient(delta: DeltaRegion, address: int) -> tuple[torch.Tensor, torch.Tens
     if delta.salient == 0:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, delta.rows)
     ids_C = bytes_at(address + delta.ids_at, 4 * delta.salient).view(torch.int32).long()
-    tall = padded_rows(delta.rows)
-    value_CNp = bytes_at(address + delta.values_at, 2 * delta.salient * tall).view(torch.float16).view(-1, tall)
-    return ids_C, value_CNp[:, : delta.rows].float()
+    values = bytes_at(address + delta.values_at, 2 * delta.salient * padded_rows(delta.rows)).view(torch.float16)
+    return ids_C, unpack_kept(values, delta.salient, delta.rows).float()

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch.nn import functional
+
 from moestro.quant.flat import flat_bytes
-from moestro.quant.groups import group_size, padded_rows
+from moestro.quant.groups import TILE, group_size, padded_rows
 
 DELTA_BITS = (1, 2, 4)
 """How many bits the codes of a delta can have."""
@@ -24,7 +27,8 @@ class DeltaRegion:
     """The bytes of one matrix's delta, each part on a multiple of 64 from their start; gaps are zeros.
 
     First the codes, as `flat_bytes` has them; then the channels kept, int32 [C], ascending; their values, fp16
-    [C, N filled up to whole tiles]; and, with `bias`, the difference of the biases, fp32 [N].
+    (`pack_kept`), tile after tile of all channels, as kernels go through them; and, with `bias`, the difference of the
+    biases, fp32 [N].
     """
 
     rows: int
@@ -66,6 +70,19 @@ def salient_channels(columns: int, share: float) -> int:
     if share == 0:
         return 0
     return min(columns, max(2, -int(-columns * share // 1)))
+
+
+def pack_kept(value_CN: torch.Tensor) -> torch.Tensor:
+    """Values of kept channels, fp16 [C, N], as they lie: [tiles, C, 16] in one row, filled up with zeros."""
+    channels, rows = value_CN.shape
+    whole_CN = functional.pad(value_CN, (0, padded_rows(rows) - rows))
+    return whole_CN.view(channels, padded_rows(rows) // TILE, TILE).transpose(0, 1).flatten()
+
+
+def unpack_kept(packed: torch.Tensor, channels: int, rows: int) -> torch.Tensor:
+    """The values [C, N] that `pack_kept` has put so."""
+    tiles = padded_rows(rows) // TILE
+    return packed.view(tiles, channels, TILE).transpose(0, 1).reshape(channels, tiles * TILE)[:, :rows]
 
 
 def _aligned(nbytes: int) -> int:

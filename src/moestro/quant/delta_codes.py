@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from moestro.quant.delta import DeltaRegion
+from moestro.quant.delta import DeltaRegion, pack_kept, unpack_kept
 from moestro.quant.flat import FORMS, flat_bytes, flat_decode
 from moestro.quant.grid import Grid, spread, unit_for
 from moestro.quant.groups import groups, padded_columns, padded_rows
@@ -134,7 +134,7 @@ def pack_delta(parts: DeltaParts, region: DeltaRegion) -> torch.Tensor:
     _put(packed, 0, Grid(nothing, nothing, parts.unit, {2: 1.0}, hi=0, lo=0).header())
     _put(packed, HEADER, pack_scaled(scales, code_NK, region.group, FORMS[region.bits]))
     _put(packed, region.ids_at, parts.kept_C.to(torch.int32))
-    _put(packed, region.values_at, functional.pad(parts.value_CN, (0, tall)).contiguous())
+    _put(packed, region.values_at, pack_kept(parts.value_CN))
     if parts.bias_N is not None:
         _put(packed, region.bias_at, parts.bias_N.float())
     return packed
@@ -148,14 +148,14 @@ def unpack_delta(packed: torch.Tensor, region: DeltaRegion) -> DeltaParts:
     (scale_NG, middle_NG), code_NK = unpack_scaled(body, 2, tall, wide, region.group, FORMS[region.bits])
     unit = Grid.parse(packed[:HEADER], scale_NG, middle_NG).unit
     kept_C = _take(packed, region.ids_at, 4 * region.salient).view(torch.int32)
-    value_CN = _take(packed, region.values_at, 2 * region.salient * tall).view(torch.float16).view(-1, tall)
+    values = _take(packed, region.values_at, 2 * region.salient * tall).view(torch.float16)
     return DeltaParts(
         code_NK[:rows, :columns],
         scale_NG[:rows],
         middle_NG[:rows],
         unit,
         kept_C,
-        value_CN[:, :rows],
+        unpack_kept(values, region.salient, rows),
         _take(packed, region.bias_at, 4 * rows).view(torch.float32) if region.bias else None,
     )
 

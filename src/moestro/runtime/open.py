@@ -185,13 +185,12 @@ def _assemble(
     arena_bytes: int,
 ) -> OpenModel:
     chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
-    whole = plan.arena_bytes >= plan.whole_arena_bytes
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
     foresight, history, gates = None, None, None
     most = max(layer.num_experts for layer in store.layers)
     shape = Shape(len(store.layers), most, max(probed.experts_per_token))
-    if not whole:
+    if not plan.whole:
         history = open_history(options, chosen, store, shape)
         foresight = make_foresight(chosen, store.path, shape, history)
     transfers = _transfers(store, spans.clock)

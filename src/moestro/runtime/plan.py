@@ -164,6 +164,11 @@ class Plan:
         """What is needed beside the expert arena."""
         return self.dense_bytes + self.kv_bytes + self.activation_bytes + self.staging_bytes
 
+    @property
+    def whole(self) -> bool:
+        """Whether all experts fit: nothing ever has to leave."""
+        return self.arena_bytes >= self.whole_arena_bytes
+
     def bytes_for_experts(self, share: float) -> int:
         """The memory to give so that the arena has `share` (0 to 1) of the experts' bytes, at least the least.
 
