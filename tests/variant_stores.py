@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from decoding import decoded_model
-from fine_tunes import base_checkpoint, fine_tune
+from fine_tunes import fine_tune
 from moestro.config import PackOptions, VariantOptions
 from moestro.hf.skeleton import build_skeleton, config_from_dict
 from moestro.quant.delta import DeltaRegion
@@ -37,11 +37,6 @@ class Family:
         fine_tune(self.checkpoint, tuned, size=size, seed=seed)
         options = VariantOptions(bits=bits, salient=0.05)
         add_variant(Store.open(self.store), name, str(tuned), base=str(self.checkpoint), options=options)
-
-
-def make_family(folder: Path, family: str = "qwen3_moe", *, raw: bool) -> Family:
-    """A random model, packed."""
-    return pack_family(base_checkpoint(folder / "base", family), folder / "store", raw=raw)
 
 
 def pack_family(checkpoint: Path, store: Path, *, raw: bool) -> Family:

@@ -50,6 +50,7 @@ STATS_KEYS = {
     "kv_bytes",
     "activation_bytes",
     "staging_bytes",
+    "variants",
     "level",
     "policy",
     "predictor",

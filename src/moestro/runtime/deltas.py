@@ -88,7 +88,10 @@ class StepDeltas:
         return arrived, pieces
 
     def also(self, layer: int, expert: int) -> Chain:
-        """The delta planes of an expert that some row of the step may come to need."""
+        """The delta plane of an expert that rows of the step are likely to need if they need the expert: where they are
+        of several variants, nobody knows of which."""
+        if len(self.runs) > 1:
+            return ()
         return tuple(
             (layer, expert, FIRST_DELTA + run.variant)
             for run, changed in zip(self.runs, self._changed, strict=True)

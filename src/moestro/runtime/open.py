@@ -46,7 +46,7 @@ from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
 from moestro.runtime.shares import MemoryShares, most_arena_bytes, reserved_arena_bytes
 from moestro.runtime.variant_history import VariantHistories
-from moestro.runtime.variant_parts import Wardrobe
+from moestro.runtime.variant_parts import Wardrobe, scratch_bytes
 from moestro.runtime.variants import Variants
 from moestro.spans import Clock, Spans
 from moestro.store.folders import cache_folder
@@ -223,7 +223,7 @@ def _assemble(
         wardrobe=Wardrobe(skeleton.model, kernels),
         arena=arena_buffer.address,
         chains=[[plane.nbytes for plane in layout.planes] for layout in layouts],
-        overhead_bytes=0,
+        overhead_bytes=scratch_bytes(skeleton, plan.step_rows) if all(map(is_raw, layouts)) else 0,
         eviction=None if foresight is None else foresight.eviction,
         histories=histories,
     )

@@ -13,11 +13,14 @@ import torch
 import xxhash
 from torch import nn
 
+from moestro import _native
 from moestro.errors import PlaneReadError
+from moestro.hf.skeleton import Skeleton
 from moestro.kernels.base import Kernels
 from moestro.memory.direct import FileReader, KeptFile
 from moestro.memory.pages import PAGE, HostBuffer, round_up
 from moestro.quant.delta import DeltaRegion
+from moestro.quant.groups import group_size
 from moestro.runtime.delta_weight import DeltaWeight
 from moestro.runtime.dense import DenseWeight, placed
 from moestro.runtime.slots import DTYPES
@@ -81,6 +84,14 @@ class DenseParts:
                     f"{stored.dense_file}) is damaged: its checksum is {actual:016x}, expected {one.checksum:016x}. "
                     "Remove the variant and add it again."
                 )
+
+
+def scratch_bytes(skeleton: Skeleton, rows: int) -> int:
+    """What kernels keep for the deltas of a step in a model without packed matrices: its rows, quantised."""
+    shapes = [shape for shape, _ in skeleton.dense.values()]
+    shapes += [param.shape for layer in skeleton.expert_layers for param in layer.params]
+    widths = {shape[1] for shape in shapes if len(shape) == 2}
+    return max(_native.quantised_bytes(rows, width, group_size(width)) for width in widths)
 
 
 def parts_bytes(stored: StoredVariant) -> int:
