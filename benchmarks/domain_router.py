@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -75,13 +76,11 @@ def main() -> None:
             for length in LENGTHS
         }
         bench = Bench(train, judged, frozenset(arguments.variants), tuple(arguments.examples))
-        parts = [
-            _head(arguments, kinds),
-            *_text_part(bench),
-            *_trace_part(bench, llm),
-        ]
+        parts = []
+        for part in chain([_head(arguments, kinds)], _text_part(bench), _trace_part(bench, llm)):
+            print(part, flush=True)
+            parts.append(part)
     PAGE.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    print("\n".join(parts))
 
 
 @dataclass(frozen=True, eq=False)
