@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from moestro.domain import BASE, Choice, DomainRouter, RoutedExample, RoutedProm
 from moestro.store.locate import locate
 
 LENGTHS = (16, 64, 256)
-EXAMPLES = (5, 20, 50)
+UNSEEN = 5
 LAYERS = (1, 2, 4, 8)
 THRESHOLD = 0.5
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "domain-router.md"
@@ -61,35 +62,35 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", required=True)
     parser.add_argument("--store", default="tiny-qwen3moe-28m")
     parser.add_argument("--memory", default="1GB")
-    parser.add_argument("--prompts", type=int, default=60, help="of each kind and length to judge on")
+    parser.add_argument("--examples", type=int, nargs="+", default=[5, 20, 50], help="of each kind to learn from")
+    parser.add_argument("--prompts", type=int, default=40, help="of each kind and length to judge on")
     arguments = parser.parse_args()
     kinds = sorted(path.name.removesuffix(".train.txt") for path in arguments.corpus.glob("*.train.txt"))
     store = locate(arguments.store, auto_pack=True, pack=pack_apart)
-    with LLM(store, memory=arguments.memory, context=512) as llm:
-        train = {kind: _windows(llm, arguments.corpus, kind, "train", 256, max(EXAMPLES)) for kind in kinds}
+    with LLM(store, memory=arguments.memory, context=512, prefix_cache=False) as llm:
+        train = {kind: _windows(llm, arguments.corpus, kind, "train", 256, max(arguments.examples)) for kind in kinds}
         judged = {
             length: [
                 one for kind in kinds for one in _windows(llm, arguments.corpus, kind, "val", length, arguments.prompts)
             ]
             for length in LENGTHS
         }
-        bench = Bench(train, judged, frozenset(arguments.variants))
-        parts = [
-            _head(arguments, kinds),
-            *_text_part(bench),
-            *_trace_part(bench, llm),
-        ]
+        bench = Bench(train, judged, frozenset(arguments.variants), tuple(arguments.examples))
+        parts = []
+        for part in chain([_head(arguments, kinds)], _text_part(bench), _trace_part(bench, llm)):
+            print(part, flush=True)
+            parts.append(part)
     PAGE.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    print("\n".join(parts))
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Windows to learn from by kind, to judge on by length, and which kinds are variants'."""
+    """Windows to learn from by kind, to judge on by length, which kinds are variants', how many examples are tried."""
 
     train: Mapping[str, Sequence[Window]]
     judged: Mapping[int, Sequence[Window]]
     variants: frozenset[str]
+    counts: tuple[int, ...]
 
     def domain(self, kind: str) -> str:
         return kind if kind in self.variants else BASE
@@ -130,20 +131,20 @@ def _text_part(bench: Bench) -> Iterator[str]:
     yield "## By text\n"
     yield _table_head("examples of each kind", "fit")
     routers = {}
-    for count in EXAMPLES:
+    for count in bench.counts:
         started = time.perf_counter()
         router = routers[count] = _by_text(bench.examples(count))
         yield _line(str(count), f"{time.perf_counter() - started:.1f} s", bench, router)
-    best = routers[max(EXAMPLES)]
+    best = routers[max(bench.counts)]
     yield ""
-    yield f"Who answers, of {max(EXAMPLES)} examples, over prompts of all lengths:\n"
+    yield f"Who answers, of {max(bench.counts)} examples, over prompts of all lengths:\n"
     yield from _confusion(bench, best)
     yield ""
     shares = [_unseen(bench, kind) for kind in bench.train if kind not in bench.variants]
     kept = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(shares, key=lambda one: one[1]))
     yield (
-        "Prompts of a kind of which the router saw no example, that the base answers as it should (20 examples of each "
-        f"other kind, mean {np.mean([share for _, share in shares]):.0%}): {kept}.\n"
+        f"Prompts of a kind of which the router saw no example, that the base answers as it should ({UNSEEN} examples "
+        f"of each other kind, mean {np.mean([share for _, share in shares]):.0%}): {kept}.\n"
     )
     texts = [one.text for one in bench.judged[256]]
     spent = [_seconds(lambda text=text: best.choose(Window("", text, _NONE), bench.variants)) for text in texts]
@@ -151,7 +152,7 @@ def _text_part(bench: Bench) -> Iterator[str]:
 
 
 def _unseen(bench: Bench, kind: str) -> tuple[str, float]:
-    router = _by_text(bench.examples(20, without=kind))
+    router = _by_text(bench.examples(UNSEEN, without=kind))
     prompts = [one for windows in bench.judged.values() for one in windows if one.kind == kind]
     return kind, bench.score(router, prompts).right
 
@@ -162,7 +163,7 @@ def _trace_part(bench: Bench, llm: LLM) -> Iterator[str]:
     yield "## By trace\n"
     yield _table_head("layers", "examples of each kind")
     for layers in depths:
-        for count in EXAMPLES:
+        for count in bench.counts:
             yield _line(str(layers), str(count), bench, _by_trace(bench.examples(count), layers, experts))
     yield ""
     yield "What looking at a prompt takes, all in memory, beside its whole prefill (medians of 15, and the range):\n"
@@ -242,7 +243,8 @@ def _head(arguments: argparse.Namespace, kinds: Sequence[str]) -> str:
 `model="STORE:auto"` sends a prompt to the variant fit for it. How often that is the right one, from how few examples:
 
 ```console
-$ python benchmarks/domain_router.py CORPUS --variants {" ".join(arguments.variants)}
+$ python benchmarks/domain_router.py CORPUS --variants {" ".join(arguments.variants)} \\
+      --examples {" ".join(map(str, arguments.examples))} --prompts {arguments.prompts}
 ```
 
 Of {len(kinds)} kinds of text, {", ".join(arguments.variants)} are for variants, the others for the base:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -12,7 +13,8 @@ import pytest
 from domain.domains import examples, texts
 from engine.tiny import tiny_checkpoint
 from moestro import LLM, SamplingParams
-from moestro.config import RouteOptions, RuntimeOptions
+from moestro.client.conversation import Local, Told
+from moestro.config import ChatOptions, RouteOptions, RuntimeOptions
 from moestro.domain import BASE, router_path
 from moestro.engine.domains import choosing, fit_router, judge_router
 from moestro.engine.events import Event
@@ -111,11 +113,35 @@ def test_variants_that_are_removed_are_not_chosen_and_files_are_followed(store: 
         assert llm.generate(prompt, SHORT)[0].choice is None
 
 
+def test_who_says_nothing_is_answered_too(store: Path) -> None:
+    fit_router(Store.open(store), examples(), TRACE, opening=SMALL)
+    with LLM(store, memory="64MB") as llm:
+        silent = llm.choose("")
+    assert (silent.tokens, silent.seconds) == (0, 0.0)
+    assert 1 / 3 <= silent.confidence < 1
+
+
+def test_a_conversation_in_this_process_finds_its_variant(store: Path) -> None:
+    (store / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    with (
+        LLM(f"{store}:auto", memory="64MB") as llm,
+        closing(Local(llm, ChatOptions(max_tokens=3), name="x")) as partner,
+    ):
+        told = {}
+        for domain in examples():
+            told[domain] = list(partner.answer([{"role": "user", "content": prompt_of(domain)}]))[-1]
+    assert {domain: one.variant for domain, one in told.items() if isinstance(one, Told)} == {
+        name: name for name in (BASE, "code", "sums")
+    }
+
+
 def test_fitting_is_refused_before_any_work(store: Path) -> None:
     opened = Store.open(store)
     before = router_path(store).read_bytes()
     with pytest.raises(RouteError, match="no variant 'poems'"):
         fit_router(opened, {**examples(), "poems": ["a", "b"]}, RouteOptions())
+    with pytest.raises(RouteError, match="at least 2"):
+        fit_router(opened, {**examples(), "code": ["x"]}, TRACE, opening=RuntimeOptions(memory="1KB"))
     with pytest.raises(RouteError, match="MoE layers"):
         fit_router(opened, examples(), RouteOptions(classifier="trace", layers=99), opening=SMALL)
     with pytest.raises(RouteError, match="does not know poems"):

@@ -73,10 +73,11 @@ def test_the_first_layer_needs_no_expert(store: Path) -> None:
 
 
 def test_long_prompts_are_looked_at_in_part(store: Path) -> None:
-    with LLM(store, memory="64MB", context=512) as llm:
-        found = llm.engine.route([7] * 300, 1)
-        assert found is not None
-        assert len(found) == ROUTED_TOKENS
+    for context, looked_at in ((512, ROUTED_TOKENS), (64, 63)):
+        with LLM(store, memory="64MB", context=context) as llm:
+            found = llm.engine.route([7] * 300, 1)
+            assert found is not None
+            assert len(found) == looked_at
 
 
 def test_what_is_no_prompt_is_refused(store: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,10 +18,18 @@ from moestro.engine.guides import Guides
 from moestro.server.parts import Marks
 from moestro.server.tools import Tool, call_guide
 from moestro.store.locate import locate_source
-from server.running import NAME, PROMPT
+from server.running import NAME, PROMPT, server
 
 CHAT = [{"role": "user", "content": PROMPT}]
-COMMON: dict[str, Any] = {"model": NAME, "messages": CHAT, "temperature": 0, "max_tokens": 80}
+COMMON: dict[str, Any] = {"model": NAME, "messages": CHAT, "temperature": 0, "max_tokens": 180}
+
+
+@pytest.fixture(scope="module")
+def client(store: Path) -> Iterator[OpenAI]:
+    """Of a server whose context has room for the tools and a call."""
+    with server(store, context="768") as running:
+        running.until_ready()
+        yield running.client()
 
 
 def function(name: str, key: str, values: list[str]) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def _line(told: Told) -> str:
     if told.hits is not None and told.misses is not None and told.bytes_read is not None:
         share = told.hits / max(1, told.hits + told.misses)
         line += f"; experts {share:.1%} hits, {format_bytes(told.bytes_read)} read"
+    if told.variant is not None:
+        line += f"; answered by {told.variant}"
     return line
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moestro.client.connection import Connection
 from moestro.config import ChatOptions, SamplingParams
+from moestro.domain import AUTO, BASE
+from moestro.domain.examples import text_of_messages
 
 if TYPE_CHECKING:
     from moestro import LLM
@@ -22,7 +24,10 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Told:
-    """What is known of an answer at its end; None for what the one who answered does not tell."""
+    """What is known of an answer at its end; None for what the one who answered does not tell.
+
+    `variant` is the one that was chosen for it, where that was left to the router of domains.
+    """
 
     tokens: int
     ttft_s: float
@@ -31,6 +36,7 @@ class Told:
     hits: int | None = None
     misses: int | None = None
     bytes_read: int | None = None
+    variant: str | None = None
 
 
 class Partner(Protocol):
@@ -113,11 +119,14 @@ class Local:
         self._values: dict[str, Any] = {**read_defaults(llm.path).values, **_asked(options)}
 
     def answer(self, messages: Sequence[Message]) -> Iterator[str | Told]:
+        variant = self._llm.options.variant
+        if variant == AUTO:
+            variant = self._service.choose(text_of_messages(messages)).variant or ""
         prompt = self._llm.chat_prompt(list(messages))
         sampling = SamplingParams(**{"seed": secrets.randbits(63), **self._values})
         events: SimpleQueue[Event] = SimpleQueue()
         before = self._llm.stats()
-        submitted = self._service.submit(prompt, sampling, events.put)
+        submitted = self._service.submit(prompt, sampling, events.put, variant=variant)
         try:
             while (event := events.get()).finish_reason is None:
                 if event.text:
@@ -128,7 +137,8 @@ class Local:
             raise event.error
         if event.text:
             yield event.text
-        yield _told(event, before, self._llm.stats())
+        chosen = variant or BASE if self._llm.options.variant == AUTO else None
+        yield replace(_told(event, before, self._llm.stats()), variant=chosen)
 
     def close(self) -> None:
         """End the thread; the model stays open."""

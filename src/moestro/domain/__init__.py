@@ -6,7 +6,7 @@ numpy alone.
 
 from moestro.domain.classifiers import Classifier, Prompt, RoutedPrompt, TextClassifier, TraceClassifier
 from moestro.domain.examples import MOST_EXAMPLES, read_examples
-from moestro.domain.fit import RoutedExample, fit_text, fit_trace
+from moestro.domain.fit import RoutedExample, check_examples, fit_text, fit_trace
 from moestro.domain.router import AUTO, BASE, Choice, DomainRouter
 from moestro.domain.router_file import ROUTER_FILE, load_router, router_path, save_router
 
@@ -23,6 +23,7 @@ __all__ = [
     "RoutedPrompt",
     "TextClassifier",
     "TraceClassifier",
+    "check_examples",
     "fit_text",
     "fit_trace",
     "load_router",

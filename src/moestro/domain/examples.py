@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_examples(path: Path, *, most: int = MOST_EXAMPLES) -> list[str]:
 
 def text_of_messages(messages: Any) -> str:
     """What the user says in a conversation, as OpenAI writes it. Raises ValueError when it is no conversation."""
-    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
+    if not isinstance(messages, Sequence) or not all(isinstance(one, dict) for one in messages):
         raise ValueError("messages is no list of objects")
     contents = [one.get("content") for one in messages if one.get("role") == "user"]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]

@@ -59,7 +59,7 @@ def fit_text(examples: Mapping[str, Sequence[str]], *, threshold: float) -> Doma
     Raises:
         RouteError: scikit-learn is missing, there are too few examples or domains, or the threshold is none.
     """
-    _check(examples, threshold)
+    check_examples(examples, threshold)
     sparse = _scikit_learn().sparse
     found = [
         (features_of(piece), domain, example)
@@ -79,7 +79,7 @@ def fit_trace(examples: Mapping[str, Sequence[RoutedExample]], *, experts: int, 
     Raises:
         RouteError: as `fit_text`.
     """
-    _check(examples, threshold)
+    check_examples(examples, threshold)
     sparse = _scikit_learn().sparse
     found = [
         (fingerprint(piece_NLK, experts), domain, example)
@@ -92,14 +92,11 @@ def fit_trace(examples: Mapping[str, Sequence[RoutedExample]], *, experts: int, 
     return DomainRouter(classifier, tuple(examples), threshold, left_out)
 
 
-def check_threshold(threshold: float) -> None:
-    """Raise RouteError for what is no probability."""
+def check_examples(examples: Mapping[str, Sequence[object]], threshold: float) -> None:
+    """What can be told before any work. Raises RouteError as `fit_text`."""
+    _scikit_learn()
     if not 0 <= threshold <= 1:
         raise RouteError(f"The threshold is {threshold}, expected a probability from 0 to 1.")
-
-
-def _check(examples: Mapping[str, Sequence[object]], threshold: float) -> None:
-    check_threshold(threshold)
     if len(examples) < 2 or BASE not in examples:
         raise RouteError(
             f"There are examples of {', '.join(examples) or 'nothing'}. Expected those of at least one variant, and of "

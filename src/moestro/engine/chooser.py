@@ -28,6 +28,8 @@ class _TextPrompt:
     def routed(self, layers: int) -> RoutedPrompt:
         """Raises RequestError, PlaneReadError."""
         token_ids = self.encode(self.text)
+        if not token_ids:  # a conversation in which the user has said nothing
+            return RoutedPrompt(np.empty((0, layers, 1), dtype=np.int64), 0.0)
         started = time.perf_counter()
         return RoutedPrompt(self.route(token_ids, layers), time.perf_counter() - started)
 

@@ -20,6 +20,7 @@ from moestro.domain import (
     DomainRouter,
     RoutedExample,
     TraceClassifier,
+    check_examples,
     fit_text,
     fit_trace,
     router_path,
@@ -94,6 +95,7 @@ def fit_router(
         MoestroError: as `LLM`, by trace.
     """
     _check_names(store, [name for name in examples if name != BASE])
+    check_examples(examples, what.threshold)
     if what.classifier == TraceClassifier.kind:
         router = _fit_trace(store, examples, what, opening or RuntimeOptions(), progress)
     else:

@@ -145,15 +145,15 @@ class Engine:
     def route(self, prompt_ids: List[int], layers: int) -> np.ndarray | None:
         """Experts [N, layers, K] that the base picks for a prompt's first tokens in its first MoE layers.
 
-        Between two steps, without a request: N is at most `ROUTED_TOKENS` and what a step takes. None where there is no
-        room for their KV rows now.
+        Between two steps, without a request. N is at most `ROUTED_TOKENS` and what a step and the context take. None
+        where there is no room for their KV rows now.
 
         Raises:
-            RequestError: as `prepare`.
+            RequestError: the prompt is empty, or begins with ids outside the vocabulary.
             PlaneReadError: a plane that this needs could not be read.
         """
-        self._check(prompt_ids)
-        tokens = list(prompt_ids[: min(ROUTED_TOKENS, self._step_rows)])
+        tokens = list(prompt_ids[: min(ROUTED_TOKENS, self._step_rows, self._context - 1)])
+        self._check(tokens)
         with self._prefixes.borrowed(len(tokens)) as blocks:
             if blocks is None:
                 return None
