@@ -9,9 +9,9 @@ from families import FAMILIES, random_model
 from moestro.store.locate import locate_source
 
 
-def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
+def tiny_checkpoint(folder: Path, seed: int = 0, family: str = "qwen3_moe") -> Path:
     """Write it to `folder`, which must not exist."""
-    config = FAMILIES["qwen3_moe"]()
+    config = FAMILIES[family]()
     config.vocab_size = 4096
     random_model(config, seed).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

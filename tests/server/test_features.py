@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from typing import Any
 
 import httpx
 import openai
@@ -178,3 +179,21 @@ def test_responses_to_conversations_with_a_form(client: OpenAI) -> None:
     assert json.loads(answer.output_text).keys() == {"yes"}
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         client.responses.create(model=NAME, input="a", previous_response_id=answer.id)
+
+
+def test_routed_experts_are_told_with_the_end(client: OpenAI) -> None:
+    asking = {"return_routed_experts": True}
+    whole = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=5, temperature=0, extra_body=asking)
+    routed: Any = (whole.choices[0].model_extra or {})["routed_experts"]
+    assert whole.usage is not None
+    assert len(routed["experts"]) + routed["first"] == whole.usage.total_tokens - 1
+    assert {len(layers) for layers in routed["experts"]} == {8}
+    assert all(len(set(ids)) == 4 for layers in routed["experts"] for ids in layers)
+    messages: Any = [{"role": "user", "content": PROMPT}]
+    stream = client.chat.completions.create(
+        model=NAME, messages=messages, max_tokens=5, temperature=0, stream=True, extra_body=asking
+    )
+    *_, last = [chunk for chunk in stream if chunk.choices]
+    assert len((last.choices[0].model_extra or {})["routed_experts"]["experts"][-1]) == 8
+    plain = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=5)
+    assert "routed_experts" not in (plain.choices[0].model_extra or {})

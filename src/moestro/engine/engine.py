@@ -9,6 +9,7 @@ import numpy as np
 
 from moestro.config import SamplingParams
 from moestro.engine.prefixes import Prefixes
+from moestro.engine.routed import RoutingLog
 from moestro.engine.sampling import Constraint, Sampler
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.sequence import Sequence
@@ -113,6 +114,8 @@ class Engine:
         """Queue a request that has been prepared."""
         sequence.number = self._submitted
         self._submitted += 1
+        if sequence.sampling.return_routed_experts:
+            sequence.routing = self._runner.routing_logs[sequence.number] = RoutingLog()
         self._scheduler.add(sequence)
 
     def step(self) -> list[Sequence]:

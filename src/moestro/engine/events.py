@@ -8,6 +8,7 @@ from enum import Enum
 import numpy as np
 
 from moestro.engine.results import Stats, TokenLogprob
+from moestro.engine.routed import RoutedExperts
 from moestro.errors import MoestroError
 
 
@@ -49,7 +50,7 @@ class Event:
     `text` has become certain (empty while a stop string or a character's bytes are incomplete), `token_ids` are new and
     `logprobs` theirs, if asked for; `prompt_done_tokens` of the prompt have been processed. The last event of a request
     alone has a `finish_reason`: "stop", "length", "cancelled", "deadline" or "error" (then `error` says which), and
-    with it `usage` and `timings`.
+    with it `usage`, `timings` and `routed_experts`, if asked for.
     """
 
     text: str = ""
@@ -60,6 +61,7 @@ class Event:
     error: MoestroError | None = None
     usage: Usage | None = None
     timings: RequestTimings | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True)

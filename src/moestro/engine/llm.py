@@ -372,6 +372,7 @@ class LLM:
             cached_tokens=sequence.reused,
             logprobs=answer.logprobs(),
             choice=answer.choice,
+            routed_experts=sequence.routed_experts,
             timings=Timings(
                 load_s=self._load_s,
                 ttft_s=sequence.first_token_at - sequence.submitted_at,

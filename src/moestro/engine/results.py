@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moestro.domain import Choice
+from moestro.engine.routed import RoutedExperts
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class TokenLogprob:
 class Completion:
     """A finished request. `finish_reason` is "stop" (by an end-of-text token, a stop string or the end of its guide) or
     "length" (max_tokens reached). `cached_tokens` of the prompt had been computed before. `logprobs` are those of
-    its tokens, if asked for. `choice` tells who answered and why, where that was left to the router of domains."""
+    its tokens and `routed_experts` the experts, if asked for. `choice` tells who answered and why, where that was left
+    to the router of domains."""
 
     text: str
     token_ids: list[int]
@@ -46,6 +48,7 @@ class Completion:
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     choice: Choice | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from moestro.config import SamplingParams
 from moestro.engine.likeness import sketch
 from moestro.engine.logprobs import TokenLikelihood
+from moestro.engine.routed import RoutedExperts, RoutingLog
 from moestro.engine.sampling import Sampler
 from moestro.errors import MoestroError, RequestError
 from moestro.runtime.batch import BASE
@@ -30,8 +31,8 @@ class Sequence:
 
     `variant` is what it runs on, None for the base. `budget`: nats that each of its tokens may lose to lower levels.
     `listener` is told of each token of the answer and says whether the answer ends with it. `chain` are the first of
-    its `blocks`, which others may use too; `yielded` says that it gave up its place once. Times in seconds of
-    time.perf_counter.
+    its `blocks`, which others may use too; `yielded` says that it gave up its place once. `routing` is told of the
+    experts of its tokens, if it wants to know. Times in seconds of time.perf_counter.
     """
 
     prompt_ids: list[int]
@@ -56,6 +57,7 @@ class Sequence:
     sampled: int = 0
     error: MoestroError | None = None
     listener: Callable[[], bool] | None = None
+    routing: RoutingLog | None = None
 
     @property
     def variant_serial(self) -> int:
@@ -69,6 +71,11 @@ class Sequence:
             return BASE
         assert self.variant.slot is not None
         return self.variant.slot
+
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        """What its tokens were routed to, None where nobody asked or nothing was computed."""
+        return None if self.routing is None else self.routing.taken()
 
     @property
     def most_rows(self) -> int:

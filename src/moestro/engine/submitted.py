@@ -40,6 +40,7 @@ class Submitted:
             error=sequence.error,
             usage=_usage(sequence) if self._over else None,
             timings=_timings(sequence) if self._over else None,
+            routed_experts=sequence.routed_experts if self._over else None,
         )
 
 

@@ -6,7 +6,7 @@ Shapes: T rows of the batch, S rows whose logits are wanted, H hidden or heads, 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +68,7 @@ class ModelRunner:
     ) -> None:
         self.stats = RunnerStats()
         self.recorder: Recorder | None = None
+        self.routing_logs: dict[int, Callable[[int, np.ndarray], None]] = {}
         self._history: History | None = None
         self._lookahead: Lookahead | None = None
         self._replay: Replay | None = None
@@ -138,9 +139,17 @@ class ModelRunner:
             self._forget_routing()
 
     def _recorded(self, batch: PackedBatch, logits_SV: torch.Tensor) -> torch.Tensor:
-        """What a step gave, after the recorder has been told of it."""
+        """What a step gave, after who wants to know has been told what it routed."""
+        if self.recorder is None and not self.routing_logs:
+            return logits_SV
+        routing = self._routing(with_weights=self.recorder is not None and self.recorder.keep)
         if self.recorder is not None:
-            self.recorder.step(batch.segments, self._routing(with_weights=self.recorder.keep))
+            self.recorder.step(batch.segments, routing)
+        first = 0
+        for segment in batch.segments:
+            rows = slice(first, first := first + len(segment.token_ids))
+            if segment.request in self.routing_logs:
+                self.routing_logs[segment.request](segment.start, routing.experts_LTK[:, rows].swapaxes(0, 1))
         return logits_SV
 
     def route(self, batch: PackedBatch, layers: int) -> np.ndarray:
@@ -255,7 +264,7 @@ class ModelRunner:
         layer = self._layer_of[id(module)]
         if self._replay is not None:
             index_TK, weights_TK = map(torch.from_numpy, self._replay.layer(layer))
-        if self.recorder is not None or self._route_only:
+        if self.recorder is not None or self.routing_logs or self._route_only:
             self._routed.append((index_TK.numpy(), plain(weights_TK).float().numpy()))
         if len(self._routed) == self._route_only > 0:
             raise _Routed
@@ -288,6 +297,7 @@ class ModelRunner:
 
     def end_request(self, request: int) -> None:
         """Nothing more comes of a request, whether it ever came this far or not."""
+        self.routing_logs.pop(request, None)
         if self.recorder is not None:
             self.recorder.end(request)
         if self._history is not None:

@@ -22,6 +22,7 @@ from moestro.server.guides import ResponseFormat, guide_of
 from moestro.server.logprobs import chat_logprobs
 from moestro.server.messages import Message, for_template, user_text
 from moestro.server.parts import Kind, Marks, Part, Splitter
+from moestro.server.routed import routed_json
 from moestro.server.sampling import choices_of, sampling_of
 from moestro.server.stream import reply
 from moestro.server.tools import Tool, ToolChoice, call_guide, marks_of, tools_for_template
@@ -135,7 +136,7 @@ class ChatWriter:
                     piece["logprobs"] = chat_logprobs(event.logprobs)
                 yield self._chunk([piece])
             if event.finish_reason is not None:
-                yield self._chunk([self._choice(index, {}, self._reason(index, event))])
+                yield self._chunk([self._choice(index, {}, self._reason(index, event)) | routed_json(event)])
         if include_usage:
             yield self._chunk([]) | {"usage": answers.total.as_json(), "timings": timings_json(answers)}
 
@@ -149,7 +150,7 @@ class ChatWriter:
             if self._with_logprobs:
                 choice["logprobs"]["content"] += chat_logprobs(event.logprobs)["content"]
             if event.finish_reason is not None:
-                choice["finish_reason"] = self._reason(index, event)
+                choice |= {"finish_reason": self._reason(index, event), **routed_json(event)}
         return self._head("chat.completion") | {
             "choices": [choices[index] for index in sorted(choices)],
             "usage": answers.total.as_json(),

@@ -19,6 +19,7 @@ from moestro.server.errors import ApiError
 from moestro.server.fields import MOST_CHOICES, SamplingFields, TokenId
 from moestro.server.host import Serving
 from moestro.server.logprobs import CompletionLogprobs
+from moestro.server.routed import ROUTED, routed_json
 from moestro.server.sampling import choices_of, sampling_of
 from moestro.server.stream import reply
 
@@ -123,7 +124,7 @@ class _Writer:
                 continue
             so_far = choices[index]
             so_far["text"] += piece["text"]
-            so_far["finish_reason"] = piece["finish_reason"]
+            so_far |= {name: piece[name] for name in ("finish_reason", ROUTED) if name in piece}
             if so_far["logprobs"] is not None:
                 for name, values in piece["logprobs"].items():
                     so_far["logprobs"][name].extend(values)
@@ -141,4 +142,5 @@ class _Writer:
             "logprobs": None if logprobs is None else logprobs.take(event.logprobs),
             "finish_reason": event.finish_reason,
             **self._of_choice[index],
+            **routed_json(event),
         }

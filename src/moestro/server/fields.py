@@ -56,6 +56,9 @@ class SamplingFields(Fields):
     quality: str | None = Field(
         default=None, description="exact, high, balanced, fast, or nats a token may lose (0.01)."
     )
+    return_routed_experts: bool | None = Field(
+        default=None, description="Tell the experts of each token: `routed_experts` of a choice, when it has ended."
+    )
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = Field(default=None, description="Lower ones go first.")
     deadline_s: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Seconds after which the answer ends with what there is."
