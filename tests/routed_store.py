@@ -21,6 +21,6 @@ def routed_store(folder: Path, examples: dict[str, list[str]]) -> Path:
     store = Store.open(pack_raw(base, folder / "store").path)
     for seed, name in enumerate(VARIANTS):
         tuned = fine_tune(base, folder / name, size=0.5, seed=seed)
-        add_variant(store, name, str(tuned), base=str(base), options=VariantOptions(bits=4))
+        add_variant(store, name, str(tuned), base=str(base), options=VariantOptions(bits=4, calibration=False))
     fit_router(store, examples, RouteOptions())
     return store.path

@@ -35,7 +35,7 @@ class Family:
         """A variant of a fine-tune of its own."""
         tuned = self.store.parent / f"{name}-{seed}"
         fine_tune(self.checkpoint, tuned, size=size, seed=seed)
-        options = VariantOptions(bits=bits, salient=0.05)
+        options = VariantOptions(bits=bits, salient=0.05, calibration=False)
         add_variant(Store.open(self.store), name, str(tuned), base=str(self.checkpoint), options=options)
 
 

@@ -20,6 +20,8 @@ PROMPT = "def main(argv):\n    "
 TOP_KEYS = {"text", "token_ids", "finish_reason", "prompt_tokens", "timings", "stats"}
 TIMING_KEYS = {"load_s", "ttft_s", "decode_tokens_per_s", "prefill_tokens_per_s"}
 STATS_KEYS = {
+    "domain_s",
+    "domain_tokens",
     "hits",
     "misses",
     "evictions",

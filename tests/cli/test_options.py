@@ -69,6 +69,7 @@ OTHER = {
     "order": "johnson",
     "quality": "fast",
     "level_policy": "gate",
+    "admit": "alike",
     "prefix_cache": False,
     "lend_kv": False,
     "variant": "spanish",

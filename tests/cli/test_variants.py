@@ -30,7 +30,7 @@ def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_one(base: Path, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the variant `one`. Do not change it."""
     store = pack_raw(base, tmp_path_factory.mktemp("store") / "store").path
-    result = run("variants", "add", store, "one", tuned)
+    result = run("variants", "add", store, "one", tuned, "--no-calibration")
     assert result.exit_code == 0, result.output
     assert "added one" in result.stdout
     return store

@@ -62,7 +62,9 @@ def store(request: pytest.FixtureRequest, checkpoints: list[Path], tmp_path_fact
     else:
         made = pack(base, folder, options=PackOptions(calibration=False))
     for name, one in zip(("one", "two"), tuned, strict=True):
-        add_variant(made, name, str(one), base=str(base), options=VariantOptions(bits=4, salient=0.02))
+        add_variant(
+            made, name, str(one), base=str(base), options=VariantOptions(bits=4, salient=0.02, calibration=False)
+        )
     return folder
 
 

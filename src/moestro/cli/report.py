@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from moestro.store.manifest import Manifest
 
 
+_NEVER_ASKED = ("logprobs", "routed_experts", "cached_tokens")
+"""What no flag asks for, and is nothing therefore."""
+
+
 def to_json(completion: Completion, stats: Stats) -> dict[str, Any]:
     """The object of `generate --json`. Keys, once published, stay."""
     # What one prompt without a flag for it cannot have is left out.
-    known = {name: value for name, value in asdict(completion).items() if name not in ("logprobs", "cached_tokens")}
+    known = {name: value for name, value in asdict(completion).items() if name not in _NEVER_ASKED}
     if completion.choice is None:
         del known["choice"]
     return {**known, "stats": asdict(stats)}
