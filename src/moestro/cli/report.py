@@ -14,12 +14,11 @@ if TYPE_CHECKING:
 
 
 _NEVER_ASKED = ("logprobs", "routed_experts", "cached_tokens")
-"""What no flag asks for, and is nothing therefore."""
+"""What one prompt without a flag for it cannot have."""
 
 
 def to_json(completion: Completion, stats: Stats) -> dict[str, Any]:
     """The object of `generate --json`. Keys, once published, stay."""
-    # What one prompt without a flag for it cannot have is left out.
     known = {name: value for name, value in asdict(completion).items() if name not in _NEVER_ASKED}
     if completion.choice is None:
         del known["choice"]
