@@ -53,7 +53,7 @@ def _batches(llm: LLM, given: argparse.Namespace, at_once: int, variants: list[s
         for name, among in ways.items():
             asked = [among[place % len(among)] for place in range(at_once)]
             done = llm.generate(prompts, SamplingParams(max_tokens=given.new, ignore_eos=True), variant=asked)
-            seconds = max(one.timings.decode_s for one in done)
+            seconds = max((given.new - 1) / one.timings.decode_tokens_per_s for one in done)
             if number:  # the first round brings everything into memory
                 rates[name].append(at_once * (given.new - 1) / seconds)
     base = statistics.median(rates["base"])
