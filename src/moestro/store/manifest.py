@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 from moestro.config import DENSE_BITS, ENCODING_NAMES, RAW
 from moestro.errors import StoreError
 from moestro.store.calibration_facts import CalibrationFacts, facts_body, facts_problem, parse_facts
-from moestro.store.checksum import checksum, to_hex
+from moestro.store.checksum import to_hex
 from moestro.store.dense_file import FLAT_BITS, dense_bytes
 from moestro.store.dtypes import STORED_FLOATS, TORCH_DTYPES
 from moestro.store.fields import Fields
 from moestro.store.layout import ALIGNMENT, PAGE, Layout, PlaneLayout, TensorLayout, layout_problem
+from moestro.store.sealed_json import parse_json, seal, unseal
 
 FORMAT = "moestro-store"
 VERSION = 2
@@ -117,9 +117,7 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         StoreError: the model's config holds something that JSON cannot hold.
     """
-    body = _body(manifest)
-    body["checksum"] = to_hex(checksum(canonical_json(body)))
-    return canonical_json(body) + b"\n"
+    return seal(_body(manifest))
 
 
 def decode(raw: bytes, path: Path) -> Manifest:
@@ -129,9 +127,9 @@ def decode(raw: bytes, path: Path) -> Manifest:
         StoreError: not a manifest, of another version, damaged, or inconsistent.
     """
     try:
-        body = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(path, f"it is not valid JSON, {error}") from error
+        body = parse_json(raw)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         if isinstance(body, dict) and "checksum" in body and "planes" in body:
             raise _damaged(path, f"its format is {body.get('format')!r:.40}, expected {FORMAT!r}")
@@ -141,15 +139,7 @@ def decode(raw: bytes, path: Path) -> Manifest:
             f"{path} is of format version {body.get('version')!r:.40}; this moestro reads version {VERSION}. "
             "Pack the model again, or use the moestro that wrote the store."
         )
-    stated = body.pop("checksum", None)
-    try:
-        actual = to_hex(checksum(canonical_json(body)))
-        manifest = _parse(Fields(body, "the manifest"))
-        same_text = actual == stated and encode(manifest) == raw
-    except (StoreError, ValueError, OverflowError) as error:
-        raise _damaged(path, str(error)) from error
-    if not same_text:
-        raise _damaged(path, f"its checksum is {actual}, expected {stated!r:.40}")
+    manifest = unseal(body, raw, parse=_parse, encode=encode, damaged=lambda detail: _damaged(path, detail))
     problem = _inconsistency(manifest)
     if problem:
         raise _damaged(path, problem)
@@ -173,15 +163,6 @@ def _damaged(path: Path, detail: str) -> StoreError:
     return StoreError(f"{path} is damaged: {detail}. Pack the model again.")
 
 
-def canonical_json(body: dict[str, Any]) -> bytes:
-    """Sorted keys, no spaces, ASCII. Raises StoreError for what JSON cannot hold."""
-    try:
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    except ValueError as error:
-        raise StoreError(f"The manifest cannot be written as JSON: {error}. Mend the model's config.json.") from error
-    return text.encode("ascii")
-
-
 def _body(manifest: Manifest) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -201,9 +182,9 @@ def _body(manifest: Manifest) -> dict[str, Any]:
         "layers": [{"module": e.module, "experts": e.experts, "layout": e.layout} for e in manifest.layers],
         "plane_files": [{"name": entry.name, "nbytes": entry.nbytes} for entry in manifest.plane_files],
         "planes": [[entry.file, entry.offset, to_hex(entry.checksum)] for entry in manifest.planes],
-        "dense_file": _checked_file(manifest.dense_file),
-        "dense": {name: _dense_tensor(tensor) for name, tensor in manifest.dense.items()},
-        "assets": [_checked_file(entry) for entry in manifest.assets],
+        "dense_file": checked_file_body(manifest.dense_file),
+        "dense": dense_tensor_bodies(manifest.dense),
+        "assets": [checked_file_body(entry) for entry in manifest.assets],
         "calibration": None if manifest.calibration is None else facts_body(manifest.calibration),
     }
 
@@ -223,13 +204,26 @@ def _plane_layout(plane: PlaneLayout) -> dict[str, Any]:
     return {"kind": plane.kind, "level": plane.level, "nbytes": plane.nbytes, "tensors": tensors}
 
 
-def _checked_file(entry: FileEntry) -> dict[str, Any]:
+def checked_file_body(entry: FileEntry) -> dict[str, Any]:
+    """How a file that has a checksum is written in a manifest."""
     assert entry.checksum is not None
     return {"name": entry.name, "nbytes": entry.nbytes, "checksum": to_hex(entry.checksum)}
 
 
-def _dense_tensor(tensor: DenseTensor) -> list[Any]:
-    return [tensor.dtype, list(tensor.shape), tensor.offset, tensor.nbytes, to_hex(tensor.checksum)]
+def dense_tensor_bodies(tensors: Mapping[str, DenseTensor]) -> dict[str, list[Any]]:
+    """How tensors of a dense file are written in a manifest."""
+    return {
+        name: [tensor.dtype, list(tensor.shape), tensor.offset, tensor.nbytes, to_hex(tensor.checksum)]
+        for name, tensor in tensors.items()
+    }
+
+
+def parse_dense_tensors(body: Fields, key: str) -> dict[str, DenseTensor]:
+    """Tensors from what `dense_tensor_bodies` gave."""
+    return {
+        name: DenseTensor(row.text(0), row.sizes(1), row.size(2), row.size(3), row.checksum(4))
+        for name, row in body.named_rows(key, columns=5)
+    }
 
 
 def _parse(body: Fields) -> Manifest:
@@ -250,12 +244,9 @@ def _parse(body: Fields) -> Manifest:
         ),
         plane_files=tuple(FileEntry(e.file_name("name"), e.size("nbytes"), None) for e in body.objects("plane_files")),
         planes=tuple(PlaneEntry(row.size(0), row.size(1), row.checksum(2)) for row in body.rows("planes", columns=3)),
-        dense_file=_parse_checked_file(body.object("dense_file")),
-        dense={
-            name: DenseTensor(row.text(0), row.sizes(1), row.size(2), row.size(3), row.checksum(4))
-            for name, row in body.named_rows("dense", columns=5)
-        },
-        assets=tuple(_parse_checked_file(entry) for entry in body.objects("assets")),
+        dense_file=parse_checked_file(body.object("dense_file")),
+        dense=parse_dense_tensors(body, "dense"),
+        assets=tuple(parse_checked_file(entry) for entry in body.objects("assets")),
         calibration=None if facts is None else parse_facts(facts),
     )
 
@@ -278,7 +269,8 @@ def _parse_layout(entry: Fields) -> Layout:
     return Layout(tuple(planes))
 
 
-def _parse_checked_file(entry: Fields) -> FileEntry:
+def parse_checked_file(entry: Fields) -> FileEntry:
+    """A file from what `checked_file_body` gave."""
     return FileEntry(entry.file_name("name"), entry.size("nbytes"), entry.checksum("checksum"))
 
 

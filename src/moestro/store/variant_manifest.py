@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,19 @@ from typing import Any, NamedTuple
 from moestro.errors import StoreError, VariantError
 from moestro.quant.delta import DELTA_BITS, DeltaRegion
 from moestro.store.calibration_facts import NO_TEXT, CalibrationText
-from moestro.store.checksum import checksum, to_hex
+from moestro.store.checksum import to_hex
 from moestro.store.dtypes import TORCH_DTYPES, tensor_bytes
 from moestro.store.fields import Fields
 from moestro.store.layout import ALIGNMENT, PAGE, align
-from moestro.store.manifest import DenseTensor, FileEntry, canonical_json
+from moestro.store.manifest import (
+    DenseTensor,
+    FileEntry,
+    checked_file_body,
+    dense_tensor_bodies,
+    parse_checked_file,
+    parse_dense_tensors,
+)
+from moestro.store.sealed_json import parse_json, seal, unseal
 
 FORMAT = "moestro-variant"
 VERSION = 1
@@ -105,9 +112,7 @@ def expert_delta(up: DeltaRegion | None, down: DeltaRegion | None) -> ExpertDelt
 
 def encode(manifest: VariantManifest) -> bytes:
     """The only text of a manifest, with its own checksum inside."""
-    body = _body(manifest)
-    body["checksum"] = to_hex(checksum(canonical_json(body)))
-    return canonical_json(body) + b"\n"
+    return seal(_body(manifest))
 
 
 def read_variant(folder: Path) -> VariantManifest:
@@ -130,9 +135,9 @@ def read_variant(folder: Path) -> VariantManifest:
 def decode(raw: bytes, path: Path) -> VariantManifest:
     """Read the text of a manifest; `path` is for messages. Raises VariantError."""
     try:
-        body = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise damaged(path, f"it is not valid JSON, {error}") from error
+        body = parse_json(raw)
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise damaged(path, f"it does not say that it is a {FORMAT}")
     if body.get("version") != VERSION:
@@ -140,15 +145,7 @@ def decode(raw: bytes, path: Path) -> VariantManifest:
             f"{path} is of format version {body.get('version')!r:.40}; this moestro reads version {VERSION}. "
             "Remove the variant and add it again, or use the moestro that added it."
         )
-    stated = body.pop("checksum", None)
-    try:
-        actual = to_hex(checksum(canonical_json(body)))
-        manifest = _parse(Fields(body, "the manifest"))
-        same_text = actual == stated and encode(manifest) == raw
-    except (StoreError, ValueError, OverflowError) as error:
-        raise damaged(path, str(error)) from error
-    if not same_text:
-        raise damaged(path, f"its checksum is {actual}, expected {stated!r:.40}")
+    manifest = unseal(body, raw, parse=_parse, encode=encode, damaged=lambda detail: damaged(path, detail))
     problem = _inconsistency(manifest)
     if problem:
         raise damaged(path, problem)
@@ -181,19 +178,12 @@ def _body(manifest: VariantManifest) -> dict[str, Any]:
         "layers": [None if layer is None else _layer(layer) for layer in manifest.layers],
         "planes_file": {"name": manifest.planes_file.name, "nbytes": manifest.planes_file.nbytes},
         "planes": [[plane.layer, plane.expert, plane.offset, to_hex(plane.checksum)] for plane in manifest.planes],
-        "dense_file": {
-            "name": manifest.dense_file.name,
-            "nbytes": manifest.dense_file.nbytes,
-            "checksum": to_hex(manifest.dense_file.checksum or 0),
-        },
+        "dense_file": checked_file_body(manifest.dense_file),
         "deltas": {
             name: [*_region(delta.region), delta.offset, to_hex(delta.checksum)]
             for name, delta in manifest.deltas.items()
         },
-        "replacements": {
-            name: [tensor.dtype, list(tensor.shape), tensor.offset, tensor.nbytes, to_hex(tensor.checksum)]
-            for name, tensor in manifest.replacements.items()
-        },
+        "replacements": dense_tensor_bodies(manifest.replacements),
     }
 
 
@@ -212,7 +202,7 @@ def _region(region: DeltaRegion) -> list[int]:
 
 def _parse(body: Fields) -> VariantManifest:
     source, method = body.object("source"), body.object("method")
-    planes, dense = body.object("planes_file"), body.object("dense_file")
+    planes = body.object("planes_file")
     digits = method.checksum_or_none("text_checksum")
     return VariantManifest(
         base=body.text("base"),
@@ -231,15 +221,12 @@ def _parse(body: Fields) -> VariantManifest:
         planes=tuple(
             DeltaPlane(row.size(0), row.size(1), row.size(2), row.checksum(3)) for row in body.rows("planes", columns=4)
         ),
-        dense_file=FileEntry(dense.file_name("name"), dense.size("nbytes"), dense.checksum("checksum")),
+        dense_file=parse_checked_file(body.object("dense_file")),
         deltas={
             name: DenseDelta(_parse_region([row.size(place) for place in range(5)]), row.size(5), row.checksum(6))
             for name, row in body.named_rows("deltas", columns=7)
         },
-        replacements={
-            name: DenseTensor(row.text(0), row.sizes(1), row.size(2), row.size(3), row.checksum(4))
-            for name, row in body.named_rows("replacements", columns=5)
-        },
+        replacements=parse_dense_tensors(body, "replacements"),
     )
 
 
