@@ -3,9 +3,10 @@
 All sequences go through the original model together (`stream.py`). When they have come to a layer of experts, each
 expert gets the rows that are routed to it: they make the Hessians that its matrices are rounded by, and tell how far
 its outputs are off at each level. Inside one expert, down_proj is fitted to what gate and up make of the rows at the
-same low level. The sequences go on with the original outputs, so that no layer learns to make up for another's errors.
-Copies of one short sequence, each with one layer at the lowest level, show what a layer's errors do to the final
-logits.
+same low level, and rows make up for each other's errors, as far as the logits see them (`consequences.py`, a pass of
+some tokens through the model and back before anything else). The sequences go on with the original outputs, so that no
+layer learns to make up for another's errors. Copies of one short sequence, each with one layer at the lowest level,
+show what a layer's errors do to the final logits.
 
 Memory: the dense weights as they are, plus about
 
@@ -13,19 +14,21 @@ Memory: the dense weights as they are, plus about
     (W + 3) x (16 P + 24 M^2 + 8 T (H + 3 I)) bytes of experts under way,
 
 W workers, P parameters of an expert, M its widest input (H or its width I), T rows routed to it. Linear maps of 4 bits
-add the Hessians of a layer's. Dense layers run one sequence at a time, in which the longest decides. On disk: 4 R H
+add the Hessians of a layer's. Before that, the dense weights in fp32 and W pieces of text on their way back
+(`consequences.py`). Dense layers run one sequence at a time, in which the longest decides. On disk: 4 R H
 bytes for each layer until the store is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 
+from moestro.calibration.consequences import kept_metrics, not_numbers
 from moestro.calibration.dense import DenseInputs, calibrated_units
 from moestro.calibration.expert import ExpertMath, ExpertResult, ExpertRows
 from moestro.calibration.layer import LayerBatch
@@ -34,11 +37,10 @@ from moestro.calibration.scratch import LayerScratch
 from moestro.calibration.sensitivity import LogitDistance
 from moestro.calibration.stream import LayerRows, SequenceStream
 from moestro.calibration.text import Windows
-from moestro.errors import PackError
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
 from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
-from moestro.quant import make_encoding
+from moestro.quant import NestedEncoding, make_encoding
 from moestro.runtime.dense import place_dense
 from moestro.runtime.probe import probe
 from moestro.store.calibration_facts import CalibrationText, rounded
@@ -61,10 +63,10 @@ class Calibrator:
         return self._text
 
     def scratch_bytes(self, plan: PackPlan) -> int:
-        """Outputs of every layer for all sequences."""
-        layers = len(plan.layers)
-        rows = self._windows.tokens + (layers + 1) * len(self._windows.short)
-        return layers * rows * 4 * int(plan.skeleton.config.hidden_size)
+        """Outputs of every layer for all sequences, and the metric of its outputs."""
+        layers, width = len(plan.layers), int(plan.skeleton.config.hidden_size)
+        rows = self._windows.tokens + (layers + 1) * len(self._windows.short) + width
+        return layers * rows * 4 * width
 
     def dense_units(self, plan: PackPlan) -> frozenset[int]:
         """Linear maps of 4 bits."""
@@ -95,11 +97,14 @@ class _Calibration:
         self.work.say("reading dense weights")
         skeleton = build_skeleton(config_from_dict(plan.model))
         probe(skeleton, rows=2, history=2, logit_rows=1)
+        identity = f"{plan.identity()} {self.windows}"
+        self._metrics: Sequence[torch.Tensor | None] = [None] * len(plan.layers)
+        if plan.options.encoding == NestedEncoding.name:
+            self._metrics = kept_metrics(self.work, self.windows.sequences, identity)
         kernels = make_kernels("auto", threads=worker_count())
         dense_units = calibrated_units(plan)
         self._dense = DenseInputs(skeleton.model, dense_units)
         place_dense(skeleton.model, dict(self.work.raw_dense()), kernels)
-        identity = f"{plan.identity()} {self.windows}"
         self._scratch = LayerScratch(self.work.scratch, identity)
         distance = LogitDistance(len(self.windows.sequences))
         self._routing = RoutingLog(self.windows)
@@ -146,10 +151,7 @@ class _Calibration:
                 return kept
         batch = LayerBatch(layer, rows, len(self.windows.sequences))
         if not batch.is_finite:
-            raise PackError(
-                f"The model's hidden states in MoE layer {layer} are not numbers: fp32 cannot hold them, or the "
-                "checkpoint is damaged. Download or copy it again, or pack with --no-calibration."
-            )
+            raise not_numbers(f"hidden states in MoE layer {layer}")
         self._encode(layer, batch, self._modules[layer])
         outputs = batch.outputs()
         self.work.sync()
@@ -160,7 +162,8 @@ class _Calibration:
         """All experts of a layer, a few at a time, taken over in their order."""
         options = self.work.plan.options
         encoding = make_encoding(options.encoding)
-        math = ExpertMath(self._kernels, module, encoding, options.promised_levels, batch.sample)
+        levels = options.promised_levels
+        math = ExpertMath(self._kernels, module, encoding, levels, batch.sample, self._metrics[layer])
         for expert, weights, result in in_order(self._jobs(layer, batch, math)):
             batch.add(expert, result)
             if result.encoded is not None:

@@ -70,14 +70,21 @@ def spread_rows(values_TH: torch.Tensor, most: int) -> torch.Tensor:
 
 
 class ExpertMath:
-    """The arithmetic of a layer's experts. `sample_SH` are rows of the whole layer."""
+    """The arithmetic of a layer's experts. `sample_SH` are rows of the whole layer, `metric_HH` says what errors of its
+    outputs do (`consequences.py`)."""
 
     def __init__(
-        self, kernels: Kernels, module: nn.Module, encoding: Encoding, levels: tuple[int, ...], sample_SH: torch.Tensor
+        self,
+        kernels: Kernels,
+        module: nn.Module,
+        encoding: Encoding,
+        levels: tuple[int, ...],
+        sample_SH: torch.Tensor,
+        metric_HH: torch.Tensor | None = None,
     ) -> None:
         self._kernels, self._encoding, self._levels = kernels, encoding, levels
         self._experts: Any = module
-        self._sample_SH = sample_SH
+        self._sample_SH, self._metric_HH = sample_SH, metric_HH
         self._up, self._down = ("gate_up_proj" if self._experts.has_gate else "up_proj"), "down_proj"
 
     def work(
@@ -110,8 +117,14 @@ class ExpertMath:
         for name, input_TK in inputs.items():
             sample_SK = self._sample_for(name, weights, input_TK)
             hessian_KK = mixed_hessian(input_TK, rows.own_weights_T, sample_SK)
-            aims = self._aims(weights, rows, activated_TI, regions) if name == self._down else None
-            regions[name] = self._encoding.encode(weights[name], levels=self._levels, hessian_KK=hessian_KK, aims=aims)
+            is_down = name == self._down
+            regions[name] = self._encoding.encode(
+                weights[name],
+                levels=self._levels,
+                hessian_KK=hessian_KK,
+                aims=self._aims(weights, rows, activated_TI, regions) if is_down else None,
+                metric_NN=self._metric_HH if is_down else self._up_metric(weights, rows),
+            )
         judged_TH, wanted_TH = spread_rows(rows.own_TH, _JUDGED), spread_rows(own_TH, _JUDGED)
         errors = []
         for level in self._levels:
@@ -139,6 +152,35 @@ class ExpertMath:
                 aims[level] = aim_of(weights[self._down], wanted_TI, found_TI, weights_T)
         return aims
 
+    def _up_metric(self, weights: Mapping[str, torch.Tensor], rows: ExpertRows) -> torch.Tensor | None:
+        """What errors of gate and up do together, [G, G]: through slopes s and down_proj D, the mean of s s^T times
+        D^T F D, element by element."""
+        if self._metric_HH is None:
+            return None
+        hidden_TH, weights_T = spread_rows(rows.own_TH, _AIMED), spread_rows(rows.own_weights_T, _AIMED)
+        slope_TG = self._slopes(weights, hidden_TH)
+        few = len(slope_TG) < _PLENTY * slope_TG.shape[1]
+        slopes_GG = mixed_hessian(slope_TG, weights_T, self._slopes(weights, self._sample_SH) if few else None)
+        down_HI = weights[self._down]
+        behind_II = down_HI.T @ self._metric_HH @ down_HI
+        unit_G = self._units(len(slopes_GG))
+        return slopes_GG * behind_II[unit_G][:, unit_G]
+
+    def _slopes(self, weights: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Derivatives [T, G] of the activated values by what the matrix before them gives."""
+        up_TG = self._kernels.linear(hidden_TH, weights[self._up], weights.get(f"{self._up}_bias"))
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            up_TG = up_TG.clone().requires_grad_(True)
+            (slope_TG,) = torch.autograd.grad(self._gating(up_TG).sum(), up_TG)
+        return slope_TG
+
+    def _units(self, outputs: int) -> torch.Tensor:
+        """The activated value [G] that each output of the matrix has a part in."""
+        index_G = torch.arange(outputs)
+        if not self._experts.has_gate:
+            return index_G
+        return index_G % (outputs // 2) if self._experts.is_concatenated else index_G // 2
+
     def _sample_for(
         self, name: str, weights: Mapping[str, torch.Tensor], input_TK: torch.Tensor
     ) -> torch.Tensor | None:
@@ -161,9 +203,12 @@ class ExpertMath:
 
     def _activated(self, weights: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
         up_TG = self._kernels.linear(hidden_TH, weights[self._up], weights.get(f"{self._up}_bias"))
+        return self._gating(up_TG).contiguous()
+
+    def _gating(self, up_TG: torch.Tensor) -> torch.Tensor:
         function = self._experts._apply_gate if self._experts.has_gate else self._experts.act_fn
         activated_TI: torch.Tensor = function(up_TG)
-        return activated_TI.contiguous()
+        return activated_TI
 
     def _output(self, weights: Mapping[str, torch.Tensor], activated_TI: torch.Tensor) -> torch.Tensor:
         return self._kernels.linear(activated_TI, weights[self._down], weights.get(f"{self._down}_bias"))

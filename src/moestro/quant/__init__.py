@@ -7,7 +7,7 @@ from moestro.quant.encoding import Encoding
 from moestro.quant.nested import NestedEncoding
 from moestro.quant.signs import SignsEncoding
 
-__all__ = ["ENCODINGS", "LEVELS", "Encoding", "make_encoding"]
+__all__ = ["ENCODINGS", "LEVELS", "Encoding", "NestedEncoding", "make_encoding"]
 
 ENCODINGS: dict[str, type[Encoding]] = {"nested": NestedEncoding, "signs": SignsEncoding}
 

@@ -37,12 +37,13 @@ class Encoding(Protocol):
         levels: tuple[int, ...],
         hessian_KK: torch.Tensor | None = None,
         aims: Mapping[int, torch.Tensor] | None = None,
+        metric_NN: torch.Tensor | None = None,
     ) -> dict[int, torch.Tensor]:
         """The bytes of each plane up to the highest of `levels`, by level; good at each of `levels`.
 
         `hessian_KK` is the sum over calibration rows x of x x^T; without it weights are rounded for their own sake.
-        With it, `aims` has matrices [N, K] that levels are to come near to instead of the weights. All are fp32 and
-        finite.
+        With it, `aims` has matrices [N, K] that levels are to come near to instead of the weights, and `metric_NN`
+        says what errors of outputs cost together (an encoding may leave it aside). All are fp32 and finite.
         """
         ...
 

@@ -37,13 +37,19 @@ def importance(hessian_KK: torch.Tensor | None, columns: int) -> torch.Tensor:
     return functional.pad(importance_K, (0, columns - len(importance_K)), value=DAMPING)
 
 
+def damped(matrix_KK: torch.Tensor, size: int, share: float) -> torch.Tensor:
+    """In float64, padded with zeros to [size, size], `share` of the mean diagonal added to all of the diagonal."""
+    extra = size - len(matrix_KK)
+    damped_KK = functional.pad(matrix_KK.double(), (0, extra, 0, extra))
+    damped_KK.diagonal().add_(float(matrix_KK.diagonal().double().mean()) * share)
+    return damped_KK
+
+
 def compensation(hessian_KK: torch.Tensor | None, columns: int) -> Compensation | None:
     """How errors are pushed on: columns of great importance first. None without a Hessian, or with an empty one."""
     if hessian_KK is None or not bool(hessian_KK.any()):
         return None
-    extra = columns - len(hessian_KK)
-    damped_KK = functional.pad(hessian_KK.double(), (0, extra, 0, extra))
-    damped_KK.diagonal().add_(float(hessian_KK.diagonal().double().mean()) * DAMPING)
+    damped_KK = damped(hessian_KK, columns, DAMPING)
     order_K = damped_KK.diagonal().argsort(descending=True, stable=True)
     damped_KK = damped_KK[order_K][:, order_K]
     return Compensation(order_K, damped_KK.float().contiguous(), _feedback(damped_KK).float().contiguous())

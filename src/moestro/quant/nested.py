@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from moestro.quant.codes import LEVELS, Codes
+from moestro.quant.coupled import coupling, round_coupled
 from moestro.quant.encoding import PRIORITIES, offsets_of, padded
 from moestro.quant.grid import Grid, decode, spread, unit_for
 from moestro.quant.groups import group_size, groups, padded_columns, padded_rows
@@ -55,9 +56,10 @@ class NestedEncoding:
         levels: tuple[int, ...],
         hessian_KK: torch.Tensor | None = None,
         aims: Mapping[int, torch.Tensor] | None = None,
+        metric_NN: torch.Tensor | None = None,
     ) -> dict[int, torch.Tensor]:
         group = group_size(weights_NK.shape[1])
-        codes, grid = _quantise(weights_NK, levels, hessian_KK, aims)
+        codes, grid = _quantise(weights_NK, levels, hessian_KK, aims, metric_NN)
         base = pack_scaled((grid.scale_NG, grid.middle_NG), codes.plane(2), group, BITS2)
         planes = {2: torch.cat((grid.header(), base))}
         for level in LEVELS[1 : LEVELS.index(max(levels)) + 1]:
@@ -79,6 +81,7 @@ def _quantise(
     levels: tuple[int, ...],
     hessian_KK: torch.Tensor | None,
     aims: Mapping[int, torch.Tensor] | None,
+    metric_NN: torch.Tensor | None,
 ) -> tuple[Codes, Grid]:
     """Codes and grid of the padded matrix."""
     group, unit = group_size(weights_NK.shape[1]), unit_for(weights_NK)
@@ -89,9 +92,11 @@ def _quantise(
     offsets = offsets_of(weights_NK, aims, unit, spread(grid.real_middle_NG, group))
     grid = replace(grid, steps=_fitted_steps(offsets[-1], importance_K, grid, group, priorities))
     rule = _rule(grid, priorities)
-    how = compensation(hessian_KK, weights_NK.shape[1])
+    how, rows = compensation(hessian_KK, weights_NK.shape[1]), coupling(metric_NN, len(weights_NK))
     if how is None:
         codes = round_nearest(offsets[-1], rule, group)
+    elif rows is not None and rule.pushed:
+        codes = round_coupled(offsets, rule, group, how, rows, sweeps=SWEEPS)
     else:
         codes = round_compensated(offsets, rule, group, how, sweeps=SWEEPS)
     return codes, replace(grid, unit=unit)

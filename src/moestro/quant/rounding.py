@@ -59,6 +59,13 @@ class Rule:
         """Of so many levels, the lowest, errors are pushed on."""
         return max((LEVELS.index(level) + 1 for level in self.priorities if level < 8), default=0)
 
+    def values(self, codes: Codes, group_of_K: torch.Tensor) -> torch.Tensor:
+        """What nested codes stand for at the levels whose errors are pushed on, [L, N, K]."""
+        scale_NK = self.scales_NG[0][:, group_of_K]
+        centred = ((codes.code_NK >> (4 - bits)).float() - (2**bits - 1) / 2 for bits in LEVELS[: self.pushed])
+        steps = (self.steps.get(bits, 0.0) for bits in LEVELS[: self.pushed])
+        return torch.stack([scale_NK * step * centred_NK for step, centred_NK in zip(steps, centred, strict=True)])
+
     def rows(self, rows: slice) -> Rule:
         """The rule for some of the rows."""
         return replace(self, scales_NG=[scale_NG[rows].contiguous() for scale_NG in self.scales_NG])
@@ -89,13 +96,13 @@ def round_compensated(
     for start in range(0, len(offsets[0]), ROWS):
         rows = slice(start, start + ROWS)
         aims_BNK = torch.stack([offset_NK[rows, compensation.order_K] for offset_NK in offsets])
-        parts.append(_Rounding(aims_BNK, rule.rows(rows), group, compensation).run(sweeps))
+        parts.append(RowsRounding(aims_BNK, rule.rows(rows), group, compensation).run(sweeps))
     back_K = compensation.order_K.argsort()
     code_NK, nibble_NK = torch.cat([part.code_NK for part in parts]), torch.cat([part.nibble_NK for part in parts])
     return Codes(code_NK[:, back_K], nibble_NK[:, back_K])
 
 
-class _Rounding:
+class RowsRounding:
     """Some rows under way, columns in the order of rounding."""
 
     def __init__(self, aims_BNK: torch.Tensor, rule: Rule, group: int, how: Compensation) -> None:
@@ -105,6 +112,7 @@ class _Rounding:
         self._blocks = [slice(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
 
     def run(self, sweeps: int) -> Codes:
+        """Codes, after so many sweeps."""
         codes, errors_LNK = self._first()
         if not sweeps or not len(errors_LNK):
             return codes
@@ -113,6 +121,11 @@ class _Rounding:
         for sweep in range(sweeps):
             codes = self._sweep(values_LNK, gradient_LNK, is_last=sweep + 1 == sweeps)
         return codes
+
+    def again(self, values_LNK: torch.Tensor) -> Codes:
+        """Codes after one sweep from those that stand for these values, which are brought up to date."""
+        gradient_LNK = (self._aims_BNK[: len(values_LNK)] - values_LNK) @ self._how.hessian_KK
+        return self._sweep(values_LNK, gradient_LNK, is_last=True)
 
     def _first(self) -> tuple[Codes, torch.Tensor]:
         """The first codes, and how far their values are from the aims."""
