@@ -40,8 +40,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--shown", type=int, default=0, help="so many of those learnt from go by first (0: all)")
     parser.add_argument("--shuffle", action="store_true", help="judge requests in random order, not as recorded")
     parser.add_argument("--concurrency", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=TrainingOptions.epochs)
+    parser.add_argument("--width", type=int, default=TrainingOptions.width)
     parser.add_argument("--out", type=Path, help="file for the results as JSON")
     return parser
 

@@ -1,13 +1,12 @@
 """What a variant keeps of a fine-tune: its perplexity on the domain's text, by bits, method and bytes.
 
     python benchmarks/variants.py BASE --tuned NAME CHECKPOINT TEXT CALIBRATE [--tuned ...] [--stores FOLDER]
-        [--settings GLOB] [--steps 100] [--window 256] [--windows 0] [--out docs/benchmarks/variants]
+        [--settings GLOB ...] [--steps 100] [--window 256] [--windows 0] [--out docs/benchmarks/variants]
 
 Packs BASE raw and as `pack` does by default, and each CHECKPOINT by default, into FOLDER; adds each fine-tune as a
 variant in every setting (calibrated on CALIBRATE, or without a text), and puts what the files say, decoded, into
 transformers' model: on the raw base, and on the base at its exact level, beside the fine-tune packed at that level.
-TEXT is what it is judged by, never fitted to. Delta-CoMe (SVD in bands of 8, 3 and 2 bits, arXiv 2406.08903) is not
-served; its weights are computed here, in as many bytes as the 2-bit variant.
+TEXT is what it is judged by, never fitted to.
 
 Writes OUT.json (what it holds already is not measured again) and a Markdown table to standard output.
 """
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moestro.calibration import pack
 from moestro.config import PackOptions, VariantOptions
-from moestro.hf.skeleton import build_skeleton, load_config
 from moestro.quant import LEVELS, make_encoding
 from moestro.quant.delta_codes import delta_decode
 from moestro.quant.flat import flat_decode
+from moestro.quant.low_rank import LowRankRegion, Region, low_rank_decode
 from moestro.store.dense_file import FLAT_BITS
 from moestro.store.dtypes import TORCH_DTYPES
 from moestro.store.reader import Store
@@ -62,6 +60,8 @@ def settings(steps: int) -> dict[str, VariantOptions]:
     signs = {"method": "bitdelta", "bits": 1, "salient": 0.0}
     found["bitdelta"] = VariantOptions(**signs, calibration=False)
     found["bitdelta, distilled"] = VariantOptions(**signs, distill_steps=steps)
+    found["delta-come 1 bit"] = VariantOptions(method="delta-come", bits=1)
+    found["delta-come 2 bit"] = VariantOptions(method="delta-come", bits=2)
     return found
 
 
@@ -164,7 +164,7 @@ def variant_deltas(store: Store, variant: StoredVariant) -> tuple[State, State]:
     """What a variant adds, by name, and what it puts in place."""
     data = torch.frombuffer(bytearray(variant.dense_file.read_bytes()), dtype=torch.uint8)
     added = {
-        name: delta_decode(data[one.offset : one.offset + one.nbytes], one.region)
+        name: decoded(data[one.offset : one.offset + one.nbytes], one.region)
         for name, one in variant.dense_deltas.items()
     }
     placed = {
@@ -182,9 +182,14 @@ def variant_deltas(store: Store, variant: StoredVariant) -> tuple[State, State]:
                 extent = variant.plane(layer.layer, expert)
                 if extent is not None:
                     start = extent.offset + at
-                    whole[expert] = delta_decode(planes[start : start + region.nbytes], region)
+                    whole[expert] = decoded(planes[start : start + region.nbytes], region)
             added[f"{layer.module}.{name}"] = whole
     return added, placed
+
+
+def decoded(data: torch.Tensor, region: Region) -> torch.Tensor:
+    """The delta that its bytes stand for."""
+    return low_rank_decode(data, region) if isinstance(region, LowRankRegion) else delta_decode(data, region)
 
 
 def applied(base: State, added: State, placed: State) -> State:
@@ -192,45 +197,12 @@ def applied(base: State, added: State, placed: State) -> State:
     return {name: placed[name] if name in placed else values + added.get(name, 0.0) for name, values in base.items()}
 
 
-def delta_come(delta: torch.Tensor, bits: float) -> torch.Tensor:
-    """A matrix, or a stack of them, of singular vectors in 8, 3 and 2 bits, in `bits` bits for each of its values."""
-    if delta.ndim == 3:
-        return torch.stack([delta_come(one, bits) for one in delta])
-    rows, columns = delta.shape
-    left, values, right = torch.linalg.svd(delta, full_matrices=False)
-    most = len(values)
-    budget = bits * rows * columns / (rows + columns)
-    fine, middle = max(1, round(2 * most / 4096)), max(1, round(32 * most / 4096))
-    coarse = max(0, int((budget - 8 * fine - 3 * middle) // 2))
-    total = torch.zeros_like(delta)
-    start = 0
-    for count, width in ((fine, 8), (middle, 3), (coarse, 2)):
-        band = slice(start, min(start + count, most))
-        root = values[band].sqrt()
-        total += _rounded(left[:, band] * root, width) @ _rounded(right[band].T * root, width).T
-        start += count
-    return total
-
-
-def _rounded(vectors: torch.Tensor, bits: int) -> torch.Tensor:
-    """Each column in so many bits, with the step of the least error."""
-    half = (2**bits - 1) / 2
-    largest = vectors.abs().amax(0, keepdim=True).clamp_min(1e-30)
-    best, least = vectors, torch.full(largest.shape, math.inf)
-    for share in torch.linspace(0.2, 1.0, 33).tolist():
-        step = largest * share / half
-        tried = ((vectors / step - 0.5).round() + 0.5).clamp(-half, half) * step
-        cost = (tried - vectors).square().sum(0, keepdim=True)
-        best, least = torch.where(cost < least, tried, best), torch.minimum(cost, least)
-    return best
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
     parser.add_argument("--tuned", nargs=4, action="append", required=True)
     parser.add_argument("--stores", type=Path, default=Path("variant-stores"))
-    parser.add_argument("--settings", default="*", help="settings with such a name only")
+    parser.add_argument("--settings", nargs="+", default=["*"], help="settings with such names only, in this order")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=0)
@@ -261,8 +233,8 @@ class Bench:
         """A fine-tune in all settings."""
         results = self._results.setdefault(tuned.name, {"settings": {}})
         options = settings(self._arguments.steps)
-        wanted = [name for name in (*options, "delta-come") if fnmatch.fnmatch(name, self._arguments.settings)]
-        left = [name for name in wanted if name not in results["settings"]]
+        wanted = [name for glob in self._arguments.settings for name in fnmatch.filter(options, glob)]
+        left = [name for name in dict.fromkeys(wanted) if name not in results["settings"]]
         if "base" in results and not left:
             return
         raw, level = store_state(self._raw, 16), store_state(self._packed, self._level)
@@ -282,36 +254,22 @@ class Bench:
             self._save()
         for name in left:
             started = time.monotonic()
-            if name == "delta-come":
-                added, placed, nbytes = self._delta_come(raw, theirs, results)
-            else:
-                added, placed, nbytes = self._variant(tuned, name, options[name])
+            added, placed, nbytes = self._variant(tuned, name, options[name])
             seconds = time.monotonic() - started
             losses = [self._judge.loss(applied(base, added, placed), tuned.text) for base in (raw, level)]
             results["settings"][name] = {"loss": losses, "bytes": nbytes, "share": nbytes / self._whole}
-            results["settings"][name]["seconds"] = round(seconds, 1)
             if name in SPOKEN:
                 results.setdefault("answers", {})[name] = self._judge.answers(applied(level, added, placed), tuned.text)
             self._save()
             print(f"{tuned.name}: {name}: {losses[0]:.4f} {losses[1]:.4f}, {seconds:.0f} s", flush=True)
 
     def _variant(self, tuned: Tuned, name: str, options: VariantOptions) -> tuple[State, State, int]:
-        if options.calibration and not name.endswith("sample text"):
+        if (options.calibrates or options.distill_steps) and not name.endswith("sample text"):
             options = replace(options, calibrate=str(tuned.calibrate))
         for old in list_variants(self._raw.path):
             remove_variant(self._raw.path, old)
         variant = add_variant(self._raw, "one", tuned.checkpoint, options=options)
         return *variant_deltas(self._raw, open_variant(self._raw, "one")), variant.manifest.nbytes
-
-    def _delta_come(self, base: State, theirs: State, results: dict[str, Any]) -> tuple[State, State, int]:
-        ours = results["settings"]["me-switch 2 bit, channels"]["bytes"]
-        skeleton = build_skeleton(load_config(Path(self._arguments.base)))
-        routers = {f"{layer.module.rpartition('.')[0]}.gate.weight" for layer in skeleton.expert_layers}
-        placed = {name: values for name, values in theirs.items() if values.ndim == 1 or name in routers}
-        rest = [name for name in theirs if name not in placed]
-        values = sum(theirs[name].numel() for name in rest)
-        bits = 8 * (ours - sum(2 * one.numel() for one in placed.values())) / values
-        return {name: delta_come(theirs[name] - base[name], bits) for name in rest}, placed, ours
 
     def _save(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -329,7 +287,8 @@ def table(results: dict[str, Any]) -> str:
             "| variant | of 16 bits | nats, raw base | gain kept | nats, base at its exact level | gain kept |",
             "|---|---|---|---|---|---|",
         ]
-        for setting, found in one["settings"].items():
+        order = list(settings(steps=0))
+        for setting, found in sorted(one["settings"].items(), key=lambda item: order.index(item[0])):
             raw, level = found["loss"]
             lines.append(
                 f"| {setting} | {found['share']:.3f} | {raw:.4f} | {(base - raw) / (base - full):.1%} "

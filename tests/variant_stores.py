@@ -12,8 +12,8 @@ from decoding import decoded_model
 from fine_tunes import fine_tune
 from moestro.config import PackOptions, VariantOptions
 from moestro.hf.skeleton import build_skeleton, config_from_dict
-from moestro.quant.delta import DeltaRegion
 from moestro.quant.delta_codes import delta_decode, unpack_delta
+from moestro.quant.low_rank import LowRankRegion, Region, low_rank_decode
 from moestro.store.dtypes import TORCH_DTYPES
 from moestro.store.pack import pack
 from moestro.store.reader import Store
@@ -31,11 +31,11 @@ class Family:
     store: Path
     checkpoint: Path
 
-    def add(self, name: str, *, seed: int, bits: int = 2, size: float = 0.4) -> None:
+    def add(self, name: str, *, seed: int, bits: int = 2, size: float = 0.4, method: str = "me-switch") -> None:
         """A variant of a fine-tune of its own."""
         tuned = self.store.parent / f"{name}-{seed}"
         fine_tune(self.checkpoint, tuned, size=size, seed=seed)
-        options = VariantOptions(bits=bits, salient=0.05, calibration=False)
+        options = VariantOptions(method=method, bits=bits, salient=0.05, calibration=False)
         add_variant(Store.open(self.store), name, str(tuned), base=str(self.checkpoint), options=options)
 
 
@@ -87,6 +87,9 @@ def _add_experts(store: Store, variant: StoredVariant, state: dict[str, torch.Te
                     state[f"{layer.module}.{matrix}_bias"][expert] += bias_N
 
 
-def _decoded(raw: bytes, region: DeltaRegion) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _decoded(raw: bytes, region: Region) -> tuple[torch.Tensor, torch.Tensor | None]:
     packed = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    if isinstance(region, LowRankRegion):
+        bias = packed[region.bias_at : region.bias_at + 4 * region.rows].view(torch.float32) if region.bias else None
+        return low_rank_decode(packed, region), bias
     return delta_decode(packed, region), unpack_delta(packed, region).bias_N

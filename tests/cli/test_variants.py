@@ -13,6 +13,7 @@ from cli.damage import flip_bit, truncate
 from cli.running import assert_user_error, run
 from families import save_checkpoint
 from fine_tunes import base_checkpoint, fine_tune
+from moestro import LLM, SamplingParams
 from packing import pack_raw
 
 
@@ -68,6 +69,59 @@ def test_more_bits_are_more_bytes_and_removing_takes_them_away(store: Path, tune
     assert_user_error(run("variants", "remove", store, "four"), "four", "It has: one")
 
 
+def test_published_neighbours_are_methods(store: Path, tuned: Path) -> None:
+    signs = ("--method", "bitdelta", "--bits", "1", "--salient", "0")
+    assert run("variants", "add", store, "signs", tuned, *signs).exit_code == 0
+    result = run("variants", "add", store, "vectors", tuned, "--method", "delta-come")
+    assert result.exit_code == 0, result.output
+    one, vectors = (json.loads(run("variants", "show", store, name, "--json").stdout) for name in ("one", "vectors"))
+    assert (vectors["method"], vectors["bits"], vectors["salient"]) == ("delta-come", 2, 0.0)
+    assert 0.8 * one["bytes"] < vectors["bytes"] <= 1.1 * one["bytes"]
+    assert "delta-come, 2 bits, not calibrated" in run("variants", "list", store).stdout
+    with LLM(store, memory="64MB", context=64) as llm:
+        answers = llm.generate([[1, 2, 3]] * 3, SamplingParams(max_tokens=8), variant=["", "signs", "vectors"])
+        assert llm.stats().path == "general"
+    assert all(len(one.token_ids) == 8 for one in answers)
+    for flags in (["--distill-steps", "5"], ["--calibrate", "text.txt"]):
+        refused = run("variants", "add", store, "more", tuned, "--method", "delta-come", *flags)
+        assert_user_error(refused, "delta-come", "uses no text")
+
+
+def test_a_store_has_the_name_that_other_commands_know(
+    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOESTRO_CACHE", str(tmp_path / "cache"))
+    assert_user_error(run("variants", "list", base), "no store of it yet", "moestro pack")
+    result = run("variants", "add", base, "one", tuned, "--no-calibration")
+    assert result.exit_code == 0, result.output
+    assert "added one" in result.stdout
+    listed = json.loads(run("variants", "list", base, "--json").stdout)["variants"]
+    assert [one["name"] for one in listed] == ["one"]
+    with LLM(f"{base}:one", memory="64MB", context=64) as llm:
+        assert llm.variants() == ("one",)
+        assert llm.generate([1, 2], SamplingParams(max_tokens=2))[0].token_ids
+    assert run("variants", "remove", base, "one").exit_code == 0
+
+
+def test_inspecting_a_store_looks_at_its_variants(store: Path) -> None:
+    whole = run("inspect", store, "--verify", "--json")
+    assert whole.exit_code == 0, whole.output
+    assert json.loads(whole.stdout)["variants"] == ["one"]
+    file = store / "variants" / "one" / "experts.planes"
+    flip_bit(file, file.stat().st_size // 2)
+    assert run("inspect", store).exit_code == 0
+    found = run("inspect", store, "--verify", "--json")
+    assert found.exit_code == 2
+    (problem,) = json.loads(found.stdout)["problems"]
+    assert "Of the variant one, the plane of expert" in problem
+    flip_bit(store / "variants" / "one" / "variant.json", 300)
+    (store / "variants" / "domains.npz").write_bytes(b"PK")
+    problems = json.loads(run("inspect", store, "--verify", "--json").stdout)["problems"]
+    assert len(problems) == 2
+    assert "variant.json is damaged" in problems[0]
+    assert "domains.npz" in problems[1]
+
+
 def test_damage_is_named_and_hides_no_other(store: Path, tuned: Path) -> None:
     assert run("variants", "add", store, "two", tuned).exit_code == 0
     flip_bit(store / "variants" / "one" / "variant.json", 300)
@@ -109,8 +163,7 @@ def test_bad_input_is_refused_by_name(store: Path, base: Path, tuned: Path, tmp_
     assert_user_error(run("variants", "add", store, "one", tuned), "one already")
     assert_user_error(run("variants", "add", store, "../out", tuned), "cannot be named")
     assert_user_error(run("variants", "add", store, "a:b", tuned), "cannot be named")
-    assert_user_error(run("variants", "add", base, "two", tuned), "not a store")
-    assert_user_error(run("variants", "list", tmp_path / "nowhere"), "no store at")
+    assert_user_error(run("variants", "list", tmp_path / "nowhere"), "There is no model")
     assert_user_error(run("variants", "add", store, "two", store), "is a store already")
     assert_user_error(run("variants", "add", store, "two", tmp_path / "nowhere"), "There is no model")
     assert_user_error(run("variants", "add", store, "two", base, "--no-calibration"), "is the base")

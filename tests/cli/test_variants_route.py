@@ -69,6 +69,29 @@ def test_generate_with_auto(store: Path) -> None:
     assert "choice" not in named
 
 
+def test_a_file_of_requests_tells_who_answered(store: Path, tmp_path: Path) -> None:
+    prompts = {name: texts(name, 1, seed=4)[0] for name in ("code", "sums")}
+    lines: list[dict[str, object]] = [
+        {"prompt": prompts["code"]},
+        {"messages": [{"role": "system", "content": prompts["code"]}, {"role": "user", "content": prompts["sums"]}]},
+        {"prompt": prompts["code"], "variant": "sums"},
+    ]
+    (store / "chat_template.jinja").write_text("{% for one in messages %}{{ one['content'] }}{% endfor %}")
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    common = ("--memory", "64MB", "--max-tokens", "4", "--prompt-file", file)
+    result = run("generate", f"{store}:auto", *common, "--out", out)
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one.get("choice", {}).get("variant") for one in answers] == ["code", "sums", None]
+    assert 0.5 < answers[0]["choice"]["confidence"] <= 1
+    file.write_text(json.dumps({**lines[0], "variant": "auto"}) + "\n")
+    assert run("generate", store, *common, "--out", tmp_path / "named.jsonl").exit_code == 0
+    assert json.loads((tmp_path / "named.jsonl").read_text())["token_ids"] == answers[0]["token_ids"]
+    (store / "variants" / "domains.npz").unlink()
+    assert_user_error(run("generate", store, *common, "--out", tmp_path / "none.jsonl"), "Line 1", "no router")
+
+
 def test_bad_input(store: Path, files: list[str], tmp_path: Path) -> None:
     fit = ("variants", "route", "fit", store)
     assert_user_error(run(*fit, "--examples", "code"), "NAME=FILE")
@@ -78,7 +101,7 @@ def test_bad_input(store: Path, files: list[str], tmp_path: Path) -> None:
     assert_user_error(run(*fit, *files, "--layers", "2"), "layers")
     assert_user_error(run(*fit, *files[:4], "--examples", files[5].replace("sums=", "poems=")), "poems", "code, sums")
     assert_user_error(run("variants", "route", "eval", store, *files, "--most-examples", "-1"), "most_examples")
-    assert_user_error(run("variants", "route", "show", tmp_path, "hello"), "not a store")
+    assert_user_error(run("variants", "route", "show", tmp_path, "hello"), "neither a store")
     (store / "variants" / "domains.npz").write_bytes(b"PK")
     assert_user_error(run("variants", "route", "show", store, "hello"), "domains.npz", "damaged", "route fit")
     assert_user_error(run("generate", f"{store}:auto", "--memory", "64MB", "--prompt", "x"), "domains.npz")

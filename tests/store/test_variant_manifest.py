@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moestro.errors import VariantError
 from moestro.quant.delta import DeltaRegion
+from moestro.quant.low_rank import LowRankRegion
 from moestro.store.calibration_facts import CalibrationText
 from moestro.store.manifest import DenseTensor, FileEntry
 from moestro.store.variant_manifest import (
@@ -73,6 +74,23 @@ def test_the_text() -> None:
     unsigned = _TEXT.replace('"checksum":"%s",', "", 1)
     signed = _TEXT % xxhash.xxh3_64_hexdigest(unsigned.encode())
     assert encode(small_variant()) == signed.encode() + b"\n"
+
+
+def test_products_of_thin_matrices_come_back() -> None:
+    up, down = LowRankRegion(32, 64, (1, 2, 9)), LowRankRegion(64, 16, (1, 1, 5), bias=True)
+    low_rank = replace(
+        small_variant(),
+        method="delta-come",
+        layers=(None, expert_delta(up, down)),
+        deltas={"q.weight": DenseDelta(LowRankRegion(16, 32, (1, 1, 3)), 256, 4)},
+    )
+    text = encode(low_rank)
+    assert b'"deltas":{"q.weight":[16,32,1,1,3,0,256,"0000000000000004"]}' in text
+    assert b'"down":[64,16,1,1,5,1]' in text
+    assert decode(text, _PATH) == low_rank
+    for wrong in (replace(low_rank, method="me-switch"), replace(small_variant(), method="delta-come")):
+        with pytest.raises(VariantError, match="damaged"):
+            decode(encode(wrong), _PATH)
 
 
 def test_it_comes_back() -> None:

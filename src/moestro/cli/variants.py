@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from moestro.cli.arguments import AsJson
 from moestro.cli.boundary import EXIT_USER_ERROR, say
 from moestro.cli.console import Row, print_json, print_table, progress_bar
+from moestro.cli.opening import locate_store
 from moestro.config import VariantOptions
 from moestro.errors import VariantError
 from moestro.memory.budget import format_bytes
@@ -20,12 +20,17 @@ if TYPE_CHECKING:
     from moestro.store.reader import Store
     from moestro.store.variant_file import StoredVariant
 
-StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="A store, as `moestro pack` makes it.")]
+StoreName = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE", help="A store, or what has one: a checkpoint folder, a Hugging Face id, a built-in model."
+    ),
+]
 Name = Annotated[str, typer.Argument(help="The variant's name; requests say STORE:NAME.")]
 
 
 def add(
-    store: StoreFolder,
+    store: StoreName,
     name: Name,
     checkpoint: Annotated[str, typer.Argument(help="A fine-tune of the store's base: a folder or a Hugging Face id.")],
     options: VariantOptions,
@@ -34,11 +39,10 @@ def add(
     ] = "",
 ) -> None:
     """Add a fine-tune of the store's base as a variant: the differences in few bits."""
-    from moestro.store.reader import Store
     from moestro.variants.add import add_variant
 
     started = time.monotonic()
-    opened = Store.open(store)
+    opened = open_store(store, auto_pack=True)
     with progress_bar("adding") as bar:
 
         def report(step: PackProgress) -> None:
@@ -48,14 +52,13 @@ def add(
     print_table(f"added {name}", [*_rows(opened, variant), ("time", f"{time.monotonic() - started:.1f} s")])
 
 
-def list_(store: StoreFolder, as_json: AsJson = False) -> None:
+def list_(store: StoreName, as_json: AsJson = False) -> None:
     """List the variants of a store."""
-    from moestro.store.reader import Store
     from moestro.store.variant_file import list_variants, open_variant
 
-    opened = Store.open(store)
+    opened = open_store(store)
     found: list[StoredVariant] = []
-    for name in list_variants(store):
+    for name in list_variants(opened.path):
         try:
             found.append(open_variant(opened, name))
         except VariantError as error:
@@ -64,22 +67,21 @@ def list_(store: StoreFolder, as_json: AsJson = False) -> None:
         print_json({"variants": [_facts(opened, variant) for variant in found]})
     elif found:
         rows: list[Row] = [(one.name, format_bytes(one.manifest.nbytes), _how(one)) for one in found]
-        print_table(str(store), rows)
+        print_table(store, rows)
     else:
-        print_table(str(store), [("variants", "none")])
+        print_table(store, [("variants", "none")])
 
 
 def show(
-    store: StoreFolder,
+    store: StoreName,
     name: Name,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a variant holds; --verify reads every byte of it."""
-    from moestro.store.reader import Store
     from moestro.store.variant_file import open_variant
 
-    opened = Store.open(store)
+    opened = open_store(store)
     variant = open_variant(opened, name)
     problems = variant.verify() if verify else None
     if as_json:
@@ -95,13 +97,19 @@ def show(
         raise typer.Exit(EXIT_USER_ERROR)
 
 
-def remove(store: StoreFolder, name: Name) -> None:
+def remove(store: StoreName, name: Name) -> None:
     """Take a variant out of a store; requests that run on it finish."""
-    from moestro.store.reader import Store
     from moestro.store.variant_file import remove_variant
 
-    remove_variant(Store.open(store).path, name)
+    remove_variant(open_store(store).path, name)
     print_table("", [("removed", f"{store}:{name}")])
+
+
+def open_store(store: str, *, auto_pack: bool = False) -> Store:
+    """The store that other commands take under this name; `auto_pack` makes one if need be. Raises MoestroError."""
+    from moestro.store.reader import Store
+
+    return Store.open(locate_store(store, auto_pack=auto_pack))
 
 
 def _facts(store: Store, variant: StoredVariant) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from moestro.cli.boundary import say
 from moestro.cli.console import Row, print_json, print_table
 from moestro.cli.options import Only
 from moestro.cli.progress import Lines
-from moestro.cli.variants import StoreFolder
+from moestro.cli.variants import StoreName, open_store
 from moestro.config import RouteOptions, RuntimeOptions
 from moestro.errors import RouteError
 
@@ -35,17 +35,16 @@ ExampleFiles = Annotated[
 
 
 def fit(
-    store: StoreFolder,
+    store: StoreName,
     examples: ExampleFiles,
     what: RouteOptions,
     opening: Annotated[RuntimeOptions, _OPENING],
 ) -> None:
     """Learn from a few example prompts which of them are for which variant; requests then ask for STORE:auto."""
     from moestro.engine.domains import fit_router
-    from moestro.store.reader import Store
 
     given = _read(examples, most=what.most_examples)
-    router = fit_router(Store.open(store), given, what, opening=opening, progress=Lines(_say_routed))
+    router = fit_router(open_store(store), given, what, opening=opening, progress=Lines(_say_routed))
     counts = ", ".join(f"{len(some)} of {name}" for name, some in given.items())
     print_table(
         f"router of {store}",
@@ -59,7 +58,7 @@ def fit(
 
 
 def evaluate(
-    store: StoreFolder,
+    store: StoreName,
     examples: ExampleFiles,
     opening: Annotated[RuntimeOptions, _OPENING],
     most_examples: Annotated[int, typer.Option(help="Most prompts of a file, evenly spread over it (0: all).")] = 0,
@@ -67,27 +66,25 @@ def evaluate(
 ) -> None:
     """Tell how often the router sends prompts of known domains to the right variant, and what choosing costs."""
     from moestro.engine.domains import judge_router
-    from moestro.store.reader import Store
 
     given = _read(examples, most=most_examples)
-    report = judge_router(Store.open(store), given, opening=opening, progress=Lines(_say_routed))
+    report = judge_router(open_store(store), given, opening=opening, progress=Lines(_say_routed))
     if as_json:
         print_json(asdict(report))
     else:
-        _draw(str(store), report)
+        _draw(store, report)
 
 
 def show(
-    store: StoreFolder,
+    store: StoreName,
     prompt: Annotated[str, typer.Argument(help="The prompt's text.")],
     opening: Annotated[RuntimeOptions, _OPENING],
     as_json: AsJson = False,
 ) -> None:
     """Tell who would answer a prompt."""
     from moestro.engine.domains import choosing
-    from moestro.store.reader import Store
 
-    with choosing(Store.open(store), opening) as (chooser, choose):
+    with choosing(open_store(store), opening) as (chooser, choose):
         choice, router = choose(prompt), chooser.router
     if as_json:
         print_json(asdict(choice))
@@ -99,7 +96,7 @@ def show(
     ]
     if choice.tokens:
         rows.append(("extra work", f"{choice.tokens} tokens", f"under the base, {1e3 * choice.seconds:.1f} ms"))
-    print_table(str(store), rows)
+    print_table(store, rows)
 
 
 def _read(files: list[str], *, most: int) -> dict[str, list[str]]:

@@ -69,7 +69,7 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class TextClassifier:
-    """Hashed character n-grams and a linear model: no work for the model, well under a millisecond."""
+    """Hashed character n-grams and words and a linear model: no work for the model, under a millisecond."""
 
     linear: Linear
     kind: ClassVar[str] = "text"

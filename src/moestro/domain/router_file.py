@@ -18,7 +18,7 @@ from moestro.trace.npz import read_npz, write_npz
 ROUTER_FILE = "variants/domains.npz"
 """Its place in a store."""
 
-_FORMAT = "moestro-domains 1"
+_FORMAT = "moestro-domains 2"
 _AGAIN = "Fit it again with `moestro variants route fit`."
 _KEYS = {"facts", "weights", "bias"}
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moestro.kernels.specs import ActivationSpec, ExpertDeltas, ExpertDeltaSpec, ExpertJobs, ExpertSpec, MatrixSpec
 from moestro.quant.delta import DeltaRegion
+from moestro.quant.low_rank import Region
 
 if TYPE_CHECKING:
     from moestro import _native
@@ -146,12 +147,14 @@ class Kernels(Protocol):
         """Rows of a flat matrix (an embedding), fp32 [R, K], from ids int64 [R]. ValueError when an id is not a row."""
         ...
 
-    def add_delta(self, x_TK: torch.Tensor, delta: DeltaRegion, address: int, out_TN: torch.Tensor) -> None:
+    def add_delta(self, x_TK: torch.Tensor, delta: Region, address: int, out_TN: torch.Tensor) -> None:
         """`out_TN += x_TK @ delta.T`, then the difference of the biases, if there is one. All fp32.
 
         x is quantised as for a packed matrix, whatever the matrix of the base is. The codes give t as `packed_linear`
         does, salient channels in ascending order add to it (t = fma(scale * code of the activation, value, t)), then
         out = out + t, and last out = out + bias.
+
+        With a low-rank delta t is two products of `linear`: with the right vectors, then with the left ones.
 
         Args:
             x_TK: contiguous in its last dimension, like `out_TN`.
@@ -160,13 +163,13 @@ class Kernels(Protocol):
         """
         ...
 
-    def add_delta_rows(self, delta: DeltaRegion, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
+    def add_delta_rows(self, delta: Region, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
         """Rows of a delta (of an embedding), from ids int64 [R], are added to `out_RK` (fp32, contiguous).
 
         ValueError when an id is not a row.
         """
         ...
 
-    def unpack_delta(self, delta: DeltaRegion, address: int) -> torch.Tensor:
+    def unpack_delta(self, delta: Region, address: int) -> torch.Tensor:
         """What the bytes of a delta stand for, fp32 [N, K]; without the biases."""
         ...

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from moestro import _native
 from moestro.kernels.base import WEIGHT_DTYPES
+from moestro.kernels.low_rank import add_low_rank, add_low_rank_rows, check_ids, unpack_low_rank
 from moestro.kernels.shapes import native_delta, native_expert_delta, native_experts, native_matrix
 from moestro.kernels.specs import ExpertDeltas, ExpertJobs, ExpertSpec, MatrixSpec
 from moestro.quant.delta import DeltaRegion
 from moestro.quant.groups import group_size
+from moestro.quant.low_rank import LowRankRegion, Region
 
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(WEIGHT_DTYPES)}
 _CPU = torch.device("cpu")
@@ -192,21 +194,30 @@ class CpuKernels:
         _native.packed_rows(native_matrix(matrix), planes, ids.data_ptr(), len(ids), out_RK.data_ptr())
         return out_RK
 
-    def add_delta(self, x_TK: torch.Tensor, delta: DeltaRegion, address: int, out_TN: torch.Tensor) -> None:
+    def add_delta(self, x_TK: torch.Tensor, delta: Region, address: int, out_TN: torch.Tensor) -> None:
         _check_matrix(x_TK, columns=delta.columns)
         _check_matrix(out_TN, columns=delta.rows)
         assert len(x_TK) == len(out_TN), (x_TK.shape, out_TN.shape)
+        if isinstance(delta, LowRankRegion):
+            add_low_rank(self.linear, x_TK, delta, address, out_TN)
+            return
         native = _delta_at(delta, address)
         _native.add_delta(native, x_TK.data_ptr(), x_TK.stride(0), len(x_TK), out_TN.data_ptr(), out_TN.stride(0))
 
-    def add_delta_rows(self, delta: DeltaRegion, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
+    def add_delta_rows(self, delta: Region, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
         _check_matrix(out_RK, columns=delta.columns)
         assert out_RK.is_contiguous(), out_RK.stride()
         assert ids.dtype is torch.int64, ids.dtype
+        if isinstance(delta, LowRankRegion):
+            check_ids(ids, delta)
+            add_low_rank_rows(self.linear, delta, address, ids, out_RK)
+            return
         ids = ids.contiguous()
         _native.add_delta_rows(_delta_at(delta, address), ids.data_ptr(), len(ids), out_RK.data_ptr())
 
-    def unpack_delta(self, delta: DeltaRegion, address: int) -> torch.Tensor:
+    def unpack_delta(self, delta: Region, address: int) -> torch.Tensor:
+        if isinstance(delta, LowRankRegion):
+            return unpack_low_rank(self.linear, delta, address)
         out_NK = torch.empty((delta.rows, delta.columns))
         _native.unpack_delta(_delta_at(delta, address), out_NK.data_ptr())
         return out_NK

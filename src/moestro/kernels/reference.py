@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from moestro.kernels.activations import activate
 from moestro.kernels.deltas import add_delta, of_jobs, unpack_delta
+from moestro.kernels.low_rank import add_low_rank, add_low_rank_rows, check_ids, unpack_low_rank
 from moestro.kernels.quantised import bytes_at, linear, matrix_at, quantise_rows, values
 from moestro.kernels.specs import FLAT_BITS, ExpertDeltas, ExpertJobs, ExpertSpec, MatrixSpec
-from moestro.quant.delta import DeltaRegion
+from moestro.quant.low_rank import LowRankRegion, Region
 
 
 class ReferenceKernels:
@@ -114,18 +115,26 @@ class ReferenceKernels:
             raise ValueError(f"packed_rows: an id of {ids.tolist()} is not in [0, {matrix.rows})")
         return self.unpack(matrix, planes, FLAT_BITS[matrix.encoding])[ids]
 
-    def add_delta(self, x_TK: torch.Tensor, delta: DeltaRegion, address: int, out_TN: torch.Tensor) -> None:
-        if not x_TK.is_meta:
+    def add_delta(self, x_TK: torch.Tensor, delta: Region, address: int, out_TN: torch.Tensor) -> None:
+        if x_TK.is_meta:
+            return
+        if isinstance(delta, LowRankRegion):
+            add_low_rank(self.linear, x_TK, delta, address, out_TN)
+        else:
             add_delta(x_TK, delta, address, out_TN)
 
-    def add_delta_rows(self, delta: DeltaRegion, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
+    def add_delta_rows(self, delta: Region, address: int, ids: torch.Tensor, out_RK: torch.Tensor) -> None:
         if ids.is_meta:
             return
-        if bool(((ids < 0) | (ids >= delta.rows)).any()):
-            raise ValueError(f"add_delta_rows: an id of {ids.tolist()} is not in [0, {delta.rows})")
-        out_RK += self.unpack_delta(delta, address)[ids]
+        check_ids(ids, delta)
+        if isinstance(delta, LowRankRegion):
+            add_low_rank_rows(self.linear, delta, address, ids, out_RK)
+        else:
+            out_RK += unpack_delta(delta, address)[ids]
 
-    def unpack_delta(self, delta: DeltaRegion, address: int) -> torch.Tensor:
+    def unpack_delta(self, delta: Region, address: int) -> torch.Tensor:
+        if isinstance(delta, LowRankRegion):
+            return unpack_low_rank(self.linear, delta, address)
         return unpack_delta(delta, address)
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from moestro import _native
 from moestro.kernels.specs import ACTIVATIONS, ENCODINGS, GATES, ExpertDeltaSpec, ExpertSpec, MatrixSpec, delta_codes
 from moestro.quant.delta import DeltaRegion
+from moestro.quant.low_rank import flat_region
 
 
 @cache
@@ -47,5 +48,5 @@ def native_delta(delta: DeltaRegion) -> _native.DeltaShape:
 
 @cache
 def native_expert_delta(spec: ExpertDeltaSpec) -> _native.ExpertDelta:
-    up, down = (None if delta is None else native_delta(delta) for delta in (spec.up, spec.down))
+    up, down = (None if delta is None else native_delta(flat_region(delta)) for delta in (spec.up, spec.down))
     return _native.make_expert_delta(up, down, spec.up_at, spec.down_at)

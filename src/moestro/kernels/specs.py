@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moestro.quant import LEVELS
 from moestro.quant.delta import DeltaRegion
 from moestro.quant.groups import GROUP_SIZES
+from moestro.quant.low_rank import Region
 
 Encoding = Literal["nested", "signs", "flat8", "flat4", "flat2", "flat1"]
 Gate = Literal["none", "halves", "interleaved"]
@@ -132,8 +133,8 @@ class ExpertDeltaSpec:
     `up_at` and `down_at` are where the deltas lie in the plane that holds both, in bytes (64-byte aligned).
     """
 
-    up: DeltaRegion | None
-    down: DeltaRegion | None
+    up: Region | None
+    down: Region | None
     up_at: int
     down_at: int
 

@@ -49,20 +49,20 @@ class DeltaRegion:
 
     @property
     def ids_at(self) -> int:
-        return _aligned(flat_bytes(self.rows, self.columns, self.bits))
+        return aligned(flat_bytes(self.rows, self.columns, self.bits))
 
     @property
     def values_at(self) -> int:
-        return _aligned(self.ids_at + 4 * self.salient)
+        return aligned(self.ids_at + 4 * self.salient)
 
     @property
     def bias_at(self) -> int:
-        return _aligned(self.values_at + 2 * self.salient * padded_rows(self.rows))
+        return aligned(self.values_at + 2 * self.salient * padded_rows(self.rows))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts, a multiple of 64."""
-        return _aligned(self.bias_at + (4 * self.rows if self.bias else 0))
+        return aligned(self.bias_at + (4 * self.rows if self.bias else 0))
 
 
 def salient_channels(columns: int, share: float) -> int:
@@ -85,5 +85,6 @@ def unpack_kept(packed: torch.Tensor, channels: int, rows: int) -> torch.Tensor:
     return packed.view(tiles, channels, TILE).transpose(0, 1).reshape(channels, tiles * TILE)[:, :rows]
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """The next multiple of 64, on which parts of a delta begin."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

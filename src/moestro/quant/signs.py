@@ -55,7 +55,9 @@ class SignsEncoding:
         levels: tuple[int, ...],
         hessian_KK: torch.Tensor | None = None,
         aims: Mapping[int, torch.Tensor] | None = None,
+        metric_NN: torch.Tensor | None = None,
     ) -> dict[int, torch.Tensor]:
+        del metric_NN  # Rows are rounded one by one.
         group = group_size(weights_NK.shape[1])
         unit = unit_for(weights_NK)
         weights_NK = padded(weights_NK) / unit

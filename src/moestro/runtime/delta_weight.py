@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from moestro.kernels.base import Kernels
-from moestro.quant.delta import DeltaRegion
+from moestro.quant.low_rank import Region
 from moestro.runtime.dense import Bodiless, DenseWeight
 
 
@@ -16,11 +16,11 @@ class DeltaWeight(Bodiless):
     """A DenseWeight that is another one, however that is stored, plus a delta that lies at `address`."""
 
     base: DenseWeight
-    region: DeltaRegion
+    region: Region
     address: int
 
     @classmethod
-    def of(cls, base: DenseWeight, region: DeltaRegion, address: int, kernels: Kernels) -> DeltaWeight:
+    def of(cls, base: DenseWeight, region: Region, address: int, kernels: Kernels) -> DeltaWeight:
         """The sum; whoever makes it keeps both parts where they are."""
         weight: DeltaWeight = torch.Tensor._make_wrapper_subclass(cls, tuple(base.shape), dtype=torch.float32)
         weight.kernels, weight.base, weight.region, weight.address = kernels, base, region, address

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moestro.kernels.base import ExpertDeltas, ExpertDeltaSpec, Kernels
 from moestro.keys import FIRST_DELTA
 from moestro.memory.planes import Chain
+from moestro.quant.low_rank import LowRankRegion
 from moestro.runtime.batch import Run
 from moestro.runtime.grouping import Grouping
 
@@ -102,6 +103,11 @@ class StepDeltas:
         """Those of these rows that run on a variant."""
         run = next(one for one in self.runs if one.variant == variant)
         return rows[(rows >= run.first) & (rows < run.end)]
+
+
+def is_low_rank(spec: ExpertDeltaSpec) -> bool:
+    """Whether the deltas are products of thin matrices, which compiled experts do not know."""
+    return isinstance(spec.up or spec.down, LowRankRegion)
 
 
 def add_pieces(

@@ -14,8 +14,11 @@ import torch
 
 from moestro.errors import VariantError
 from moestro.kernels.base import ExpertDeltaSpec
+from moestro.kernels.low_rank import low_rank_scratch_bytes
 from moestro.keys import PlaneExtent
 from moestro.memory.direct import FileReader
+from moestro.quant.low_rank import LowRankRegion
+from moestro.runtime.batch import STEP_ROWS
 from moestro.runtime.variant_parts import DenseParts, parts_bytes
 from moestro.store.variant_file import StoredVariant
 
@@ -77,7 +80,16 @@ class OpenVariant:
     @property
     def memory_bytes(self) -> int:
         """What it takes while it is in memory, planes of experts left out."""
-        return parts_bytes(self.stored) + _PLANE_BYTES * len(self.stored.manifest.planes)
+        return parts_bytes(self.stored) + _PLANE_BYTES * len(self.stored.manifest.planes) + self._scratch_bytes
+
+    @cached_property
+    def _scratch_bytes(self) -> int:
+        """What kernels take to decode products of thin matrices; nothing for flat deltas."""
+        manifest = self.stored.manifest
+        regions = {one.region for one in manifest.deltas.values()}
+        regions |= {region for layer in manifest.layers if layer for region in (layer.up, layer.down) if region}
+        low_rank = [region for region in regions if isinstance(region, LowRankRegion)]
+        return max((low_rank_scratch_bytes(region, STEP_ROWS) for region in low_rank), default=0)
 
     def load(self) -> DenseParts:
         """Read the dense parts. Raises PlaneReadError."""

@@ -19,8 +19,8 @@ from moestro.hf.skeleton import Skeleton
 from moestro.kernels.base import Kernels
 from moestro.memory.direct import FileReader, KeptFile
 from moestro.memory.pages import PAGE, HostBuffer, round_up
-from moestro.quant.delta import DeltaRegion
 from moestro.quant.groups import group_size
+from moestro.quant.low_rank import Region
 from moestro.runtime.delta_weight import DeltaWeight
 from moestro.runtime.dense import DenseWeight, placed
 from moestro.runtime.slots import DTYPES
@@ -32,7 +32,7 @@ from moestro.store.variant_manifest import DenseDelta
 class DeltaAt(NamedTuple):
     """The delta of a dense matrix in memory."""
 
-    region: DeltaRegion
+    region: Region
     address: int
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from moestro.errors import BudgetError, PlaneReadError
+from moestro.errors import BudgetError, PlaneReadError, VariantError
 from moestro.keys import FIRST_DELTA, MOST_VARIANTS, PlaneExtent, PlaneKey
 from moestro.memory.arena import extent_bytes_for, least_bytes_for
 from moestro.memory.budget import format_bytes
@@ -29,7 +29,7 @@ from moestro.runtime.variant_history import VariantHistories
 from moestro.runtime.variant_parts import Wardrobe
 from moestro.store.reader import Store
 from moestro.store.variant_file import list_variants, open_variant, variant_folder
-from moestro.store.variant_manifest import VARIANT_NAME
+from moestro.store.variant_manifest import LOW_RANK, VARIANT_NAME
 
 _Identity = tuple[int, int, int]
 """Of the file that describes a variant: another one with its name has another."""
@@ -53,6 +53,7 @@ class Variants:
         chains: of each MoE layer, the bytes of the planes of an expert of the base.
         overhead_bytes: what kernels need for deltas that the plan did not count.
         eviction: is told which variants nobody uses, if there is one.
+        native: whether compiled layers compute them, which know no products of thin matrices.
         histories: remember what requests of each variant do, if anybody wants to know.
     """
 
@@ -69,9 +70,11 @@ class Variants:
         overhead_bytes: int,
         eviction: WorthEviction | None,
         histories: VariantHistories | None,
+        native: bool = False,
     ) -> None:
         self._store, self._planes, self._shares, self._reader = store, planes, shares, reader
         self._wardrobe, self._arena, self._overhead, self._eviction = wardrobe, arena, overhead_bytes, eviction
+        self._native = native
         self._bytes_each = 0 if histories is None else histories.nbytes
         self._chains = tuple(dict.fromkeys(tuple(chain) for chain in chains))
         self._chain_of = [self._chains.index(tuple(chain)) for chain in chains]
@@ -99,6 +102,11 @@ class Variants:
                 found = OpenVariant(open_variant(self._store, name), next(self._serials), self._reader)
                 if identity is not None and identity == self._identity(name):
                     self._named[name, identity] = found
+        if self._native and found.stored.manifest.method == LOW_RANK:
+            raise VariantError(
+                f"The variant {name} is by {LOW_RANK}, which compiled layers do not compute, and this model was opened "
+                "before it was there. Open the model again: with such a variant in its store it runs without them."
+            )
         if not self._fit([found], [found]):
             raise self._too_large(found)
         return found
@@ -310,7 +318,9 @@ class Variants:
         """Have slots for the planes of all that stay, in other extents if need be."""
         sizes, extent = self._sizes(staying), self._extent_for(staying, running)
         assert extent is not None
-        if extent != self._planes.extent_bytes:
+        if self._planes.joined:
+            self._planes.part(extent, sizes)
+        elif extent != self._planes.extent_bytes:
             self._planes.recut(extent, sizes)
         for size in sizes:
             self._planes.serve_planes_of(size)
@@ -323,9 +333,10 @@ class Variants:
     def _too_large(self, variant: OpenVariant) -> BudgetError:
         more = min(self._least([variant], extent) for extent in self._extents([variant]))
         short = self._lent([variant]) + more - self._shares.left_for_planes(0)
-        needed = self._shares.memory_bytes + short
+        needed = self._shares.memory_bytes + short + self._shares.missing_kv_bytes
         return BudgetError(
             f"{format_bytes(self._shares.memory_bytes)} is too little for the variant {variant.name}: beside what the "
             f"model needs it takes {format_bytes(variant.memory_bytes)}, and room for two experts with what it adds to "
-            f"them. Open the model with at least {format_bytes(needed)} ({needed} bytes), or with a shorter context."
+            f"them. Open the model with at least {format_bytes(needed)} ({needed} bytes), or with a shorter context "
+            "or fewer sequences at once."
         )

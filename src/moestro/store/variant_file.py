@@ -19,7 +19,14 @@ from moestro.store.checksum import checksum_range, to_hex
 from moestro.store.disk import sync_file
 from moestro.store.manifest import DenseTensor, FileEntry
 from moestro.store.reader import Store
-from moestro.store.variant_manifest import VARIANT_NAME, DenseDelta, ExpertDelta, VariantManifest, read_variant
+from moestro.store.variant_manifest import (
+    LOW_RANK,
+    VARIANT_NAME,
+    DenseDelta,
+    ExpertDelta,
+    VariantManifest,
+    read_variant,
+)
 
 VARIANTS_FOLDER = "variants"
 PARTIAL_SUFFIX, REMOVED_SUFFIX = ".partial", ".removed"
@@ -101,6 +108,17 @@ def list_variants(store_folder: Path) -> tuple[str, ...]:
     except (FileNotFoundError, NotADirectoryError):
         return ()
     return tuple(sorted(name for name in names if (folder / name / VARIANT_NAME).is_file()))
+
+
+def any_low_rank(store: Store) -> bool:
+    """Whether a variant of the store has deltas that only the general path computes; damaged ones have not."""
+    for name in list_variants(store.path):
+        try:
+            if read_variant(variant_folder(store.path, name)).method == LOW_RANK:
+                return True
+        except VariantError:
+            continue
+    return False
 
 
 def open_variant(store: Store, name: str) -> StoredVariant:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from moestro.errors import StoreError, VariantError
 from moestro.quant.delta import DELTA_BITS, DeltaRegion
+from moestro.quant.low_rank import LowRankRegion, Region
 from moestro.store.calibration_facts import NO_TEXT, CalibrationText
 from moestro.store.checksum import to_hex
 from moestro.store.dtypes import TORCH_DTYPES, tensor_bytes
@@ -29,8 +30,9 @@ VERSION = 1
 VARIANT_NAME = "variant.json"
 PLANES_NAME = "experts.planes"
 DENSE_NAME = "dense.safetensors"
-METHODS = ("me-switch", "bitdelta")
-"""How the codes of a variant were found."""
+LOW_RANK = "delta-come"
+METHODS = ("me-switch", "bitdelta", LOW_RANK)
+"""How the codes of a variant were found. Those of the last one are products of two matrices, of the others flat."""
 
 _MAX_BYTES = 1 << 28
 
@@ -39,8 +41,8 @@ class ExpertDelta(NamedTuple):
     """The plane that each changed expert of a layer has: the regions of its matrices (None: unchanged in the whole
     layer), their offsets in the plane, and the plane's bytes, padding included."""
 
-    up: DeltaRegion | None
-    down: DeltaRegion | None
+    up: Region | None
+    down: Region | None
     up_at: int
     down_at: int
     nbytes: int
@@ -60,7 +62,7 @@ class DeltaPlane:
 class DenseDelta:
     """The delta of a dense matrix: `region.nbytes` bytes from `offset` of the dense file."""
 
-    region: DeltaRegion
+    region: Region
     offset: int
     checksum: int
 
@@ -104,7 +106,7 @@ class VariantManifest:
         return self.planes_file.nbytes + self.dense_file.nbytes
 
 
-def expert_delta(up: DeltaRegion | None, down: DeltaRegion | None) -> ExpertDelta:
+def expert_delta(up: Region | None, down: Region | None) -> ExpertDelta:
     """A plane of these regions, the second one right after the first."""
     down_at = up.nbytes if up else 0
     return ExpertDelta(up, down, 0, down_at, align(down_at + (down.nbytes if down else 0), PAGE))
@@ -196,7 +198,9 @@ def _layer(layer: ExpertDelta) -> dict[str, Any]:
     }
 
 
-def _region(region: DeltaRegion) -> list[int]:
+def _region(region: Region) -> list[int]:
+    if isinstance(region, LowRankRegion):
+        return [region.rows, region.columns, *region.ranks, int(region.bias)]
     return [region.rows, region.columns, region.bits, region.salient, int(region.bias)]
 
 
@@ -204,6 +208,8 @@ def _parse(body: Fields) -> VariantManifest:
     source, method = body.object("source"), body.object("method")
     planes = body.object("planes_file")
     digits = method.checksum_or_none("text_checksum")
+    low_rank = method.text("name") == LOW_RANK
+    numbers = 6 if low_rank else 5
     return VariantManifest(
         base=body.text("base"),
         source=source.text("fingerprint"),
@@ -216,34 +222,51 @@ def _parse(body: Fields) -> VariantManifest:
         tokens=method.size("tokens"),
         distilled=method.size("distilled"),
         warnings=body.texts("warnings"),
-        layers=tuple(_parse_layer(layer) for layer in body.objects_or_nulls("layers")),
+        layers=tuple(_parse_layer(layer, low_rank=low_rank) for layer in body.objects_or_nulls("layers")),
         planes_file=FileEntry(planes.file_name("name"), planes.size("nbytes"), None),
         planes=tuple(
             DeltaPlane(row.size(0), row.size(1), row.size(2), row.checksum(3)) for row in body.rows("planes", columns=4)
         ),
         dense_file=parse_checked_file(body.object("dense_file")),
         deltas={
-            name: DenseDelta(_parse_region([row.size(place) for place in range(5)]), row.size(5), row.checksum(6))
-            for name, row in body.named_rows("deltas", columns=7)
+            name: DenseDelta(
+                _parse_region([row.size(place) for place in range(numbers)], low_rank=low_rank),
+                row.size(numbers),
+                row.checksum(numbers + 1),
+            )
+            for name, row in body.named_rows("deltas", columns=numbers + 2)
         },
         replacements=parse_dense_tensors(body, "replacements"),
     )
 
 
-def _parse_layer(layer: Fields | None) -> ExpertDelta | None:
+def _parse_layer(layer: Fields | None, *, low_rank: bool) -> ExpertDelta | None:
     if layer is None:
         return None
     up, down = layer.sizes_or_none("up"), layer.sizes_or_none("down")
     return ExpertDelta(
-        None if up is None else _parse_region(up),
-        None if down is None else _parse_region(down),
+        None if up is None else _parse_region(up, low_rank=low_rank),
+        None if down is None else _parse_region(down, low_rank=low_rank),
         0,
         layer.size("down_at"),
         layer.size("nbytes"),
     )
 
 
-def _parse_region(numbers: Sequence[int]) -> DeltaRegion:
+def _parse_region(numbers: Sequence[int], *, low_rank: bool) -> Region:
+    return _parse_low_rank(numbers) if low_rank else _parse_flat(numbers)
+
+
+def _parse_low_rank(numbers: Sequence[int]) -> LowRankRegion:
+    if len(numbers) != 6:
+        raise StoreError(f"a delta is described by {len(numbers)} numbers, expected 6")
+    rows, columns, *ranks, bias = numbers
+    if not 0 < rows < 2**31 or not 0 < columns < 2**31 or not 0 < sum(ranks) <= min(rows, columns) or bias > 1:
+        raise StoreError(f"a delta is described by {list(numbers)}, which cannot be")
+    return LowRankRegion(rows, columns, (ranks[0], ranks[1], ranks[2]), bool(bias))
+
+
+def _parse_flat(numbers: Sequence[int]) -> DeltaRegion:
     if len(numbers) != 5:
         raise StoreError(f"a delta is described by {len(numbers)} numbers, expected 5")
     rows, columns, bits, salient, bias = numbers

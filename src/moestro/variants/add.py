@@ -133,7 +133,7 @@ def _write(
         codes, files = Codes(), Files(models.skeleton, plan, writer)
         sink = codes if options.distill_steps else files
         encoder = Encoder(models.skeleton, plan, models.base, models.tuned, sink, steps.add)
-        if text.windows is None or options.is_bitdelta:
+        if text.windows is None or not options.calibrates:
             _without_text(models, plan, encoder)
         else:
             follow(_skeleton(store), models.tuned, list(plan.deltas), text.windows.sequences, encoder)
@@ -141,7 +141,7 @@ def _write(
         if text.windows is not None and options.distill_steps:
             distill(models.skeleton, plan, models.base, models.tuned, codes, text.windows.sequences, steps.learned)
             codes.pass_on(files)
-        if text.windows is not None and (options.distill_steps or not options.is_bitdelta):
+        if text.windows is not None and (options.distill_steps or options.calibrates):
             facts = replace(facts, text=text.facts, tokens=text.windows.tokens, distilled=options.distill_steps)
         for one in plan.replacements:
             writer.write_replacement(one, models.tuned.dense(one))

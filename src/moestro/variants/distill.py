@@ -22,8 +22,9 @@ from moestro.hf.skeleton import ExpertLayer, Skeleton
 from moestro.quant.delta import DeltaRegion
 from moestro.quant.delta_codes import DeltaParts
 from moestro.quant.groups import group_size
+from moestro.quant.low_rank import flat_region
 from moestro.store.workers import worker_count
-from moestro.variants.encode import Codes, regions_of
+from moestro.variants.encode import Codes, flat_parts, regions_of
 from moestro.variants.plan import VariantPlan
 from moestro.variants.weights import Weights
 
@@ -76,8 +77,8 @@ def _dense_matrix(name: str, plan: VariantPlan, base: Weights, codes: Codes) -> 
         (codes.matrices[name],) = learned
 
     values = base.dense(name).float().unsqueeze(0)
-    parts = [codes.matrices[name]]
-    return _Matrix(name, values, parts, plan.deltas[name], put, one_size=plan.options.is_bitdelta)
+    parts = [flat_parts(codes.matrices[name])]
+    return _Matrix(name, values, parts, flat_region(plan.deltas[name]), put, one_size=plan.options.is_bitdelta)
 
 
 def _add_experts(
@@ -105,12 +106,14 @@ def _add_experts(
             for expert, parts in zip(changed, learned, strict=True):
                 codes.experts[number, expert][name] = parts
 
-        parts = [codes.experts[number, expert][name] for expert in changed]
+        parts = [flat_parts(codes.experts[number, expert][name]) for expert in changed]
         values = torch.stack([ours[expert][name] for expert in changed])
         one_size = plan.options.is_bitdelta
         transposed = next(param.transposed for param in layer.params if param.name == name)
         full = f"{layer.module}.{name}"
-        matrices.append(_Matrix(full, values, parts, region, put, one_size, changed, state[full], transposed))
+        matrices.append(
+            _Matrix(full, values, parts, flat_region(region), put, one_size, changed, state[full], transposed)
+        )
     return matrices
 
 

@@ -13,15 +13,16 @@ import torch
 
 from moestro.config import VariantOptions
 from moestro.hf.skeleton import Skeleton
-from moestro.quant.delta import DeltaRegion
 from moestro.quant.delta_codes import DeltaParts, pack_delta, signs_of
 from moestro.quant.delta_fit import choose_channels, fit_outputs
+from moestro.quant.low_rank import LowRankParts, LowRankRegion, Region, flat_region, low_rank_of, pack_low_rank
 from moestro.variants.inputs import Hessians
 from moestro.variants.plan import VariantPlan, matrix_names
 from moestro.variants.weights import Weights
 from moestro.variants.writer import VariantWriter
 
-ExpertParts = dict[str, DeltaParts]
+Parts = DeltaParts | LowRankParts
+ExpertParts = dict[str, Parts]
 """By the name of the matrix; those that no expert of the layer changed are left out."""
 
 
@@ -31,7 +32,7 @@ class Sink(Protocol):
     def expert(self, layer: int, expert: int, parts: ExpertParts) -> None:
         """Those of an expert."""
 
-    def dense(self, name: str, parts: DeltaParts) -> None:
+    def dense(self, name: str, parts: Parts) -> None:
         """Those of a dense matrix."""
 
 
@@ -40,13 +41,13 @@ class Codes:
     """A sink that keeps all codes in memory."""
 
     experts: dict[tuple[int, int], ExpertParts] = field(default_factory=dict)
-    matrices: dict[str, DeltaParts] = field(default_factory=dict)
+    matrices: dict[str, Parts] = field(default_factory=dict)
 
     def expert(self, layer: int, expert: int, parts: ExpertParts) -> None:
         """See `Sink`."""
         self.experts[layer, expert] = parts
 
-    def dense(self, name: str, parts: DeltaParts) -> None:
+    def dense(self, name: str, parts: Parts) -> None:
         """See `Sink`."""
         self.matrices[name] = parts
 
@@ -68,19 +69,19 @@ class Files:
 
     def expert(self, layer: int, expert: int, parts: ExpertParts) -> None:
         """See `Sink`."""
-        up, down = (pack_delta(parts[name], region) if region else None for name, region in self.regions(layer).items())
+        up, down = (_pack(parts[name], region) if region else None for name, region in self.regions(layer).items())
         self.writer.write_expert(layer, expert, up, down)
 
-    def dense(self, name: str, parts: DeltaParts) -> None:
+    def dense(self, name: str, parts: Parts) -> None:
         """See `Sink`."""
-        self.writer.write_delta(name, pack_delta(parts, self.plan.deltas[name]))
+        self.writer.write_delta(name, _pack(parts, self.plan.deltas[name]))
 
-    def regions(self, layer: int) -> dict[str, DeltaRegion | None]:
+    def regions(self, layer: int) -> dict[str, Region | None]:
         """Of a layer's experts, by the matrix's name."""
         return regions_of(self.skeleton, self.plan, layer)
 
 
-def regions_of(skeleton: Skeleton, plan: VariantPlan, layer: int) -> dict[str, DeltaRegion | None]:
+def regions_of(skeleton: Skeleton, plan: VariantPlan, layer: int) -> dict[str, Region | None]:
     """The regions of a layer's changed experts, by the matrix's name."""
     spec = plan.layers[layer]
     regions = (None, None) if spec is None else (spec.up, spec.down)
@@ -143,14 +144,29 @@ class Encoder:
             self.dense(name, None)
 
 
+def flat_parts(parts: Parts) -> DeltaParts:
+    """Those of a flat delta."""
+    assert isinstance(parts, DeltaParts), parts
+    return parts
+
+
+def _pack(parts: Parts, region: Region) -> torch.Tensor:
+    if isinstance(parts, LowRankParts):
+        assert isinstance(region, LowRankRegion), region
+        return pack_low_rank(parts, region)
+    return pack_delta(parts, flat_region(region))
+
+
 def encode_delta(
     delta_NK: torch.Tensor,
-    region: DeltaRegion,
+    region: Region,
     options: VariantOptions,
     hessian_KK: torch.Tensor | None,
     bias_N: torch.Tensor | None,
-) -> DeltaParts:
+) -> Parts:
     """The codes of one difference, by the method that the options name."""
+    if isinstance(region, LowRankRegion):
+        return replace(low_rank_of(delta_NK, region), bias_N=bias_N)
     if options.method == "bitdelta":
         return replace(signs_of(delta_NK), bias_N=bias_N)
     kept_C = choose_channels(delta_NK, region.bits, region.salient, hessian_KK)

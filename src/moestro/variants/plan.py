@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moestro.config import VariantOptions
 from moestro.hf.skeleton import ExpertLayer, Skeleton
 from moestro.quant.delta import DeltaRegion, salient_channels
+from moestro.quant.low_rank import Region, low_rank_region
 from moestro.store.dense_file import DenseLayout, DenseSpec, dense_layout
 from moestro.store.reader import Store
 from moestro.store.variant_manifest import ExpertDelta, expert_delta
@@ -24,7 +25,7 @@ class VariantPlan:
     options: VariantOptions
     layers: tuple[ExpertDelta | None, ...]
     experts: tuple[tuple[int, ...], ...]
-    deltas: dict[str, DeltaRegion]
+    deltas: dict[str, Region]
     bias_of: dict[str, str]
     replacements: tuple[str, ...]
     dense: DenseLayout
@@ -80,7 +81,7 @@ def matrix_names(layer: ExpertLayer) -> tuple[str, str]:
 def _layer(layer: ExpertLayer, changed: frozenset[str], options: VariantOptions) -> ExpertDelta:
     shapes = {param.name: param.shape for param in layer.params}
     up, down = (
-        _region(shapes[name], options.bits, options.kept_share, bias=f"{name}_bias" in changed)
+        _region(shapes[name], options, options.bits, bias=f"{name}_bias" in changed)
         if changed & {name, f"{name}_bias"}
         else None
         for name in matrix_names(layer)
@@ -90,19 +91,21 @@ def _layer(layer: ExpertLayer, changed: frozenset[str], options: VariantOptions)
 
 def _dense_regions(
     skeleton: Skeleton, changes: Changes, roles: Roles, options: VariantOptions
-) -> tuple[dict[str, DeltaRegion], set[str]]:
+) -> tuple[dict[str, Region], set[str]]:
     """The regions of dense matrices, and the biases that go with them."""
-    regions, biases = {}, set()
+    regions: dict[str, Region] = {}
+    biases: set[str] = set()
     for name, (shape, _) in skeleton.dense.items():
         bias = roles.bias_of.get(name)
         has_bias = bias in changes.dense
         if name in roles.matrices and (name in changes.dense or has_bias):
-            regions[name] = _region(shape, options.bits_of_dense, options.kept_share, bias=has_bias)
+            regions[name] = _region(shape, options, options.bits_of_dense, bias=has_bias)
             if bias and has_bias:
                 biases.add(bias)
     return regions, biases
 
 
-def _region(shape: tuple[int, ...], bits: int, share: float, *, bias: bool) -> DeltaRegion:
+def _region(shape: tuple[int, ...], options: VariantOptions, bits: int, *, bias: bool) -> Region:
     rows, columns = shape
-    return DeltaRegion(rows, columns, bits, salient_channels(columns, share), bias)
+    flat = DeltaRegion(rows, columns, bits, salient_channels(columns, options.kept_share), bias)
+    return low_rank_region(rows, columns, flat.nbytes, bias=bias) if options.is_low_rank else flat

@@ -139,7 +139,7 @@ class VariantWriter:
             method=options.method,
             bits=options.bits,
             dense_bits=options.bits_of_dense,
-            salient=options.kept_share,
+            salient=0.0 if options.is_low_rank else options.kept_share,
             text=facts.text,
             tokens=facts.tokens,
             distilled=facts.distilled,

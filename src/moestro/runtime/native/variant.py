@@ -9,6 +9,7 @@ import torch
 
 from moestro import _native
 from moestro.kernels.shapes import native_delta
+from moestro.quant.low_rank import flat_region
 from moestro.runtime.delta_weight import DeltaWeight
 from moestro.runtime.native.blueprint import Blueprint, LayerParts
 from moestro.runtime.native.weights import floats, norm_of, weight_of
@@ -26,7 +27,7 @@ class Changes:
         own, own_bias = self._changed.get(id(module.weight)), None if bias is None else self._changed.get(id(bias))
         if isinstance(own, DeltaWeight):
             assert own_bias is None, "a bias that changes with its matrix is in the delta"
-            return _native.Delta(native_delta(own.region), own.address)
+            return _native.Delta(native_delta(flat_region(own.region)), own.address)
         if own is None and own_bias is None:
             return None
         return weight_of(module.weight if own is None else own, bias if own_bias is None else own_bias)
