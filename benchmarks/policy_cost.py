@@ -4,10 +4,11 @@
 
 Routing is random but skewed (a slowly changing favourite set per layer), the same for all. Of a policy: `observe` and
 `worth`; with a quarter of the experts in memory also what choosing victims adds (and how many leave, per layer), and of
-those that foresee what proposing experts to be read ahead adds. Of a predictor: `observe`, and a `forecast` of the next
-layer. Nets are random: what they say does not change what they cost. Last, what is left where all experts are in memory
-and layers are computed one by one (native passes tell no policy then). Median and 90th percentile of single layers, of
-all repeats, each with fresh objects, after a warm-up of a quarter of the passes.
+those that foresee what proposing experts to be read ahead adds: by the nets, or by what the next layer's gate says (it
+is right about three picks in four here). Of a predictor: `observe`, and a `forecast` of the next layer. Nets are as
+wide as those of `moestro trace fit` and trained for some seconds on routing of the same kind. Last, what is left where
+all experts are in memory and layers are computed one by one (native passes tell no policy then). Median and 90th
+percentile of single layers, of all repeats, each with fresh objects, after a warm-up of a quarter of the passes.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
+from moestro.foresight import train
 from moestro.keys import PlaneKey
 from moestro.policy import LRU, Need
-from moestro.policy.choice import ENSEMBLE, LEARNED, VALUE, make_choice
+from moestro.policy.choice import ENSEMBLE, GATE, LEARNED, VALUE, make_choice
 from moestro.policy.foresight import Foresight
 from moestro.policy.keeping import KEEP_POLICIES
 from moestro.policy.knowledge import needs
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.predictors import PREDICTORS
-from moestro.policy.predictors.history import OWN, input_size
-from moestro.policy.predictors.net import HORIZONS, Nets
+from moestro.policy.predictors.net import Nets
 from moestro.policy.prefetch import Slack
+from moestro.trace import Trace
 
 SHAPES = {
     "48 x 128, top 8": Shape(48, 128, 8),
@@ -38,15 +41,16 @@ SHAPES = {
 REQUEST = 1
 IN_MEMORY = 0.25
 PLANE_BYTES = 4096
+TRAINED_ON = 512
 # A link that is idle for as long as two experts take.
 SLACK = Slack(read_s=1.0, idle_s=2.0)
 
 Step = Callable[[Routing], object]
 
 
-def routings(shape: Shape, passes: int) -> list[Routing]:
+def routings(shape: Shape, passes: int, *, seed: int = 0) -> list[Routing]:
     """One row per layer and pass; three picks in four from 4 K favourites, which change every 50 passes."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows = [RequestRows(REQUEST, 0, 1, decode=True)]
     made = []
     for step in range(passes):
@@ -61,19 +65,21 @@ def routings(shape: Shape, passes: int) -> list[Routing]:
     return made
 
 
-def random_nets(shape: Shape, horizons: int, *, width: int = 64) -> Nets:
-    rng = np.random.default_rng(horizons)
-    layers, experts, inputs = shape.layers, shape.experts, input_size(shape.experts)
-
-    def normal(*sizes: int, spread: float) -> np.ndarray:
-        return np.float32(spread) * rng.standard_normal(sizes, dtype=np.float32)
-
-    return Nets(
-        normal(layers, inputs, width, spread=inputs**-0.5),
-        normal(layers, width, spread=0.1),
-        normal(layers, width, horizons, experts, spread=width**-0.5),
-        normal(layers, horizons, OWN, experts, spread=0.3),
-        normal(layers, horizons, experts, spread=1.0),
+def trained_nets(shape: Shape, work: list[Routing]) -> tuple[Nets, Nets]:
+    """On these passes as one request."""
+    passes = len(work) // shape.layers
+    experts_NLK = np.stack([one.experts_TK[0] for one in work]).reshape(passes, shape.layers, shape.picks)
+    weights_NLK = np.stack([one.weights_TK[0] for one in work]).reshape(passes, shape.layers, shape.picks)
+    return train(
+        Trace(
+            experts_NLK=experts_NLK.astype(np.uint16),
+            weights_NLK=np.round(255 * weights_NLK).astype(np.uint8),
+            token_N=np.zeros(passes, np.int32),
+            offsets_R1=np.array([0, passes]),
+            meta=({},),
+            num_experts=shape.experts,
+            decode_N=np.ones(passes, bool),
+        )
     )
 
 
@@ -97,8 +103,8 @@ class Held:
 class Decisions:
     """A cache of one plane per expert, without bytes: what the runtime asks a policy, and how long that took."""
 
-    def __init__(self, shape: Shape, foresight: Foresight) -> None:
-        self._foresight, self._held = foresight, Held()
+    def __init__(self, shape: Shape, foresight: Foresight, *, gates: dict[int, np.ndarray] | None = None) -> None:
+        self._foresight, self._held, self._gates = foresight, Held(), gates
         self._most = int(IN_MEMORY * shape.layers * shape.experts)
         self.victims = 0
         foresight.begin(REQUEST)
@@ -115,7 +121,10 @@ class Decisions:
         keys = [(routing.layer, expert, 0) for expert in routing.experts_TK[0].tolist()]
         self._held.in_use = set(keys)
         taken += sum(self._load(key) for key in keys if key not in self._held.keys)
+        said_1C = None if self._gates is None else self._gates.get(id(routing))
         start = time.perf_counter_ns()
+        if said_1C is not None:
+            self._foresight.lookahead(routing.layer, 1, said_1C)
         ahead = self._foresight.propose(routing.layer, SLACK)
         taken += time.perf_counter_ns() - start
         return taken + sum(self._load((layer, expert, 0)) for layer, expert in ahead)
@@ -143,12 +152,26 @@ def timed(step: Step) -> Callable[[Routing], int]:
     return once
 
 
+def gates_of(work: list[Routing], experts: int) -> dict[int, np.ndarray]:
+    """By the id of a layer's routing, what the next layer's gate says early: 2 K experts, the likeliest first."""
+    rng = np.random.default_rng(1)
+    said = {}
+    for one, following in pairwise(work):
+        right_K = following.experts_TK[0]
+        wrong_E = np.setdiff1d(rng.permutation(experts), right_K)
+        first_K = np.where(rng.random(len(right_K)) < 0.75, right_K, wrong_E[: len(right_K)])
+        rest = np.setdiff1d(np.concatenate([right_K, wrong_E]), first_K)
+        said[id(one)] = np.concatenate([first_K, rng.permutation(rest)[: len(right_K)]])[None]
+    return said
+
+
 class Bench:
     """All that is measured with one shape, by name."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, work: list[Routing]) -> None:
         self._shape = shape
-        self._nets = random_nets(shape, len(HORIZONS)), random_nets(shape, 1)
+        self._nets = trained_nets(shape, routings(shape, TRAINED_ON, seed=1))
+        self._gates = gates_of(work, shape.experts)
         self.makers: dict[str, Callable[[], Callable[[Routing], int]]] = {}
         plain = [name for name, factory in KEEP_POLICIES.items() if not needs(factory)]
         predictors = [name for name, factory in PREDICTORS.items() if not needs(factory)]
@@ -161,6 +184,7 @@ class Bench:
                 self.makers[f"{VALUE} ({name}), {what}"] = lambda name=name, prefetch=prefetch: self._decisions(
                     VALUE, name, prefetch=prefetch
                 )
+        self.makers[f"{VALUE} ({LEARNED}), victims, prefetch by {GATE}"] = self._by_gate
         for name in (*predictors, LEARNED, ENSEMBLE):
             self.makers[f"predictor {name}"] = lambda name=name: self._predictor(name)
         self.makers["all in memory"] = self._whole
@@ -178,6 +202,10 @@ class Bench:
     def _decisions(self, policy: str, predictor: str, *, prefetch: bool) -> Callable[[Routing], int]:
         choice = make_choice(policy, predictor, self._shape, prefetch=prefetch, nets=self._nets)
         return Decisions(self._shape, choice.foresight(prefetch=prefetch))
+
+    def _by_gate(self) -> Callable[[Routing], int]:
+        choice = make_choice(VALUE, LEARNED, self._shape, prefetch=True, nets=self._nets, ahead=GATE)
+        return Decisions(self._shape, choice.foresight(prefetch=True), gates=self._gates)
 
     def _whole(self) -> Callable[[Routing], int]:
         """There is no foresight then, only least recently used, told of each expert that is asked for."""
@@ -214,7 +242,7 @@ def main() -> None:
     for title, shape in list(SHAPES.items())[: args.shapes]:
         work = routings(shape, args.passes)
         print(f"{title}: us per layer, median and 90th percentile")
-        for name, make in Bench(shape).makers.items():
+        for name, make in Bench(shape, work).makers.items():
             if args.names and not name.startswith(tuple(args.names)):
                 continue
             took: list[int] = []
@@ -223,7 +251,7 @@ def main() -> None:
                 took += [step(routing) for routing in work][len(work) // 4 :]
             half, most = np.percentile(took, [50, 90]) / 1000
             left = f"  {step.victims / len(work):.2f} leave" if isinstance(step, Decisions) else ""
-            print(f"  {name:36s} {half:7.1f} {most:7.1f}{left}", flush=True)
+            print(f"  {name:42s} {half:7.1f} {most:7.1f}{left}", flush=True)
 
 
 if __name__ == "__main__":

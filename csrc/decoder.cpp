@@ -282,7 +282,38 @@ bool Decoder::run_experts(int64_t moe) {
   return run_known(*known, routed, workspace_.outputs, workspace_.hidden);
 }
 
-int64_t Decoder::run(const float *delta) {
+// The next layer that has a router; the number of layers where there is none.
+size_t Decoder::next_routed() const {
+  size_t next = next_layer_;
+  while (next < layers_.size() && !there(layers_[next].router)) ++next;
+  return next;
+}
+
+// Looks ahead from MoE layer `moe`; whether one of the likeliest experts is not known.
+bool Decoder::lacks_ahead(int64_t moe) {
+  seen_rows_ = 0;
+  const size_t next = next_routed();
+  if (ahead_ids_ == nullptr || step_.rows > workspace_.known_rows || next == layers_.size()) return false;
+  const KnownExperts *known = known_[static_cast<size_t>(moe) + 1];
+  if (known != nullptr && every_known(*known)) return false;
+  const Weight &router = layers_[next].router;
+  const size_t here = layer_;
+  layer_ = next; // whose changes by fine-tunes count
+  project(workspace_.hidden, {{router, workspace_.scratch, &VariantLayer::router}});
+  layer_ = here;
+  // The weights are of no use; outputs are not in use yet.
+  kernels().rows->route({workspace_.scratch, step_.rows, router.outputs, ahead_candidates_, Routing::pick_then_softmax,
+                         ahead_ids_, workspace_.outputs});
+  seen_rows_ = step_.rows;
+  if (known == nullptr) return false;
+  for (int64_t row = 0; row < step_.rows; ++row) {
+    const int64_t *ids = ahead_ids_ + row * ahead_candidates_;
+    if (!picks_known(*known, ids, workspace_.picks)) return true;
+  }
+  return false;
+}
+
+int64_t Decoder::run(const float *delta, int64_t stop) {
   delta_ = delta;
   while (next_layer_ < layers_.size()) {
     layer_ = next_layer_++;
@@ -292,7 +323,7 @@ int64_t Decoder::run(const float *delta) {
     if (!there(layer.router)) continue;
     const int64_t moe = next_moe_++;
     route(layer, moe);
-    if (!run_experts(moe)) return moe;
+    if (lacks_ahead(moe) || moe == stop || !run_experts(moe)) return moe;
     delta_ = workspace_.hidden;
   }
   return next_moe_;

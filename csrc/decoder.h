@@ -68,11 +68,20 @@ public:
   // of two fine-tunes; nothing is touched then.
   void begin(const Step &step);
 
-  // Goes on with the step up to the next experts that are not known, and returns the number of their MoE layer; their
-  // input is in workspace.hidden, their ids and weights at their place. Returns the number of MoE layers at the end.
-  // `delta` [rows, width]: their weighted sums, to go on with (null at the start of a step); it lives until the next
+  // Has every layer of steps with few rows ask the router of the next MoE layer what it would pick if the hidden state
+  // stayed as it is: `candidates` ids for each row, in falling order, in `ids` [known_rows, candidates], which outlives
+  // the decoder; null: nobody is asked. run() then comes back at layers where one of a row's first `picks` of these is
+  // not known.
+  void look_ahead(int64_t *ids, int64_t candidates);
+
+  // Rows of `ids` that hold what was looked ahead at the layer that run() has come back at; 0: nothing was.
+  int64_t seen_rows() const { return seen_rows_; }
+
+  // Goes on with the step up to the next experts that are not known, or those of MoE layer `stop`, and returns the
+  // number of their MoE layer; their input is in workspace.hidden, their ids and weights at their place. Returns the
+  // number of MoE layers at the end. `delta` [rows, width]: their weighted sums, to go on with (null at the start of a step); it lives until the next
   // call of run() or logits() has returned.
-  int64_t run(const float *delta);
+  int64_t run(const float *delta, int64_t stop = -1);
 
   // out [count, vocabulary]: logits of some of the step's rows, in any order, after all layers.
   void logits(const int64_t *rows, int64_t count, float *out);
@@ -114,6 +123,8 @@ private:
   void run_layer(const Layer &layer, const float *delta);
   void route(const Layer &layer, int64_t moe);
   bool run_experts(int64_t moe);
+  size_t next_routed() const;
+  bool lacks_ahead(int64_t moe);
   void add_norm(const float *delta, Norm VariantLayer::*part, const Norm &norm);
   AttentionArgs attention_args(const Layer &layer, float *query) const;
   const std::vector<RowGroup> &groups_of(const Layer &layer) const;
@@ -132,6 +143,8 @@ private:
   size_t layer_ = 0, next_layer_ = 0; // of the step: that which runs, and the next
   int64_t next_moe_ = 0;
   const float *delta_ = nullptr; // what the last layer has left to be added
+  int64_t *ahead_ids_ = nullptr; // where what is looked ahead goes; null: nothing is
+  int64_t ahead_candidates_ = 0, seen_rows_ = 0;
   double kernel_seconds_ = 0, experts_seconds_ = 0;
 };
 

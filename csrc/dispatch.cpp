@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "nets.h"
 #include "rows.h"
 
 #ifdef MOESTRO_ARM64
@@ -27,7 +28,8 @@ namespace {
                                         floats::attention_scratch,                                                     \
                                         floats::round_columns,                                                         \
                                         floats::scale_costs,                                                           \
-                                        &floats::row_table};
+                                        &floats::row_table,                                                            \
+                                        &floats::net_table};
 MOESTRO_PACKED(scalar)
 MOESTRO_TABLE(scalar, scalar, scalar)
 #ifdef MOESTRO_X86

@@ -59,6 +59,7 @@ inline __attribute__((always_inline)) int64_t first_position(int64_t position, i
 
 struct PackedTable; // packed_tasks.h
 struct RowTable; // rows.h
+struct NetTable; // nets.h
 
 struct KernelTable {
   const char *name;
@@ -71,6 +72,7 @@ struct KernelTable {
   void (*round_columns)(const RoundArgs &);
   void (*scale_costs)(const ScaleCostArgs &);
   const RowTable *rows;
+  const NetTable *nets;
 };
 
 #define MOESTRO_DECLARE_KERNELS(isa)                                                                                   \

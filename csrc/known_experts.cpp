@@ -10,12 +10,6 @@
 namespace moestro {
 namespace {
 
-bool all_known(const KnownExperts &experts, const RoutedRows &routed) {
-  return std::all_of(routed.ids, routed.ids + routed.rows * routed.picks, [&](int64_t id) {
-    return id >= 0 && id < experts.count && experts.planes[id * kPlanes] != 0;
-  });
-}
-
 // The fine-tune of each row, null for the base's. False when one is not known, or one of its picks.
 bool find_deltas(const KnownExperts &experts, const RoutedRows &routed, std::vector<const KnownDeltas *> &of_row) {
   int64_t before = 0;
@@ -100,8 +94,26 @@ private:
 
 } // namespace
 
+bool picks_known(const KnownExperts &experts, const int64_t *ids, int64_t count) {
+  return std::all_of(ids, ids + count, [&](int64_t id) {
+    return id >= 0 && id < experts.count && experts.planes[id * kPlanes] != 0;
+  });
+}
+
+bool every_known(const KnownExperts &experts) {
+  for (int64_t id = 0; id < experts.count; ++id) {
+    if (experts.planes[id * kPlanes] == 0) return false;
+  }
+  return true;
+}
+
+bool all_known(const KnownExperts &experts, const RoutedRows &routed) {
+  std::vector<const KnownDeltas *> of_row(static_cast<size_t>(routed.rows), nullptr);
+  return picks_known(experts, routed.ids, routed.rows * routed.picks) && find_deltas(experts, routed, of_row);
+}
+
 bool run_known(const KnownExperts &experts, const RoutedRows &routed, float *outputs, float *sums) {
-  if (!all_known(experts, routed)) return false;
+  if (!picks_known(experts, routed.ids, routed.rows * routed.picks)) return false;
   std::vector<const KnownDeltas *> of_row(static_cast<size_t>(routed.rows), nullptr);
   if (!find_deltas(experts, routed, of_row)) return false;
   const Jobs jobs(experts, routed);

@@ -39,6 +39,13 @@ struct RoutedRows {
   int64_t run_count = 0;
 };
 
+// Whether these experts, or all of the layer, can be computed for the base's rows.
+bool picks_known(const KnownExperts &experts, const int64_t *ids, int64_t count);
+bool every_known(const KnownExperts &experts);
+
+// Whether every pick is known, and what the rows' fine-tunes add to it. Throws as `run_known`.
+bool all_known(const KnownExperts &experts, const RoutedRows &routed);
+
 // sums [rows, width]: the weighted sums of the rows' experts, in ascending k. `outputs` is room for [rows * picks,
 // width]; `sums` may be `hidden`. Returns false, and computes nothing, when an expert is not known, or what a row's
 // fine-tune adds to it. Throws std::invalid_argument when runs are not ascending runs of rows.

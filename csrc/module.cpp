@@ -11,6 +11,8 @@
 #include "combine.h"
 #include "dispatch.h"
 #include "module_decoder.h"
+#include "module_lowest.h"
+#include "module_nets.h"
 #include "module_packed.h"
 #include "thread_pool.h"
 
@@ -181,6 +183,8 @@ uint64_t sum_words(uintptr_t address, int64_t nbytes) {
 } // namespace moestro
 
 NB_MODULE(_native, m) {
+  // A script that ends with a model open is no fault of whoever reads its last lines.
+  nb::set_leak_warnings(false);
   using namespace moestro;
   using nb::gil_scoped_release;
   using release = nb::call_guard<gil_scoped_release>;
@@ -204,4 +208,6 @@ NB_MODULE(_native, m) {
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
   add_packed(m);
   add_decoder(m);
+  add_lowest(m);
+  add_nets(m);
 }

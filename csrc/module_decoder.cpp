@@ -167,11 +167,20 @@ void add_decoder(nb::module_ &m) {
            arg("known_rows"), arg("blocks"), arg("block_size"))
       .def("add", &Decoder::add, arg("layer"))
       .def("know", &Decoder::know, arg("moe_layer"), arg("experts"), nb::keep_alive<1, 3>())
+      .def(
+          "look_ahead",
+          [](Decoder &decoder, uintptr_t ids, int64_t candidates) {
+            decoder.look_ahead(pointer<int64_t>(ids), candidates);
+          },
+          arg("ids"), arg("candidates"))
+      .def_prop_ro("seen_rows", &Decoder::seen_rows)
       .def("set_variant", &Decoder::set_variant, arg("slot"), arg("variant").none())
       .def("begin", &begin, arg("token_ids"), arg("rows"), arg("block_table"), arg("sequences"), arg("max_blocks"),
            arg("row_sequence"), arg("row_position"), arg("runs") = nb::list(), arg("variant_ids") = 0, release())
       .def(
-          "run", [](Decoder &decoder, uintptr_t delta) { return decoder.run(pointer<const float>(delta)); }, release())
+          "run",
+          [](Decoder &decoder, uintptr_t delta, int64_t stop) { return decoder.run(pointer<const float>(delta), stop); },
+          arg("delta"), arg("stop") = -1, release())
       .def(
           "logits",
           [](Decoder &decoder, uintptr_t rows, int64_t count, uintptr_t out) {

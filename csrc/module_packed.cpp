@@ -86,11 +86,23 @@ void set_deltas(KnownExperts &known, int32_t slot, const ExpertDeltaShape *shape
   }
 }
 
-bool known_experts(const KnownExperts &known, uintptr_t hidden, uintptr_t ids, uintptr_t weights, int64_t rows,
-                   int64_t picks, uintptr_t outputs, uintptr_t sums,
-                   const std::vector<std::tuple<int32_t, int64_t, int64_t>> &of_rows) {
+using Runs = std::vector<std::tuple<int32_t, int64_t, int64_t>>;
+
+std::vector<RowRun> row_runs(const Runs &of_rows) {
   std::vector<RowRun> runs;
   for (const auto &[slot, first, end] : of_rows) runs.push_back({slot, first, end});
+  return runs;
+}
+
+bool covers(const KnownExperts &known, uintptr_t ids, int64_t rows, int64_t picks, const Runs &of_rows) {
+  const std::vector<RowRun> runs = row_runs(of_rows);
+  return all_known(known, {nullptr, pointer<const int64_t>(ids), nullptr, rows, picks, runs.data(),
+                           static_cast<int64_t>(runs.size())});
+}
+
+bool known_experts(const KnownExperts &known, uintptr_t hidden, uintptr_t ids, uintptr_t weights, int64_t rows,
+                   int64_t picks, uintptr_t outputs, uintptr_t sums, const Runs &of_rows) {
+  const std::vector<RowRun> runs = row_runs(of_rows);
   const RoutedRows routed{pointer<const float>(hidden), pointer<const int64_t>(ids), pointer<const float>(weights),
                           rows, picks, runs.data(), static_cast<int64_t>(runs.size())};
   return run_known(known, routed, pointer<float>(outputs), pointer<float>(sums));
@@ -153,6 +165,7 @@ void add_packed(nb::module_ &m) {
            },
            nb::arg("experts"), nb::arg("planes"), nb::arg("count"), nb::arg("level"))
       .def("set_deltas", &set_deltas, nb::arg("slot"), nb::arg("shape").none(), nb::arg("planes"))
+      .def("covers", &covers, nb::arg("ids"), nb::arg("rows"), nb::arg("picks"), nb::arg("runs") = nb::list())
       .def("run", &known_experts, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("rows"),
            nb::arg("picks"), nb::arg("outputs"), nb::arg("sums"), nb::arg("runs") = nb::list(), release());
   m.def("make_matrix", &make_matrix);

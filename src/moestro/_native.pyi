@@ -203,6 +203,9 @@ class KnownExperts:
         slot is empty, and rows of it are not known.
         """
 
+    def covers(self, ids: int, rows: int, picks: int, runs: Sequence[tuple[int, int, int]] = ...) -> bool:
+        """Whether `run` would compute these."""
+
     def run(
         self,
         hidden: int,
@@ -404,8 +407,18 @@ class Decoder:
     def know(self, moe_layer: int, experts: KnownExperts) -> None:
         """Compute these experts where their planes are known; ValueError when they do not fit the model."""
 
-    def run(self, delta: int, /) -> int:
-        """Go on up to experts that are not known: the number of their MoE layer, at the end the number of those layers.
+    def look_ahead(self, ids: int, candidates: int) -> None:
+        """Ask the next MoE layer's router early, in steps of few rows: the best `candidates` of each row come to `ids`,
+        int64 [known_rows, candidates] (0: ask no longer). `run` then comes back where one of a row's likeliest is not
+        known."""
+
+    @property
+    def seen_rows(self) -> int:
+        """Rows of those ids that hold what was seen from the layer that `run` has come back at; 0: nothing was."""
+
+    def run(self, delta: int, stop: int = -1) -> int:
+        """Go on up to experts that are not known, or those of MoE layer `stop`: the number of their MoE layer, at the
+        end the number of those layers.
 
         `delta`: their weighted sums for the next call (0 at the start of a step).
         """
@@ -420,3 +433,54 @@ class Decoder:
     @property
     def experts_seconds(self) -> float:
         """Seconds in known experts so far."""
+
+@overload
+def lowest(values: NDArray[np.float32], bars: NDArray[np.float32], wanted: int) -> list[int]:
+    """Places of so many of the least values + bars, if there are, rising; of equals the first. inf is no value."""
+
+@overload
+def lowest(values: NDArray[np.float64], bars: NDArray[np.float64], wanted: int) -> list[int]: ...
+
+class ForesightNets:
+    """Nets that foresee routing (csrc/nets.h has the shapes). ValueError for arrays or numbers that do not fit."""
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        decays: Sequence[float],
+        gains: Sequence[float],
+        offsets: Sequence[int],
+        fade: float,
+    ) -> None: ...
+    def add_role(
+        self,
+        rows: NDArray[np.uint16],
+        recency: NDArray[np.uint16],
+        bias: NDArray[np.float32],
+        outputs: NDArray[np.uint16],
+    ) -> None:
+        """One more role, its larger weights as bits of float16; changes the stride."""
+
+    @property
+    def stride(self) -> int:
+        """Numbers of a layer of a request's state."""
+
+    def follow(
+        self,
+        state: NDArray[np.float32],
+        kept: int,
+        layer: int,
+        spans: Sequence[tuple[int, int, int]],
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+    ) -> None:
+        """Rows went through the layer; spans: (place of a request, its first row, the row behind its last)."""
+
+    def rebuild(self, state: NDArray[np.float32], place: int, role: int) -> None:
+        """A role's sums from the own history."""
+
+    def answer(
+        self, state: NDArray[np.float32], role: int, layer: int, places: Sequence[int], out: NDArray[np.float32]
+    ) -> None:
+        """Probabilities that at least one of the requests at these places uses an expert."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moestro.policy.observation import Routing, Shape
+from moestro.policy.predictors import Gate
 from moestro.policy.prefetch import Prefetcher, Slack, SlackMeter
 
 
@@ -30,16 +31,15 @@ class Says:
 SHAPE = Shape(3, 4, 2)
 
 
-def none_held(_layer: int) -> np.ndarray:
-    return np.ones(4, dtype=bool)
+NONE_HELD = np.ones(4, dtype=bool)
 
 
 def test_the_likeliest_absent_experts_of_the_next_layer() -> None:
     predictor = Says(0.9, 0.2, 0.95, 0.8)
     prefetcher = Prefetcher(SHAPE, predictor)
     held = np.array([True, True, False, True])
-    assert prefetcher.propose(0, lambda _: held, Slack(1.0, 5.0)) == [(1, 0), (1, 3), (1, 1)]
-    assert prefetcher.propose(2, none_held, Slack(1.0, 5.0))[0] == (0, 2)
+    assert prefetcher.propose(0, held, Slack(1.0, 5.0)) == [(1, 0), (1, 3), (1, 1)]
+    assert prefetcher.propose(2, NONE_HELD, Slack(1.0, 5.0))[0] == (0, 2)
     assert predictor.asked == [(1, 1), (0, 1)]
 
 
@@ -49,13 +49,13 @@ def test_the_likeliest_absent_experts_of_the_next_layer() -> None:
 )
 def test_the_probability_that_pays_follows_from_the_slack(idle_s: float, least: float) -> None:
     for likely, proposed in ((least - 0.01, []), (least + 0.01, [(1, 0)])):
-        assert Prefetcher(SHAPE, Says(likely, 0, 0, 0)).propose(0, none_held, Slack(1.0, idle_s)) == proposed
+        assert Prefetcher(SHAPE, Says(likely, 0, 0, 0)).propose(0, NONE_HELD, Slack(1.0, idle_s)) == proposed
 
 
 def test_no_more_than_the_link_has_time_for() -> None:
     prefetcher = Prefetcher(SHAPE, Says(0.9, 0.9, 0.9, 0.9))
-    assert prefetcher.propose(0, none_held, Slack(1.0, 2.0)) == [(1, 0), (1, 1)]
-    assert prefetcher.propose(0, none_held, Slack(1.0, 0.0)) == []
+    assert prefetcher.propose(0, NONE_HELD, Slack(1.0, 2.0)) == [(1, 0), (1, 1)]
+    assert prefetcher.propose(0, NONE_HELD, Slack(1.0, 0.0)) == []
 
 
 def test_prefetches_that_do_not_pay_stop_and_are_tried_again() -> None:
@@ -63,15 +63,15 @@ def test_prefetches_that_do_not_pay_stop_and_are_tried_again() -> None:
     unused_E = np.array([0, 1, 1, 0])
     made = []
     for _ in range(200):
-        made.append(bool(prefetcher.propose(0, none_held, Slack(1.0, 0.6))))
+        made.append(bool(prefetcher.propose(0, NONE_HELD, Slack(1.0, 0.6))))
         prefetcher.judge(1, unused_E)
     assert made[0]
-    assert 1 < sum(made) < 10
+    assert 1 < sum(made) < 13
     used_E = np.array([1, 1, 0, 0])
     for _ in range(64 * 20):
-        prefetcher.propose(0, none_held, Slack(1.0, 0.6))
+        prefetcher.propose(0, NONE_HELD, Slack(1.0, 0.6))
         prefetcher.judge(1, used_E)
-    assert all(prefetcher.propose(0, none_held, Slack(1.0, 0.6)) for _ in range(10))
+    assert all(prefetcher.propose(0, NONE_HELD, Slack(1.0, 0.6)) for _ in range(10))
 
 
 def test_the_meter_learns_idle_time_apart_for_layers_that_read() -> None:
@@ -84,3 +84,28 @@ def test_the_meter_learns_idle_time_apart_for_layers_that_read() -> None:
         now += 2.0 if reading else 3.0
     assert meter.slack(1.0, reading=True) == Slack(1.0, pytest.approx(2.0, rel=0.01))
     assert meter.slack(1.0, reading=False) == Slack(1.0, pytest.approx(3.0, rel=0.01))
+
+
+@pytest.mark.parametrize(
+    ("piece_s", "work_s", "least"),
+    [(9.0, 0.0, 0.6 / 1.1), (0.2, 0.0, 0.3 / 0.8), (0.2, 0.3, 0.6 / 1.1)],
+)
+def test_what_is_lost_is_a_piece_and_the_work_of_asking(piece_s: float, work_s: float, least: float) -> None:
+    slack = Slack(1.0, 0.5, piece_s, work_s)
+    for likely, proposed in ((least - 0.01, []), (least + 0.01, [(1, 0)])):
+        assert Prefetcher(SHAPE, Says(likely, 0, 0, 0)).propose(0, NONE_HELD, slack) == proposed
+
+
+def test_a_gate_names_absent_experts_by_how_often_such_were_used() -> None:
+    gate = Gate(SHAPE)
+    prefetcher, slack = Prefetcher(SHAPE, gate), Slack(1.0, 5.0)
+    gate.begin(0)
+    absent_E = np.array([True, False, True, True])
+    for _ in range(200):
+        for layer in range(SHAPE.layers):
+            # The gate says 0 and 1, then 2 and 3; used are 1 and 2.
+            gate.observe(Routing(layer, np.array([[1, 2]]), np.ones((1, 2), np.float32), (), np.array([0, 1, 1, 0])))
+            gate.lookahead(layer, 1, np.array([[0, 1, 2, 3]]))
+            if layer < SHAPE.layers - 1:
+                proposed = prefetcher.propose(layer, absent_E, slack)
+    assert proposed == [(2, 2)]

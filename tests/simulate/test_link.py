@@ -12,7 +12,7 @@ from moestro.simulate.link import VirtualLink
 
 
 def read(nbytes: int) -> Read:
-    return Read(Path(), 0, nbytes, memoryview(b""), None, "a read")
+    return Read(Path(), 0, nbytes, memoryview(b""), (), "a read")
 
 
 class Log:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,8 +73,8 @@ def test_stalls_by_cause() -> None:
         forecast = staticmethod(lambda _layer, _horizon: np.array([0, 0, 1, 1, 0, 0, 0, 0], np.float32))
 
     class Idle(Prefetcher):
-        def propose(self, layer: int, absent: Callable[[int], np.ndarray], _slack: Slack) -> list[tuple[int, int]]:
-            return super().propose(layer, absent, Slack(1.0, 9.0))
+        def propose(self, layer: int, absent_E: np.ndarray, _slack: Slack) -> list[tuple[int, int]]:
+            return super().propose(layer, absent_E, Slack(1.0, 9.0))
 
     foresight = Foresight(WorthEviction(make_keep_policy("lru", shape), shape), prefetcher=Idle(shape, Told()))
     result = TimedReplay(

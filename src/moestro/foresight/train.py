@@ -25,6 +25,8 @@ from moestro.trace.trace import Trace
 
 LEAST_ROWS = 256
 _MOST_BYTES = 1 << 30
+_LEAST_BATCH, _LEAST_STEPS = 64, 32
+"""Short traces are gone through in smaller batches, so that an epoch has some steps."""
 
 _Weights = dict[str, torch.Tensor]
 
@@ -33,10 +35,11 @@ _Weights = dict[str, torch.Tensor]
 class TrainingOptions:
     """Measured on real routing: more epochs and a width of 128 gain a point of the gap to Belady each."""
 
-    epochs: int = 4
+    epochs: int = 8
     width: int = 64
-    rate: float = 2e-3
-    batch: int = 512
+    ahead_width: int = 128
+    rate: float = 4e-3
+    batch: int = 1024
     seed: int = 0
 
 
@@ -64,9 +67,10 @@ def train(
 
 def _layer(routing: _Routing, layer: int, options: TrainingOptions) -> tuple[_Weights, _Weights]:
     inputs_ND, uses_NE, seed = routing.inputs(layer), routing.uses(layer), options.seed + layer
-    after = _fit(inputs_ND, torch.from_numpy(_uses_within(uses_NE, HORIZONS)), options, seed=seed)
-    before_ND = routing.inputs_before(inputs_ND)
-    return after, _fit(before_ND, torch.from_numpy(uses_NE).unsqueeze(1), options, seed=seed)
+    within_NHE = torch.from_numpy(_uses_within(uses_NE, HORIZONS))
+    after = _fit(inputs_ND, within_NHE, options, width=options.width, seed=seed)
+    before_ND, next_N1E = routing.inputs_before(inputs_ND), torch.from_numpy(uses_NE).unsqueeze(1)
+    return after, _fit(before_ND, next_N1E, options, width=options.ahead_width, seed=seed)
 
 
 def _workers(trace: Trace) -> int:
@@ -88,9 +92,12 @@ def _one_thread_each() -> Iterator[None]:
 
 def nets_bytes(shape: Shape, options: TrainingOptions | None = None) -> int:
     """Bytes of all weights that `train` would make for a model of this shape."""
-    width, experts = (options or TrainingOptions()).width, shape.experts
-    outputs = (len(HORIZONS) + 1) * experts
-    return 4 * shape.layers * (2 * (input_size(experts) + 1) * width + (width + OWN + 1) * outputs)
+    options, experts = options or TrainingOptions(), shape.experts
+    roles = ((options.width, len(HORIZONS)), (options.ahead_width, 1))
+    weights = sum(
+        (input_size(experts) + 1) * width + (width + OWN + 1) * horizons * experts for width, horizons in roles
+    )
+    return 4 * shape.layers * weights
 
 
 class _Routing:
@@ -142,22 +149,24 @@ def _uses_within(uses_NE: np.ndarray, horizons: tuple[int, ...]) -> np.ndarray:
     return np.stack([after_NE - rows <= horizon for horizon in horizons], axis=1).astype(np.float32)
 
 
-def _fit(inputs_ND: torch.Tensor, wanted_NHE: torch.Tensor, options: TrainingOptions, *, seed: int) -> _Weights:
+def _fit(
+    inputs_ND: torch.Tensor, wanted_NHE: torch.Tensor, options: TrainingOptions, *, width: int, seed: int
+) -> _Weights:
     """One layer's weights, by AdamW on the cross entropy of each expert and horizon."""
     rows, inputs = inputs_ND.shape
     _, horizons, experts = wanted_NHE.shape
     generator = torch.Generator().manual_seed(seed)
     weights = {
-        "inner_DW": torch.randn(inputs, options.width, generator=generator) / math.sqrt(inputs),
-        "inner_bias_W": torch.zeros(options.width),
-        "outer_WHE": torch.zeros(options.width, horizons, experts),
+        "inner_DW": torch.randn(inputs, width, generator=generator) / math.sqrt(inputs),
+        "inner_bias_W": torch.zeros(width),
+        "outer_WHE": torch.zeros(width, horizons, experts),
         "own_HFE": torch.zeros(horizons, OWN, experts),
         "bias_HE": torch.full((horizons, experts), -1.0),
     }
     assert inputs == input_size(experts)
     for one in weights.values():
         one.requires_grad_(True)
-    batch = min(options.batch, rows)
+    batch = min(options.batch, max(_LEAST_BATCH, rows // _LEAST_STEPS))
     steps = options.epochs * (rows // batch)
     optimizer = torch.optim.AdamW(weights.values(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.rate, total_steps=steps, pct_start=0.1)

@@ -7,14 +7,12 @@ runtime and in a simulator, however quick the disk is. "Time" is the count of `o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from moestro.keys import PlaneKey
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """The plane that wants a slot: `nbytes` of it; `urgent` when a computation waits for it, else a prefetch."""
 
     key: PlaneKey

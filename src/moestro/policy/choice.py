@@ -12,7 +12,7 @@ from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.keeping.value import Value
 from moestro.policy.knowledge import takes
 from moestro.policy.observation import Shape
-from moestro.policy.predictors import PREDICTORS, Predictor, make_predictor
+from moestro.policy.predictors import PREDICTORS, Gate, Predictor, make_predictor
 from moestro.policy.predictors.net import Nets
 from moestro.policy.prefetch import Prefetcher
 from moestro.trace.collection import EamCollection
@@ -31,20 +31,23 @@ def policy_names() -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """`predictor` is None where nothing needs one; `shared` when the policy drives it."""
+    """`predictor` is None where nothing needs one; `shared` when the policy drives it. `ahead`: what says which experts
+    to read ahead, if not that one."""
 
     shape: Shape
     policy: KeepPolicy
     predictor: Predictor | None
     shared: bool
+    ahead: Predictor | None = None
 
     def foresight(self, *, prefetch: bool) -> Foresight:
         """What a runtime would be driven by."""
         prefetcher = None
         if prefetch:
-            assert self.predictor is not None
-            prefetcher = Prefetcher(self.shape, self.predictor)
-        own = None if self.shared else self.predictor
+            ahead = self.ahead or self.predictor
+            assert ahead is not None
+            prefetcher = Prefetcher(self.shape, ahead)
+        own = self.ahead or (None if self.shared else self.predictor)
         return Foresight(WorthEviction(self.policy, self.shape), prefetcher=prefetcher, own_predictor=own)
 
 
@@ -53,9 +56,9 @@ def needs_nets(policy: str, predictor: str, *, prefetch: bool) -> bool:
     return LEARNED in predictor.split("+") and (policy == VALUE or prefetch)
 
 
-def needs_gates(predictor: str, *, prefetch: bool) -> bool:
-    """Whether what the gates of layers to come would choose has a part in it: it says nothing of later passes."""
-    return prefetch and GATE in predictor.split("+")
+def needs_gates(ahead: str) -> bool:
+    """Whether what the gates of layers to come would choose has a part in what is read ahead."""
+    return GATE in ahead.split("+")
 
 
 def needs_collection(policy: str, predictor: str, *, prefetch: bool) -> bool:
@@ -78,22 +81,28 @@ def make_choice(
     prefetch: bool,
     nets: tuple[Nets, Nets] | None,
     collection: EamCollection | None = None,
+    ahead: str = "",
 ) -> Choice:
     """By names; `nets` (after, ahead) are those of the learned predictor. `collection`: of past requests, which
-    somebody else fills (None: whoever needs one has one of its own).
+    somebody else fills (None: whoever needs one has one of its own). `ahead`: what to read ahead by (empty: by
+    `predictor`).
 
     Raises:
         RequestError: there is no such name.
         TraceError: the learned predictor is asked for and there are no nets.
     """
+    own: Predictor | None = None
+    if prefetch and ahead not in ("", predictor):
+        # What a gate's ranks are worth is counted anyway, so alone it needs no calibration.
+        own = Gate(shape) if ahead == GATE else _predictor(ahead, shape, nets, collection)
     foreseen = None
-    if policy == VALUE or prefetch:
+    if policy == VALUE or (prefetch and own is None):
         foreseen = _predictor(predictor, shape, nets, collection)
     if policy == VALUE:
         assert foreseen is not None
-        return Choice(shape, Value(shape, predictor=foreseen), foreseen, shared=True)
+        return Choice(shape, Value(shape, predictor=foreseen), foreseen, shared=True, ahead=own)
     given = {} if collection is None or _COLLECTION not in takes(KEEP_POLICIES[policy]) else {_COLLECTION: collection}
-    return Choice(shape, make_keep_policy(policy, shape, **given), foreseen, shared=False)
+    return Choice(shape, make_keep_policy(policy, shape, **given), foreseen, shared=False, ahead=own)
 
 
 def _predictor(name: str, shape: Shape, nets: tuple[Nets, Nets] | None, collection: EamCollection | None) -> Predictor:

@@ -2,7 +2,7 @@
 
 The runtime drives it with its clock and disk, the simulator with virtual ones.
 
-Shapes: E experts per layer.
+Shapes: E experts per layer, U experts that a visit uses.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moestro.policy.keeping.eviction import WorthEviction
+from moestro.policy.keeping.keeper import used
 from moestro.policy.observation import Routing
 from moestro.policy.predictors.base import Predictor
 from moestro.policy.prefetch import Prefetcher, Slack
@@ -53,7 +54,8 @@ class Foresight:
         self.eviction = eviction
         self.prefetcher = prefetcher
         self.foreseen = Foreseen()
-        self._absent: tuple[int, np.ndarray] | None = None  # a layer, and which of its experts were, [E]
+        # A layer, which of its experts were absent [E], and whether any were proposed.
+        self._absent: tuple[int, np.ndarray, bool] | None = None
         self._told = (eviction,) if own_predictor is None else (own_predictor, eviction)
 
     def begin(self, request: int) -> None:
@@ -74,6 +76,13 @@ class Foresight:
         for one in self._told:
             one.observe(routing)
 
+    def passed(self, routing: Routing) -> None:
+        """A layer has routed, with all that it needs in memory, and nothing is asked of the next one."""
+        self.observe(routing)
+        if self.prefetcher is not None:
+            target = self.prefetcher.target(routing.layer)
+            self._absent = target, self.eviction.absent(target), False
+
     def lookahead(self, layer: int, ahead: int, ids_TC: np.ndarray) -> None:
         """What a gate to come says of the hidden states of `layer`, observed last: see `Gate.lookahead`."""
         if self.prefetcher is not None:
@@ -84,16 +93,18 @@ class Foresight:
         if self.prefetcher is None:
             return []
         target = self.prefetcher.target(layer)
-        self._absent = target, self.eviction.absent(target)
-        return self.prefetcher.propose(layer, self.eviction.absent, slack)
+        absent_E = self.eviction.absent(target)
+        proposed = self.prefetcher.propose(layer, absent_E, slack)
+        self._absent = target, absent_E, bool(proposed)
+        return proposed
 
     def _count(self, routing: Routing) -> None:
         if self._absent is None or self._absent[0] != routing.layer:
             return
-        _, absent_E = self._absent
-        made_E = absent_E & ~self.eviction.absent(routing.layer)
-        used_E = np.zeros(len(absent_E), bool)
-        used_E[: len(routing.counts_E)] = routing.counts_E > 0
-        self.foreseen.needed += int(np.count_nonzero(absent_E & used_E))
-        self.foreseen.made += int(np.count_nonzero(made_E))
-        self.foreseen.useful += int(np.count_nonzero(made_E & used_E))
+        _, absent_E, proposed = self._absent
+        used_U = used(routing)
+        self.foreseen.needed += int(np.count_nonzero(absent_E[used_U]))
+        if proposed:
+            made_E = absent_E > self.eviction.absent(routing.layer)
+            self.foreseen.made += int(np.count_nonzero(made_E))
+            self.foreseen.useful += int(np.count_nonzero(made_E[used_U]))

@@ -1,42 +1,49 @@
 """Which experts to read before they are asked for.
 
 A read that begins when the link has nothing else to do, and that is right, saves the time until its layer routes, at
-most its own length. A wrong one keeps what is then asked for waiting for the rest of its length, and takes the slot of
-an expert that was worth keeping. So the probability that makes a prefetch pay follows from two measured times, and on a
-link that is never idle none does. Whether they did pay is checked against what was used.
+most its own length. A wrong one keeps what is then asked for waiting for the rest of its length, or of that piece of it
+that cannot be interrupted, takes the slot of an expert that was worth keeping, and has cost the work of asking. So the
+probability that makes a prefetch pay follows from measured times, and on a link that is never idle none does. Whether
+they did pay is checked against what was used.
 
 Shapes: E experts per layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from moestro.policy.observation import Shape
 from moestro.policy.predictors.base import Predictor
-from moestro.policy.predictors.gate import LooksAhead
+from moestro.policy.predictors.gate import LooksAhead, NamesFew
 
 _SLOT = 0.1
 """Cost of the slot, in reads: about how likely the next visit is to use what has to leave. Measured on real routing."""
 
 _MEMORY = 1 / 256
+_DOUBT = -6 * _MEMORY
+"""The mean at which bets are taken to lose: a few lost at first say nothing yet."""
 _TRIAL = 64
 _MOST = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Slack:
-    """Seconds that reading an expert takes, and that the link is likely to be idle before the next layer routes."""
+    """Seconds that reading an expert takes, and that the link is likely to be idle before the next layer routes;
+    `piece_s`: what of a read that has begun goes on at most when something else is asked for; `work_s`: what asking for
+    it takes."""
 
     read_s: float
     idle_s: float
+    piece_s: float = math.inf
+    work_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Bet:
+class _Bet(NamedTuple):
     """What a proposal gains in seconds when its expert is used, and loses when it is not."""
 
     gain_s: float
@@ -49,6 +56,7 @@ class Prefetcher:
     def __init__(self, shape: Shape, predictor: Predictor) -> None:
         self._shape, self._predictor = shape, predictor
         self._gates = predictor if isinstance(predictor, LooksAhead) else None
+        self._names = predictor if isinstance(predictor, NamesFew) else None
         self._bets: dict[int, dict[int, _Bet]] = {}
         self._outcome = 0.0  # mean gain of late proposals, as a share of what they hoped for or risked
         self._rested = 0
@@ -68,24 +76,37 @@ class Prefetcher:
             won = bet.gain_s if counts_E[expert] else -bet.loss_s
             self._outcome += _MEMORY * (won / max(bet.gain_s, bet.loss_s) - self._outcome)
 
-    def propose(self, layer: int, absent: Callable[[int], np.ndarray], slack: Slack) -> list[tuple[int, int]]:
-        """(layer, expert) of experts worth reading now that `layer` has routed; `absent(layer)` is a mask [E]."""
+    def propose(self, layer: int, absent_E: np.ndarray, slack: Slack) -> list[tuple[int, int]]:
+        """(layer, expert) of experts worth reading now that `layer` has routed; `absent_E`: bool, of the target's."""
         if slack.idle_s <= 0 or slack.read_s <= 0 or self._resting():
             return []
         target = self.target(layer)
-        likely_E = np.where(absent(target), self._predictor.forecast(target, 1), 0)
         bets: dict[int, _Bet] = {}
-        for place, expert in enumerate(np.argsort(-likely_E, kind="stable")[:_MOST].tolist()):
-            bet = _bet(slack, place)
-            if likely_E[expert] * bet.gain_s <= (1 - likely_E[expert]) * bet.loss_s:
+        # A later place asks for more certainty, so nobody else pays.
+        first = _bet(slack, 0)
+        least = first.loss_s / (first.gain_s + first.loss_s)
+        for place, (expert, likely) in enumerate(self._likeliest(target, absent_E, least)):
+            bet = _bet(slack, place) if place else first
+            if likely * bet.gain_s <= (1 - likely) * bet.loss_s:
                 break
             bets[expert] = bet
         self._bets[target] = bets
         return [(target, expert) for expert in bets]
 
+    def _likeliest(self, layer: int, absent_E: np.ndarray, least: float) -> list[tuple[int, float]]:
+        """(expert, probability) of a few absent ones that are likelier than `least`, falling."""
+        named = None if self._names is None else self._names.named(layer, absent_E)
+        if named is not None:
+            return sorted([one for one in named if one[1] > least], key=lambda one: -one[1])[:_MOST]
+        likely_E = self._predictor.forecast(layer, 1) * absent_E
+        paying_J = np.flatnonzero(likely_E > least)
+        likely_J = likely_E[paying_J]
+        order_J = (-likely_J).argsort(kind="stable")[:_MOST]
+        return list(zip(paying_J[order_J].tolist(), likely_J[order_J].tolist(), strict=True))
+
     def _resting(self) -> bool:
         """Whether prefetches have not paid of late; now and then one layer is tried all the same."""
-        if self._outcome >= 0:
+        if self._outcome >= _DOUBT:
             return False
         self._rested = (self._rested + 1) % _TRIAL
         return self._rested != 0
@@ -94,7 +115,7 @@ class Prefetcher:
 def _bet(slack: Slack, place: int) -> _Bet:
     """Of a read that comes after `place` others."""
     gain_s = min(max(slack.idle_s - place * slack.read_s, 0.0), slack.read_s)
-    return _Bet(gain_s, slack.read_s - gain_s + _SLOT * slack.read_s)
+    return _Bet(gain_s, min(slack.read_s - gain_s, slack.piece_s) + slack.work_s + _SLOT * slack.read_s)
 
 
 class SlackMeter:
@@ -114,6 +135,10 @@ class SlackMeter:
             then_s, read = self._last
             self._idle_s[read] += (now_s - then_s - self._idle_s[read]) / 32
 
-    def slack(self, read_s: float, *, reading: bool) -> Slack:
+    def passed(self) -> None:
+        """A layer of which nothing was measured."""
+        self._last = None
+
+    def slack(self, read_s: float, *, reading: bool, piece_s: float = math.inf, work_s: float = 0.0) -> Slack:
         """For the layer that asks now; `reading` as in `served`."""
-        return Slack(read_s, self._idle_s[reading])
+        return Slack(read_s, self._idle_s[reading], piece_s, work_s)

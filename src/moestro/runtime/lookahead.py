@@ -1,7 +1,7 @@
 """Which experts the gates of the next layers would pick if they saw a layer's hidden state already.
 
-Computed beside the model's own layers: `Gates` for prefetching, on either path; `Lookahead` for traces from which
-predictors are judged, beside transformers' layers alone.
+Computed beside the model's own layers: `Gates` for prefetching on the general path (the native one asks them itself);
+`Lookahead` for traces from which predictors are judged, beside transformers' layers alone.
 
 Shapes: T rows of the step, H hidden width, E experts of a layer, K experts per row, L MoE layers, P layers ahead,
 C = 2 K candidates.
@@ -10,7 +10,7 @@ C = 2 K candidates.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,6 +79,14 @@ class Lookahead:
             )
 
 
+class Looks(Protocol):
+    """Whoever can tell what the gates of layers to come would pick."""
+
+    def candidates(self, layer: int, hidden_TH: torch.Tensor) -> Iterator[tuple[int, np.ndarray]]:
+        """(layers ahead, ids [T, C] in falling order) for what goes into the experts of `layer`, as far as is known."""
+        ...
+
+
 class Gates:
     """Those of the MoE layers to come, asked with what goes into the experts of a layer.
 
@@ -102,6 +110,11 @@ class Gates:
             yield ahead, scores_TE.topk(min(2 * self._picks, scores_TE.shape[1])).indices.numpy()
 
 
+def has_gates(model: nn.Module) -> bool:
+    """Whether it is known where the routers of this family are."""
+    return all(_found_router(block) is not None for block in _blocks(model))
+
+
 def _routers_of(model: nn.Module, instead: str) -> list[Any]:
     """In the order of layers. `instead`: what to do where they are not known."""
     return [_router_of(block, instead) for block in _blocks(model)]
@@ -113,12 +126,19 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _router_of(block: nn.Module, instead: str) -> Any:
-    """The child that holds a matrix [E, H] as `weight`: transformers' top-k routers and plain linear maps do."""
-    found = [child for name, child in block.named_children() if name in ("gate", "router")]
-    if len(found) != 1 or getattr(found[0], "weight", None) is None or found[0].weight.ndim != 2:
+    found = _found_router(block)
+    if found is None:
         raise UnsupportedModelError(
             f"The router of a {type(block).__name__} is not where lookahead looks for it. {instead}"
         )
+    return found
+
+
+def _found_router(block: nn.Module) -> Any | None:
+    """The child that holds a matrix [E, H] as `weight`: transformers' top-k routers and plain linear maps do."""
+    found = [child for name, child in block.named_children() if name in ("gate", "router")]
+    if len(found) != 1 or getattr(found[0], "weight", None) is None or found[0].weight.ndim != 2:
+        return None
     return found[0]
 
 

@@ -73,7 +73,7 @@ class VirtualLink:
         self._start()
         return transfer.ticket
 
-    def together(self) -> AbstractContextManager[object]:
+    def together(self, *, hand_over: bool = True) -> AbstractContextManager[object]:  # noqa: ARG002
         """Reads that are submitted together take as long as one after another."""
         return nullcontext()
 

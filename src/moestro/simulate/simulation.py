@@ -186,7 +186,7 @@ def machine_of(options: SimulateOptions, shape: Shape) -> Machine:
 
 
 def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
-    """Of each layer, the sizes of an expert's planes."""
+    """Of each layer, the sizes of what an expert is read in: all at once, as where every request is exact."""
     if not options.store:
         return [[expert_bytes_of(options.model_shape)]] * trace.layers
     from moestro.runtime.open import layouts_of
@@ -194,7 +194,7 @@ def _plane_bytes(options: SimulateOptions, trace: Trace) -> list[list[int]]:
 
     store = Store.open(Path(options.store))
     check_trace(store, trace)
-    return [[plane.nbytes for plane in layout.planes] for layout in layouts_of(store, 0)]
+    return [[sum(plane.nbytes for plane in layout.planes)] for layout in layouts_of(store, 0)]
 
 
 def expert_bytes_of(model_shape: str) -> int:

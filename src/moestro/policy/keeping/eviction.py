@@ -5,20 +5,19 @@ Shapes: L MoE layers, E experts per layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
+from moestro._native import lowest
 from moestro.keys import FIRST_DELTA, PlaneKey
 from moestro.policy.base import Evictable, Need
 from moestro.policy.keeping.base import KeepPolicy
-from moestro.policy.keeping.lowest import Lowest
 from moestro.policy.observation import Routing, Shape
 
-_AT_ONCE = 16
+_AT_ONCE = 8
 """Candidates that are put in order together: a layer of one row rarely needs more."""
 
 _ALL_PLANES = -1
+_BASE_PLANES = (1 << FIRST_DELTA) - 1
 
 
 class WorthEviction:
@@ -36,9 +35,10 @@ class WorthEviction:
         self._policy = policy
         self._experts = shape.experts
         self._held_X = np.zeros(shape.layers * shape.experts, dtype=np.int64)  # a bit for each plane
+        self._absent_X = np.ones(shape.layers * shape.experts, dtype=bool)  # with no plane of the base
         self._bar_X = np.full(shape.layers * shape.experts, np.inf)  # 0 for experts held
-        self._barred_X = np.empty_like(self._bar_X)
-        self._lowest = Lowest()
+        # The same numbers, of which one is read or written in a third of the time.
+        self._held, self._absent = self._held_X.data, self._absent_X.data
         self._layer = 0
         self._candidates: list[tuple[int, int]] = []  # experts, and a bit for each plane that is meant
         self.gains_LEP: np.ndarray | None = None
@@ -54,8 +54,7 @@ class WorthEviction:
 
     def absent(self, layer: int) -> np.ndarray:
         """[E] bool: experts of which no plane of the base is held or on its way."""
-        held_E: np.ndarray = self._held_X[layer * self._experts : (layer + 1) * self._experts]
-        return np.asarray(held_E & ((1 << FIRST_DELTA) - 1) == 0)
+        return self._absent_X[layer * self._experts : (layer + 1) * self._experts].copy()
 
     def observe(self, routing: Routing) -> None:
         """A layer has routed: to be told before its planes are asked for."""
@@ -66,10 +65,11 @@ class WorthEviction:
     def on_load(self, key: PlaneKey, _nbytes: int) -> None:
         layer, expert, plane = key
         index = layer * self._experts + expert
-        if not self._held_X[index]:
+        held = self._held[index]
+        if not held:
             self._bar_X[index] = 0
             self._policy.loaded(layer, expert)
-        self._held_X[index] |= 1 << plane
+        self._hold(index, held | 1 << plane)
 
     def on_use(self, key: PlaneKey) -> None:
         """Uses are known from `observe`."""
@@ -77,10 +77,15 @@ class WorthEviction:
     def on_evict(self, key: PlaneKey) -> None:
         layer, expert, plane = key
         index = layer * self._experts + expert
-        self._held_X[index] &= ~(1 << plane)
-        if not self._held_X[index]:
+        held = self._held[index] & ~(1 << plane)
+        self._hold(index, held)
+        if not held:
             self._bar_X[index] = np.inf
             self._policy.evicted(layer, expert)
+
+    def _hold(self, index: int, planes: int) -> None:
+        self._held[index] = planes
+        self._absent[index] = not planes & _BASE_PLANES
 
     def victim(self, _need: Need, evictable: Evictable) -> PlaneKey | None:
         key = self._first_idle(evictable) if self.idle else None
@@ -99,8 +104,10 @@ class WorthEviction:
         """So many of the experts held, or of planes, by rising worth; the lowest number first."""
         if self.gains_LEP is not None and self._policy.proportional:
             return self._planes_in_order(self.gains_LEP, wanted)
-        worth_X = np.add(self._policy.worth(self._layer).reshape(-1), self._bar_X, out=self._barred_X)
-        return [(index, _ALL_PLANES) for index in self._lowest.places(worth_X, wanted)]
+        own_X = self._policy.worth(self._layer).reshape(-1)
+        if self._bar_X.dtype != own_X.dtype:
+            self._bar_X = self._bar_X.astype(own_X.dtype)
+        return [(index, _ALL_PLANES) for index in lowest(own_X, self._bar_X, wanted)]
 
     def _planes_in_order(self, gains_LEP: np.ndarray, wanted: int) -> list[tuple[int, int]]:
         """Among equals the top plane first. A variant's plane is of use as long as its expert's lowest is."""
@@ -110,8 +117,8 @@ class WorthEviction:
         most = gains_LEP.shape[2]
         held_XP = (self._held_X[:, None] >> np.arange(most)[::-1]) & 1
         worth_XP = self._policy.worth(self._layer).reshape(-1, 1) * gains_LEP.reshape(-1, most)[:, ::-1]
-        barred_XP = np.where(held_XP, worth_XP, np.inf)
-        places = (divmod(place, most) for place in self._lowest.places(barred_XP.reshape(-1), wanted))
+        bar_XP = np.where(held_XP, 0.0, np.inf)
+        places = (divmod(place, most) for place in lowest(worth_XP.reshape(-1), bar_XP.reshape(-1), wanted))
         return [(index, 1 << (most - 1 - below)) for index, below in places]
 
     def _first_idle(self, evictable: Evictable) -> PlaneKey | None:
@@ -123,12 +130,12 @@ class WorthEviction:
         return self._first([(int(index), self.idle) for index in found_J[order_J]], evictable)
 
     def _first(self, candidates: list[tuple[int, int]], evictable: Evictable) -> PlaneKey | None:
-        return next((key for one in candidates for key in self._planes(*one) if key in evictable), None)
-
-    def _planes(self, index: int, meant: int) -> Iterator[PlaneKey]:
-        layer, expert = divmod(index, self._experts)
-        held = int(self._held_X[index]) & meant
-        while held:
-            plane = held.bit_length() - 1
-            yield layer, expert, plane
-            held &= ~(1 << plane)
+        for index, meant in candidates:
+            held = self._held[index] & meant
+            while held:
+                plane = held.bit_length() - 1
+                key = index // self._experts, index % self._experts, plane
+                if key in evictable:
+                    return key
+                held &= ~(1 << plane)
+        return None

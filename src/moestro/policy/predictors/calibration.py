@@ -22,6 +22,8 @@ _WIDEST = 8.0
 _PRIOR = 10.0
 _FORGET_AT = 100_000.0
 _FIT_EVERY = 64
+# So many experts of a visit are compared with what was forecast.
+_MOST_EXPERTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Calibrated:
 
     def __init__(self, shape: Shape, inner: Predictor) -> None:
         self.inner = inner
-        self._experts = shape.experts
+        self._parts, self._turn = -(-shape.experts // _MOST_EXPERTS), 0
         self._rehearsal = Rehearsal(shape)
         self._maps = [MonotoneMap() for _ in range(RANGES)]
 
@@ -136,8 +138,11 @@ class Calibrated:
             used_E = routing.counts_E > 0
             if self._rehearsal.check_next():
                 due[self._rehearsal.range_of(layer)] = np.array(self.inner.forecast(layer))
+            # Of very many experts each visit teaches by others.
+            self._turn = (self._turn + 1) % self._parts
+            part = slice(self._turn, None, self._parts)
             for reach, chance_E in due.items():
-                self._maps[reach].add(chance_E, used_E)
+                self._maps[reach].add(chance_E[part], used_E[part])
         for other, reach in self._rehearsal.wanted():
             self._rehearsal.keep(other, reach, np.array(self.inner.forecast(other)))
         self._rehearsal.step(layer)

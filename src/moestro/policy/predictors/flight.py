@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from moestro.policy.predictors.net import HORIZONS
 
 # The state of a request that has not begun: what is forecast when none is in flight.
 NOBODY = 0
-_HORIZONS_H1 = np.array(HORIZONS, np.float32)[:, None]
+assert HORIZONS[0] == 1
+assert all(far == 2 * near for near, far in pairwise(HORIZONS)), "`within_each` squares"
 # Of a prompt's chunk so many rows, the last ones, are learnt from: bounds the work of a visit.
 LEARN_ROWS = 16
 
@@ -129,5 +131,8 @@ def within(chance_E: np.ndarray, horizon: int) -> np.ndarray:
 
 def within_each(chance_E: np.ndarray) -> np.ndarray:
     """[H, E] `within` each of `HORIZONS`."""
-    unused_E = 1 - np.minimum(np.maximum(chance_E, 0), 1).astype(np.float32)
-    return np.asarray(1 - unused_E**_HORIZONS_H1)
+    unused_HE = np.empty((len(HORIZONS), len(chance_E)), np.float32)
+    np.subtract(1, np.minimum(np.maximum(chance_E, 0), 1), out=unused_HE[0], casting="same_kind")
+    for place in range(1, len(HORIZONS)):
+        np.square(unused_HE[place - 1], out=unused_HE[place])
+    return np.asarray(np.subtract(1, unused_HE, out=unused_HE))

@@ -7,8 +7,7 @@ Shapes: T rows of the step, C candidates per row (twice what a row uses), E expe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,8 +16,19 @@ from moestro.policy.predictors.flight import within
 from moestro.policy.predictors.popularity import Popularity
 
 # Visits that a rank's precision is taken to have had before any was seen.
-_PRIOR = 16.0
+_PRIOR, _ABSENT_PRIOR = 16.0, 4.0
 _FORGET_AT = 4096.0
+_SUREST = 1 - 1e-6
+
+
+@runtime_checkable
+class NamesFew(Protocol):
+    """A predictor that can name the few absent experts that a layer will most likely use, without a forecast of all."""
+
+    def named(self, layer: int, absent_E: np.ndarray, /) -> list[tuple[int, float]] | None:
+        """(expert, probability that the next visit uses it) of some that are absent; None where all have to be asked
+        for by `forecast`."""
+        ...
 
 
 @runtime_checkable
@@ -30,12 +40,38 @@ class LooksAhead(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What gates said of the layer's next visit."""
+class _Asked(NamedTuple):
+    """What gates said of the layer's next visit; `rows` is the same as lists."""
 
     ahead: int
     ids_TC: np.ndarray
+    rows: list[list[int]]
+
+
+class _AbsentRanks:
+    """How often absent experts were used, by the rank that the next layer's gate gave them.
+
+    Less often than those in memory: what a cache has dropped had not been used for long. Of all layers together, as
+    there are few of them.
+    """
+
+    def __init__(self, start_C: np.ndarray) -> None:
+        self._used: list[float] = (_ABSENT_PRIOR * start_C).tolist()
+        self._seen = [_ABSENT_PRIOR] * len(self._used)
+
+    def rate(self, rank: int) -> float:
+        """Probability of use."""
+        rate = self._used[rank] / self._seen[rank]
+        return rate if rate < _SUREST else _SUREST
+
+    def add(self, rank_of: dict[int, int], used: set[int]) -> None:
+        """These experts were among those used, or were not."""
+        for expert, rank in rank_of.items():
+            self._used[rank] += expert in used
+            self._seen[rank] += 1
+            if self._seen[rank] > _FORGET_AT:
+                self._used[rank] *= 0.5
+                self._seen[rank] *= 0.5
 
 
 class Gate:
@@ -53,9 +89,13 @@ class Gate:
         rank_C = np.arange(self._candidates)
         # Before anything is seen: a gate's picks are right three times in four, its runners-up one in eight.
         start_C = np.where(rank_C < shape.picks, 0.75, 0.125)
-        self._right_ALC = np.tile(_PRIOR * start_C, (furthest, shape.layers, 1))
-        self._rows_AL = np.full((furthest, shape.layers), _PRIOR)
+        self._furthest = furthest
+        # By layers ahead and layer: how often each rank was right, and out of how often.
+        self._right_ALC = [[(_PRIOR * start_C).tolist() for _ in range(shape.layers)] for _ in range(furthest)]
+        self._rows_AL = [[_PRIOR] * shape.layers for _ in range(furthest)]
         self._asked: list[_Asked | None] = [None] * shape.layers
+        self._absent_ranks = _AbsentRanks(start_C)
+        self._named: list[dict[int, int]] = [{} for _ in range(shape.layers)]  # absent experts and their best ranks
 
     def begin(self, request: int, /) -> None:
         """Counts the request."""
@@ -74,9 +114,10 @@ class Gate:
         assert ids_TC.ndim == 2
         assert scores_TC is None or scores_TC.shape == ids_TC.shape
         target = layer + ahead
-        if target >= self.shape.layers or ahead > len(self._rows_AL):
+        if target >= self.shape.layers or ahead > self._furthest:
             return
-        self._asked[target] = _Asked(ahead, ids_TC[:, : self._candidates].astype(np.int64))
+        ids_TC = ids_TC[:, : self._candidates].astype(np.int64)
+        self._asked[target] = _Asked(ahead, ids_TC, ids_TC.tolist())
 
     def observe(self, routing: Routing, /) -> None:
         """O(T C): counts which ranks were right."""
@@ -85,15 +126,47 @@ class Gate:
         rows = len(routing.experts_TK)
         if asked is None or rows == 0 or len(asked.ids_TC) != rows:
             return
-        used_TE = np.zeros((rows, self.shape.experts), bool)
+        named, self._named[routing.layer] = self._named[routing.layer], {}
+        right_C = self._right_ALC[asked.ahead - 1][routing.layer]
+        if rows == 1:
+            used = set(routing.experts_TK[0].tolist())
+            self._absent_ranks.add(named, used)
+            for rank, expert in enumerate(asked.rows[0]):
+                if expert in used:
+                    right_C[rank] += 1
+        else:
+            for rank, share in enumerate(self._right(asked, routing)):
+                right_C[rank] += share
+        rows_L = self._rows_AL[asked.ahead - 1]
+        rows_L[routing.layer] += 1
+        if rows_L[routing.layer] > _FORGET_AT:
+            right_C[:] = [0.5 * right for right in right_C]
+            rows_L[routing.layer] *= 0.5
+
+    def _right(self, asked: _Asked, routing: Routing) -> list[float]:
+        """[C] share of rows that use the expert of each rank."""
+        used_TE = np.zeros((len(asked.ids_TC), self.shape.experts), bool)
         np.put_along_axis(used_TE, routing.experts_TK.astype(np.int64), True, axis=1)
-        right_TC = np.take_along_axis(used_TE, asked.ids_TC, axis=1)
-        at = asked.ahead - 1, routing.layer
-        self._right_ALC[at][: right_TC.shape[1]] += right_TC.mean(0)
-        self._rows_AL[at] += 1
-        if self._rows_AL[at] > _FORGET_AT:
-            self._right_ALC[at] *= 0.5
-            self._rows_AL[at] *= 0.5
+        shares: list[float] = np.take_along_axis(used_TE, asked.ids_TC, axis=1).mean(0).tolist()
+        return shares
+
+    def named(self, layer: int, absent_E: np.ndarray, /) -> list[tuple[int, float]] | None:
+        """Those that the gate named, where it was asked."""
+        asked = self._asked[layer]
+        if asked is None:
+            return None
+        rate = self._absent_ranks.rate
+        if len(asked.rows) == 1:
+            absent_C = absent_E[asked.ids_TC[0]].tolist()
+            self._named[layer] = named = {expert: rank for rank, expert in enumerate(asked.rows[0]) if absent_C[rank]}
+            return [(expert, rate(rank)) for expert, rank in named.items()]
+        self._named[layer] = {}
+        absent, spared = absent_E.tolist(), dict[int, float]()
+        for ids in asked.rows:
+            for rank, expert in enumerate(ids):
+                if absent[expert]:
+                    spared[expert] = spared.get(expert, 1.0) * (1 - rate(rank))
+        return [(expert, 1 - chance) for expert, chance in spared.items()]
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32. Visits after the next one are forecast by popularity."""
@@ -108,8 +181,8 @@ class Gate:
     def _spared(self, layer: int, asked: _Asked) -> np.ndarray:
         """[E] the probability that no row uses the expert."""
         rows, named = asked.ids_TC.shape
-        at = asked.ahead - 1, layer
-        right_C = np.clip(self._right_ALC[at][:named] / self._rows_AL[at], 0, 1 - 1e-6)
+        right_C = np.array(self._right_ALC[asked.ahead - 1][layer][:named])
+        right_C = np.clip(right_C / self._rows_AL[asked.ahead - 1][layer], 0, _SUREST)
         # What the named ones leave of a row's picks goes to the others, by popularity.
         popular_E = self._popularity.rates(layer)
         others = max(1e-9, self.shape.picks - float(popular_E[asked.ids_TC].sum(1).mean())) if rows else 1.0

@@ -1,13 +1,11 @@
-"""What a request's routing so far looks like to a learned predictor.
+"""What a request's routing so far looks like to a learned predictor: to train it; `folded` follows requests.
 
-Shapes: N visits, L MoE layers, E experts per layer, F features of an expert's own history, D inputs of a layer's net.
+Shapes: N visits, E experts per layer, F features of an expert's own history, D inputs of a layer's net.
 """
 
 from __future__ import annotations
 
 import numpy as np
-
-from moestro.policy.observation import Shape
 
 DECAYS = (0.0, 0.5, 0.8, 0.92, 0.97, 0.99)
 """Of the averages of past use, per visit: the last visit alone, up to the last hundred."""
@@ -18,47 +16,13 @@ NEIGHBOURS = (-3, -2, -1, 1, 2)
 AVERAGES = len(DECAYS)
 RECENCY, WEIGHT = AVERAGES, AVERAGES + 1
 OWN = AVERAGES + 2
-_ONE, _FADE = np.array(1, np.float32), np.array(0.25, np.float32)
+FADE = 0.25
+"""A recency is 1 / (1 + FADE x visits since the last use)."""
+_FADE = np.float32(FADE)
 _DECAYS_A = np.array(DECAYS, dtype=np.float32)
 GAINS = (1 - _DECAYS_A) * np.where(_DECAYS_A >= 0.9, np.float32(4), np.float32(1))
 """What a use adds to each average."""
 _BLOCK = 64
-
-
-class History:
-    """One request's. `own_LFE`: decayed averages of use (the slow ones times 4, so that all have a like spread),
-    1 / (1 + visits since the last use / 4), and the router weights of the latest visit, normalised.
-
-    S of the features are averages that last longer than a visit.
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        self.own_LFE = np.zeros((shape.layers, OWN, shape.experts), dtype=np.float32)
-        self._decays_SE = np.repeat(_DECAYS_A[1:, None], shape.experts, axis=1)
-        self._gained_SE = np.empty_like(self._decays_SE)
-
-    def copy_from(self, other: History) -> None:
-        """Go on from what another request did."""
-        self.own_LFE[:] = other.own_LFE
-
-    def step(self, layer: int, experts_K: np.ndarray, weights_K: np.ndarray) -> None:
-        """One row of the request went through the layer; its weights are normalised."""
-        own_FE = self.own_LFE[layer]
-        last_E, slow_SE, recency_E, weight_E = own_FE[0], own_FE[1:RECENCY], own_FE[RECENCY], own_FE[WEIGHT]
-        last_E.fill(0)
-        last_E[experts_K] = 1
-        slow_SE *= self._decays_SE
-        slow_SE += np.dot(GAINS[1:, None], last_E[None], out=self._gained_SE)
-        recency_E /= _ONE + _FADE * recency_E
-        recency_E[experts_K] = 1
-        weight_E.fill(0)
-        weight_E[experts_K] = weights_K
-
-    def steps(self, layer: int, experts_TK: np.ndarray, weights_TK: np.ndarray) -> None:
-        """Rows of the request went through the layer, one after another."""
-        own_FE = self.own_LFE[layer]
-        uses_NE, weights_NE = dense_rows(experts_TK, weights_TK, own_FE.shape[1])
-        own_FE[:] = histories(uses_NE, weights_NE, own_FE)[-1]
 
 
 def input_size(experts: int) -> int:
@@ -76,7 +40,11 @@ def dense_rows(experts_NK: np.ndarray, weights_NK: np.ndarray, experts: int) -> 
 
 
 def histories(uses_NE: np.ndarray, weights_NE: np.ndarray, start_FE: np.ndarray) -> np.ndarray:
-    """[N, F, E]: the own history after each of N visits of a layer, from `start_FE` on."""
+    """[N, F, E]: the own history after each of N visits of a layer, from `start_FE` on.
+
+    Features: decayed averages of use (the slow ones times 4, so that all have a like spread), the recency, and the
+    router weights of the latest visit, normalised.
+    """
     visits, experts = uses_NE.shape
     out_NFE = np.empty((visits, OWN, experts), dtype=np.float32)
     for index, (decay, gain) in enumerate(zip(_DECAYS_A, GAINS, strict=True)):
@@ -107,7 +75,7 @@ def _averages(uses_NE: np.ndarray, decay: float, start_E: np.ndarray) -> np.ndar
 
 
 def _recencies(uses_NE: np.ndarray, start_E: np.ndarray) -> np.ndarray:
-    """1 / (1 + age / 4), the age counted in visits since the last use, or on from what `start_E` says."""
+    """1 / (1 + FADE x age), the age counted in visits since the last use, or on from what `start_E` says."""
     visits_N1 = np.arange(len(uses_NE), dtype=np.float32)[:, None]
     last_NE = np.maximum.accumulate(np.where(uses_NE > 0, visits_N1, np.float32(-1)), axis=0)
     with np.errstate(divide="ignore"):
