@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.tiny import tiny_checkpoint
 from moestro import LLM, RuntimeOptions, SamplingParams
+from moestro.engine.answer import Answer, completion_of
 from moestro.engine.batch_file import BatchReport, Done, answer_file, by_length, read_requests
 from moestro.engine.results import Completion
 from moestro.engine.throughput import options_for
@@ -109,20 +110,19 @@ def test_an_interruption_leaves_whole_lines_in_order(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _answer(store, tmp_path / "whole", LINES[:4] * 4)
-    complete = LLM._complete
     count = 0
 
-    def interrupted(self: LLM, *arguments: Any) -> Completion:
+    def interrupted(answer: Answer, load_s: float) -> Completion:
         nonlocal count
         count += 1
         if count == 8:
             raise KeyboardInterrupt
-        return complete(self, *arguments)
+        return completion_of(answer, load_s)
 
-    monkeypatch.setattr(LLM, "_complete", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        _answer(store, tmp_path / "out", LINES[:4] * 4)
-    monkeypatch.setattr(LLM, "_complete", complete)
+    with monkeypatch.context() as patch:
+        patch.setattr("moestro.engine.llm.completion_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _answer(store, tmp_path / "out", LINES[:4] * 4)
     whole, part = (tmp_path / "whole").read_bytes(), (tmp_path / "out").read_bytes()
     assert whole.startswith(part)
     assert part == b"" or part.endswith(b"\n")

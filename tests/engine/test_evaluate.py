@@ -33,8 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_raw(locate_source(MODEL), tmp_path_factory.mktemp("raw") / "store").path
+def raw(shipped: Path) -> Path:
+    return shipped
 
 
 @pytest.fixture(scope="module")

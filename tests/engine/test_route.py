@@ -9,9 +9,11 @@ import pytest
 
 from engine.tiny import tiny_checkpoint
 from moestro import LLM, SamplingParams
+from moestro.config import PackOptions
 from moestro.engine.engine import ROUTED_TOKENS
 from moestro.errors import RequestError
 from moestro.runtime.open import OpenModel, open_model
+from moestro.store.pack import pack
 from moestro.trace import Recorder
 from packing import pack_raw
 
@@ -94,3 +96,23 @@ def test_without_room_it_says_so(store: Path) -> None:
         assert llm.engine.route(PROMPT, 1) is None
         running.close()
         assert llm.engine.route(PROMPT, 1) is not None
+
+
+def test_a_short_prompt_goes_no_further_than_it_has_to(tmp_path: Path) -> None:
+    """Of a small step with everything in memory the compiled decoder would run all layers in one call."""
+    store = pack(tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", options=PackOptions(calibration=False))
+    with LLM(store.path, memory="64MB") as llm:
+        assert llm.stats().path == "native"
+        before = llm.generate(PROMPT[:8], GREEDY)[0].token_ids
+        counts_LE = llm.expert_counts()
+        whole = llm.engine.route(PROMPT[:8], len(counts_LE))
+        for layers in range(1, len(counts_LE) + 1):
+            counts_LE = llm.expert_counts()
+            found = llm.engine.route(PROMPT[:8], layers)
+            assert whole is not None
+            assert found is not None
+            assert (found == whole[:, :layers]).all()
+            assert ((llm.expert_counts() - counts_LE).sum(axis=1) > 0).tolist() == [
+                layer < layers - 1 for layer in range(len(counts_LE))
+            ]
+        assert llm.generate(PROMPT[:8], GREEDY)[0].token_ids == before

@@ -96,3 +96,55 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "nothing happened for 30 seconds"
         time.sleep(0.001)
+
+
+class Shelf:
+    """A cache of `pages` pages in extents of four, over experts with planes of two, one and one page; the first
+    `joined` of them share a slot."""
+
+    def __init__(self, planes: PlaneFile, pages: int, *, joined: int = 0) -> None:
+        self.planes = planes
+        self.disk = Disk()
+        self.engine = TransferEngine(threads=1, request_bytes=4 * PAGE, read_at=self.disk.read_at)
+        self.buffer = HostBuffer(pages * PAGE)
+        self.arena = Arena(pages * PAGE, 4 * PAGE, [4 * PAGE] if joined else [PAGE, 2 * PAGE])
+        self.cache = PlaneCache(
+            arena=self.arena,
+            buffer=self.buffer,
+            engine=self.engine,
+            policy=LRU(),
+            locate=planes.locate,
+            joined=[joined] if joined else (),
+        )
+
+    def run(self, *chains: tuple[PlaneKey, ...]) -> list[list[int]]:
+        """Stream chains, check their bytes, return the batches as lists of experts."""
+        seen = []
+        with self.cache.stream(chains) as batches:
+            for batch in batches:
+                for index, offsets in batch:
+                    self.check(chains[index], offsets)
+                seen.append([chains[index][0][1] for index, _ in batch])
+        return seen
+
+    def check(self, chain: tuple[PlaneKey, ...], offsets: tuple[int, ...] | None) -> None:
+        """The planes of a chain lie at these places."""
+        assert offsets is not None
+        for key, offset in zip(chain, offsets, strict=True):
+            content = self.planes.contents[key]
+            assert bytes(self.buffer.view(offset, len(content))) == content
+
+    def reads(self) -> list[PlaneKey]:
+        """The planes read since the last call."""
+        key_at = {extent.offset: key for key, extent in self.planes.extents.items()}
+        keys = [key_at[offset] for offset in self.disk.reads]
+        self.disk.reads.clear()
+        return keys
+
+
+def chain(expert: int, depth: int = 3) -> tuple[PlaneKey, ...]:
+    return tuple((0, expert, plane) for plane in range(depth))
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [expert for batch in batches for expert in batch]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from memory.cache_bench import Bench, experts_of, plane
@@ -159,3 +160,47 @@ def test_prefetches_for_other_layers_stay_queued(make: Callable[..., Bench]) -> 
     bench.settle()
     assert bench.read_experts() == [0, 1, 3]
     assert bench.cache.stats.cancelled_prefetches == 1
+
+
+def test_spared_planes_make_no_room(make: Callable[..., Bench]) -> None:
+    bench = make(2)
+    bench.run(0, 1)
+    assert bench.cache.prefetch([plane(2), plane(3)], spare={plane(0)}) == 1
+    bench.settle()
+    assert bench.residents() == {0, 2}
+
+
+def test_whoever_wants_to_know_hears_what_came_ahead_and_where_it_lies(make: Callable[..., Bench]) -> None:
+    bench, heard = make(3), []
+    bench.cache.on_ahead = heard.append
+    bench.run(0)
+    bench.disk.open.clear()
+    bench.cache.prefetch([plane(1)])
+    bench.disk.begun.acquire()
+    assert bench.cache.offsets((plane(1),)) is None
+    bench.disk.open.set()
+    bench.settle()
+    assert heard == [plane(1)]
+    offsets = bench.cache.offsets((plane(0), plane(1)))
+    assert offsets is not None
+    assert len(set(offsets)) == 2
+    assert bench.cache.offsets((plane(0), plane(2))) is None
+
+
+def test_what_is_used_without_asking_is_no_waste_and_the_rest_of_its_layer_is_taken_back(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(4)
+    bench.cache.prefetch([(1, 0, 0), (1, 1, 0)])
+    bench.settle()
+    bench.disk.open.clear()
+    bench.cache.prefetch([(1, 2, 0), (1, 3, 0)])
+    while not bench.engine._in_flight or bench.disk.reads[-1:] != [bench.offset_of(2)]:
+        bench.disk.begun.acquire()
+    bench.cache.used(1, np.array([[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]]))
+    assert bench.cache.stats.hits == 1
+    assert bench.cache.stats.cancelled_prefetches == 1  # that of 2 had begun
+    bench.disk.open.set()
+    bench.settle()
+    bench.run(4, 5, 6, 7)
+    assert bench.cache.stats.wasted_prefetches == 2  # 1 and 2

@@ -8,58 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from memory.cache_bench import Disk, until
+from memory.cache_bench import Shelf, chain, flat, until
 from memory.plane_file import PAGE, PlaneFile, write_plane_file
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
-from moestro.memory.arena import Arena
-from moestro.memory.pages import HostBuffer
-from moestro.memory.plane_cache import PlaneCache
-from moestro.memory.transfer import TransferEngine
-from moestro.policy import LRU
 
 CHAIN = (2, 1, 1)
-
-
-class Shelf:
-    """A cache of `pages` pages in extents of four, over experts with planes of two, one and one page."""
-
-    def __init__(self, planes: PlaneFile, pages: int) -> None:
-        self.planes = planes
-        self.disk = Disk()
-        self.engine = TransferEngine(threads=1, request_bytes=4 * PAGE, read_at=self.disk.read_at)
-        self.buffer = HostBuffer(pages * PAGE)
-        self.arena = Arena(pages * PAGE, 4 * PAGE, [PAGE, 2 * PAGE])
-        self.cache = PlaneCache(
-            arena=self.arena, buffer=self.buffer, engine=self.engine, policy=LRU(), locate=planes.locate
-        )
-
-    def run(self, *chains: tuple[PlaneKey, ...]) -> list[list[int]]:
-        """Stream chains, check their bytes, return the batches as lists of experts."""
-        seen = []
-        with self.cache.stream(chains) as batches:
-            for batch in batches:
-                for index, offsets in batch:
-                    for key, offset in zip(chains[index], offsets, strict=True):
-                        content = self.planes.contents[key]
-                        assert bytes(self.buffer.view(offset, len(content))) == content
-                seen.append([chains[index][0][1] for index, _ in batch])
-        return seen
-
-    def reads(self) -> list[PlaneKey]:
-        """The planes read since the last call."""
-        key_at = {extent.offset: key for key, extent in self.planes.extents.items()}
-        keys = [key_at[offset] for offset in self.disk.reads]
-        self.disk.reads.clear()
-        return keys
-
-
-def chain(expert: int, depth: int = 3) -> tuple[PlaneKey, ...]:
-    return tuple((0, expert, plane) for plane in range(depth))
-
-
-def flat(batches: list[list[int]]) -> list[int]:
-    return [expert for batch in batches for expert in batch]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
+from moestro.memory.planes import read_of as planes_read
 from moestro.memory.tickets import Read, Ticket
 from moestro.memory.transfer import TransferEngine
 
@@ -54,7 +55,7 @@ def read_of(planes: PlaneFile, expert: int, buffer: HostBuffer, slot: int | None
     extent = planes.extents[(0, expert, 0)]
     offset = (expert if slot is None else slot) * 3 * PAGE
     view = buffer.view(offset, extent.nbytes)
-    return Read(extent.file, extent.offset, extent.nbytes, view, extent.checksum, f"Plane 0 of expert {expert}")
+    return planes_read((0, expert, 0), [extent], view)
 
 
 def test_bytes_arrive_in_place_and_are_counted(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
@@ -191,8 +192,8 @@ def test_a_flipped_bit_is_found(uniform_planes: PlaneFile, buffer: HostBuffer, t
     engine = TransferEngine()
     view = buffer.view(0, len(content))
     with pytest.raises(PlaneReadError, match=f"checksum is [0-9a-f]{{16}}, expected {checksum:016x}"):
-        engine.submit(Read(damaged, 0, len(content), view, checksum, "Plane 0"), urgent=True).wait()
-    engine.submit(Read(damaged, 0, len(content), view, None, "Plane 0"), urgent=True).wait()
+        engine.submit(Read(damaged, 0, len(content), view, ((len(content), checksum),), "Plane 0"), urgent=True).wait()
+    engine.submit(Read(damaged, 0, len(content), view, (), "Plane 0"), urgent=True).wait()
     assert bytes(view) == content
     engine.close()
 
@@ -206,7 +207,7 @@ def test_what_is_no_whole_file_is_named(buffer: HostBuffer, tmp_path: Path, kind
         file.mkdir()
     engine = TransferEngine()
     with pytest.raises(PlaneReadError, match=str(file)):
-        engine.submit(Read(file, 0, 2 * PAGE, buffer.view(0, 2 * PAGE), None, "Plane 0"), urgent=True).wait()
+        engine.submit(Read(file, 0, 2 * PAGE, buffer.view(0, 2 * PAGE), (), "Plane 0"), urgent=True).wait()
     engine.close()
 
 
@@ -284,10 +285,10 @@ def test_what_is_not_aligned_is_a_bug(uniform_planes: PlaneFile, buffer: HostBuf
     for offset, start, nbytes in ((512, 0, PAGE), (0, 512, PAGE), (0, 0, 512)):
         with pytest.raises(AssertionError, match="not aligned"):
             engine.submit(
-                Read(uniform_planes.path, offset, nbytes, buffer.view(start, nbytes), None, "Plane"), urgent=True
+                Read(uniform_planes.path, offset, nbytes, buffer.view(start, nbytes), (), "Plane"), urgent=True
             )
     with pytest.raises(AssertionError):
-        engine.submit(Read(uniform_planes.path, 0, 2 * PAGE, buffer.view(0, PAGE), None, "Plane"), urgent=True)
+        engine.submit(Read(uniform_planes.path, 0, 2 * PAGE, buffer.view(0, PAGE), (), "Plane"), urgent=True)
 
 
 def test_busy_seconds_are_wall_time_not_thread_time(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:

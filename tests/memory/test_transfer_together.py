@@ -17,6 +17,7 @@ from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
 from moestro.memory.direct import preadv
 from moestro.memory.pages import HostBuffer
+from moestro.memory.planes import read_of as planes_read
 from moestro.memory.tickets import Read
 from moestro.memory.transfer import TransferEngine
 
@@ -45,7 +46,7 @@ class Requests:
 def read_of(planes: PlaneFile, expert: int, buffer: HostBuffer) -> Read:
     extent = planes.extents[(0, expert, 0)]
     view = buffer.view((15 - expert) * SIZE, extent.nbytes)  # slots lie anyhow
-    return Read(extent.file, extent.offset, extent.nbytes, view, extent.checksum, f"Plane 0 of expert {expert}")
+    return planes_read((0, expert, 0), [extent], view)
 
 
 def run(
@@ -112,7 +113,7 @@ def test_a_flipped_bit_fails_its_own_read_only(uniform_planes: PlaneFile) -> Non
     buffer = HostBuffer(16 * SIZE)
     engine = TransferEngine(1)
     right, wrong = read_of(uniform_planes, 3, buffer), read_of(uniform_planes, 4, buffer)
-    wrong = Read(wrong.file, wrong.offset, wrong.nbytes, wrong.destination, 7, wrong.label)
+    wrong = Read(wrong.file, wrong.offset, wrong.nbytes, wrong.destination, ((wrong.nbytes, 7),), wrong.label)
     with engine.together():
         tickets = [engine.submit(one, urgent=True) for one in (right, wrong)]
     tickets[0].wait()
@@ -157,3 +158,33 @@ def test_only_what_is_broken_fails(
     for call in requests.calls:
         assert call == list(range(call[0], call[-1] + 1))
         assert len(call) <= most
+
+
+def test_of_what_nobody_waits_for_one_piece_is_read_at_a_time(
+    uniform_planes: PlaneFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a thread is free for what is asked for meanwhile."""
+    monkeypatch.setattr("moestro.memory.tickets.PIECE_BYTES", 2 * SIZE)
+    planes, buffer, held, begun = uniform_planes, HostBuffer(16 * SIZE), threading.Event(), threading.Semaphore(0)
+    calls: list[list[int]] = []
+
+    def read_at(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
+        calls.append([start // SIZE for start in accumulate(map(len, destinations[:-1]), initial=offset)])
+        begun.release()
+        held.wait()
+        return preadv(descriptor, destinations, offset)
+
+    engine = TransferEngine(2, request_bytes=8 * SIZE, read_at=read_at)
+    with engine.together():
+        ahead = [engine.submit(read_of(planes, expert, buffer), urgent=False) for expert in range(5)]
+    begun.acquire()
+    assert not begun.acquire(timeout=0.05)
+    assert calls == [[0, 1]]
+    urgent = engine.submit(read_of(planes, 7, buffer), urgent=True)
+    begun.acquire()
+    assert calls == [[0, 1], [7]]
+    held.set()
+    for ticket in [*ahead, urgent]:
+        ticket.wait()
+    engine.close()
+    assert calls[2:] == [[2, 3], [4]]

@@ -24,17 +24,13 @@ RUN = """
 import json, sys
 from pathlib import Path
 from moestro.config import RuntimeOptions
-from moestro.errors import BudgetError
 from moestro.memory.budget import peak_resident_bytes
 from moestro.runtime.open import open_model
 from moestro.store.reader import Store
-from opening import Feed
+from opening import Feed, plan_of
 store, level, extra = Store.open(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
 options = {"context": 1024, "max_sequences": 3, "level": level, **json.loads(sys.argv[4])}
-try:
-    open_model(store, RuntimeOptions(memory="1MiB", **options))
-except BudgetError as error:
-    memory = int(str(error).split("(")[1].split(" ")[0]) + extra
+memory = plan_of(store.path, RuntimeOptions(**options)).bytes_for_experts(0) + extra
 with open_model(store, RuntimeOptions(memory=str(memory), **options)) as opened:
     feed = Feed(opened, every_row=False)
     for start in range(0, 1000, 500):
@@ -72,7 +68,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("level", "extra"), [(2, 0), (8, 0), (4, 256 << 10)])
 def test_peak_memory_stays_within_floor_plus_budget(store: Path, level: int, extra: int) -> None:
-    """With the least memory that works, and with a little more."""
+    """With the least memory in which all contexts have room, and with a little more."""
     _run(store, level, extra, {})
 
 

@@ -117,7 +117,7 @@ def _encoded(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, dict[int,
 class Shelf:
     """One layer of quantised experts with biases on disk, and its experts function."""
 
-    def __init__(self, folder: Path, module: Module, level: int, *, whole: bool = False) -> None:
+    def __init__(self, folder: Path, module: Module, level: int) -> None:
         up = "gate_up_proj" if module.has_gate else "up_proj"
         outputs = 2 * WIDTH if module.has_gate else WIDTH
         params = (
@@ -151,7 +151,6 @@ class Shelf:
             self.buffer.tensor,
             level=level,
             experts=EXPERTS,
-            know=whole,
         )
         chains = [tuple((0, expert, plane) for plane in range(len(sizes))) for expert in range(EXPERTS)]
         self.experts = RoutedExperts(planes, [self.layer], [chains], level=level)
@@ -233,7 +232,7 @@ def test_a_layer_computes_its_decoded_experts(
 
 def test_a_row_goes_past_the_cache_only_while_nothing_has_been_dropped(tmp_path: Path) -> None:
     """One row at a time, its planes there, then dropped, then there again."""
-    shelf = Shelf(tmp_path, Module("silu", True), 4, whole=True)
+    shelf = Shelf(tmp_path, Module("silu", True), 4)
     planes, generator = shelf.experts.planes, torch.Generator().manual_seed(2)
     hidden_1H, weights_1K = torch.randn(1, HIDDEN, generator=generator), torch.rand(1, 2, generator=generator)
     index_1K = torch.tensor([[EXPERTS - 1, 0]])

@@ -74,6 +74,23 @@ def test_less_is_read_where_something_may_be_lost(folder: Path, policy: str) -> 
     assert read["fast"] < 0.8 * read["exact"]
 
 
+def test_planes_share_slots_until_a_request_may_lose_something(folder: Path) -> None:
+    with _open(folder, "ledger", 1.0) as opened:
+        wanted = [one.token_ids for one in _run(opened, ["exact"] * 3, "ledger")]
+    with _open(folder, "ledger") as opened:
+        planes = opened.runner.planes
+        assert planes.joined
+        assert [one.token_ids for one in _run(opened, ["exact"] * 3, "ledger")] == wanted
+        assert planes.joined
+        assert all(key[2] == 0 for key in planes.resident())
+        assert _run(opened, ["fast", "exact", "fast"], "ledger")[1].token_ids == wanted[1]
+        assert not planes.joined
+        assert {key[2] for key in planes.resident()} == {0, 1, 2}
+        assert [one.token_ids for one in _run(opened, ["exact"] * 3, "ledger")] == wanted
+    with open_store(folder, share=0.4, level_policy="ledger", quality="fast") as opened:
+        assert not opened.runner.planes.joined
+
+
 def test_what_is_in_memory_is_not_given_up(folder: Path) -> None:
     with _open(folder, "ledger", 1.0) as opened:
         wanted = _run(opened, ["exact"] * 3, "ledger")

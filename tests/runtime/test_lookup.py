@@ -80,7 +80,7 @@ def test_a_row_that_cannot_be_read_is_named_and_nothing_is_lost(file: Path) -> N
     for ids in ([3, 2], [1, 3]):
         assert torch.equal(rows.table_CK[rows.places(torch.tensor(ids))], MATRIX[ids])
     os.truncate(file, OFFSET + 10 * COLUMNS)
-    with pytest.raises(PlaneReadError, match="ends too early"):
+    with pytest.raises(PlaneReadError, match="ends before byte"):
         rows.places(torch.tensor([9]))
     rows.close()
     file.write_bytes(bytes(OFFSET) + MATRIX.view(torch.uint8).numpy().tobytes())

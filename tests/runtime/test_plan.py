@@ -11,8 +11,9 @@ from moestro.config import RuntimeOptions
 from moestro.errors import BudgetError
 from moestro.hf.skeleton import build_skeleton
 from moestro.runtime.kv import LayerKV
-from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, resolve_context
-from moestro.runtime.probe import LayerAttention, Probe
+from moestro.runtime.model_shape import ModelShape
+from moestro.runtime.plan import Plan, compute_threads, make_plan, probe_for, resolve_context
+from moestro.runtime.probe import LayerAttention, Probe, probe
 
 PROBE = Probe(
     kv_layers=(LayerKV(heads=2, key_width=16, value_heads=2, value_width=16, gathered=False),) * 3,
@@ -26,7 +27,7 @@ PROBE = Probe(
 )
 
 
-def _plan(memory: int, slots: tuple[int, int] = (8192, 12288), experts: int = 40) -> Plan:
+def _plan(memory: int, slots: tuple[int, int] = (8192, 12288), experts: int = 40, *, sequences: int = 1) -> Plan:
     shape = ModelShape(
         name="test",
         dense_bytes=3_000_000,
@@ -34,7 +35,7 @@ def _plan(memory: int, slots: tuple[int, int] = (8192, 12288), experts: int = 40
         experts=(experts, experts),
         level=16,
     )
-    options = RuntimeOptions(context=512, memory=str(memory))
+    options = RuntimeOptions(context=512, memory=str(memory), max_sequences=sequences)
     return make_plan(shape, PROBE, options, config=FAMILIES["mixtral"](), floor_bytes=7)
 
 
@@ -56,6 +57,42 @@ def test_the_parts_stay_within_the_number(memory: int, slots: tuple[int, int], e
     assert _plan(plan.least_bytes, slots, experts).fits
     assert not _plan(plan.least_bytes - 1, slots, experts).fits
     assert 0 <= plan.arena_experts <= plan.total_experts
+
+
+@pytest.mark.parametrize("sequences", [2, 16])
+def test_one_whole_context_is_enough_to_start(sequences: int) -> None:
+    alone, refused = (_plan(1, experts=256, sequences=count) for count in (1, sequences))
+    # What the policy notes of each sequence is not KV.
+    assert alone.least_bytes <= refused.least_bytes < alone.least_bytes + (sequences << 16)
+    least = _plan(refused.least_bytes, experts=256, sequences=sequences)
+    least.require_fit()
+    assert (least.contexts_at_once, least.max_sequences) == (1, sequences)
+
+
+@given(more=st.integers(0, 1 << 25), step=st.integers(0, 1 << 22), sequences=st.integers(2, 16))
+def test_more_memory_is_more_contexts_first_then_more_experts(more: int, step: int, sequences: int) -> None:
+    slots, least = (196_608, 196_608), _plan(1, (196_608, 196_608), 256, sequences=sequences).least_bytes
+    small, large = (_plan(least + size, slots, 256, sequences=sequences) for size in (more, more + step))
+    assert 32 <= small.kv_blocks <= large.kv_blocks <= 32 * sequences
+    for plan in (small, large):
+        assert plan.fixed_bytes + plan.arena_bytes <= plan.memory_bytes
+        assert plan.arena_bytes >= plan.least_arena_bytes
+    if 32 < small.kv_blocks < 32 * sequences:
+        # Without that they could not have what of the KV cache no request needs.
+        assert small.arena_bytes >= small.least_arena_bytes + small.extent_bytes
+    whole = _plan(1 << 40, slots, 256, sequences=sequences)
+    assert whole.contexts_at_once == sequences
+    assert _plan(whole.bytes_for_experts(0), slots, 256, sequences=sequences).contexts_at_once == sequences
+
+
+def test_rows_that_are_handed_back_to_attention_are_counted_as_often_as_they_are() -> None:
+    skeleton = build_skeleton(FAMILIES["deepseek_v3"]())
+    probed = {n: probe_for(skeleton, RuntimeOptions(context=512, max_sequences=n), native=False) for n in (1, 4)}
+    assert probed[1].activation_row_bytes == 0 < probed[4].activation_row_bytes
+    # All histories at once are what four sequences can come to.
+    whole = probe(skeleton, rows=512, history=4 * 512, logit_rows=4)
+    counted = probed[4].activation_bytes + probed[4].activation_row_bytes * 3 * 512
+    assert whole.activation_bytes <= counted <= 1.01 * whole.activation_bytes
 
 
 def test_more_memory_than_the_model_is_not_taken() -> None:

@@ -156,7 +156,7 @@ def test_damage_in_the_middle_of_a_chain_is_named(store: Path, tmp_path: Path) -
             file.write(bytes([byte ^ 1]))
     with (
         open_store(damaged, share=0.5, level=4) as opened,
-        pytest.raises(PlaneReadError, match=r"Plane 1 of expert \d of MoE layer 1 .*checksum") as failure,
+        pytest.raises(PlaneReadError, match=r"of expert \d of MoE layer 1 .*the checksum of plane 1 is") as failure,
     ):
         Feed(opened).step({7: SHORT})
     assert failure.value.requests == {7}

@@ -71,7 +71,7 @@ def test_a_measured_disk_is_read_as_it_likes(
 
 
 def test_planes_of_an_expert_share_requests(store: Path) -> None:
-    with open_store(store, share=0.25) as opened:
+    with open_store(store, share=0.25, quality="high") as opened:  # so that each has a slot
         logits_of(opened, PROMPT)
         stats = opened.transfers.stats
     assert stats.requests < stats.reads
@@ -89,6 +89,17 @@ def ill(monkeypatch: pytest.MonkeyPatch, before_read: Callable[[int], None]) -> 
         return really(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
+
+
+def test_what_was_to_be_read_ahead_is_let_go_of_quietly(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_store(store, share=0.5) as opened:
+        ill(monkeypatch, lambda _number: time.sleep(0.1))
+        planes = opened.runner.planes
+        assert planes.prefetch([(0, expert, 0) for expert in range(4)]) == 4
+    assert opened.transfers.stats.reads < 4
+    assert not [record for record in caplog.records if "prefetch" in record.getMessage()]
 
 
 @pytest.mark.parametrize("order", ["hebf", "johnson"])

@@ -16,18 +16,14 @@ from moestro.memory.pages import mapping_usage
 from moestro.runtime.plan import Plan
 from moestro.runtime.shares import MemoryShares, least_kv_blocks
 from moestro.store.checksum import checksum
-from moestro.store.locate import locate_source
-from packing import pack_raw
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
 OPENED = {"memory": "64MiB", "context": 512, "max_sequences": 8}
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shares") / "store"
-    pack_raw(locate_source("tiny-qwen3moe-28m"), folder)
-    return folder
+def store(raw_store: Path) -> Path:
+    return raw_store
 
 
 @pytest.fixture

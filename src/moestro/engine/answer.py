@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moestro.domain import Choice
 from moestro.engine.detokenize import Detokenizer
-from moestro.engine.results import TokenLogprob
+from moestro.engine.results import Completion, Timings, TokenLogprob
 from moestro.engine.sequence import Sequence
 from moestro.engine.stop_strings import StopStrings
 from moestro.engine.token_text import TokenTexts
@@ -34,7 +34,7 @@ class Answer:
         self.text = ""
         self._texts = texts
         self._stop = StopStrings(sequence.sampling.stop)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, skip_special=sequence.sampling.skip_special_tokens)
         self._told_text = 0
         self._told_tokens = 0
         self._decoded = 0
@@ -101,3 +101,30 @@ def raise_error(answers: Iterable[Answer]) -> None:
     for answer in answers:
         if answer.sequence.error is not None:
             raise answer.sequence.error
+
+
+def completion_of(answer: Answer, load_s: float) -> Completion:
+    """All of an answer that has ended without an error; opening its model took `load_s` seconds."""
+    sequence, text = answer.sequence, answer.whole_text()
+    assert sequence.finish_reason is not None
+    assert sequence.first_token_at is not None
+    assert sequence.finished_at is not None
+    prefill_s = sequence.first_token_at - sequence.started_at
+    decode_s = sequence.finished_at - sequence.first_token_at
+    decoded = sequence.sampled - 1
+    return Completion(
+        text=text,
+        token_ids=list(sequence.token_ids),
+        finish_reason=sequence.finish_reason,
+        prompt_tokens=len(sequence.prompt_ids),
+        cached_tokens=sequence.reused,
+        logprobs=answer.logprobs(),
+        choice=answer.choice,
+        routed_experts=sequence.routed_experts,
+        timings=Timings(
+            load_s=load_s,
+            ttft_s=sequence.first_token_at - sequence.submitted_at,
+            decode_tokens_per_s=decoded / decode_s if decoded and decode_s else 0.0,
+            prefill_tokens_per_s=(len(sequence.prompt_ids) - sequence.reused) / prefill_s if prefill_s else 0.0,
+        ),
+    )

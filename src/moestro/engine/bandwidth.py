@@ -70,7 +70,7 @@ def disk_bandwidth(store: Store, level: int, seconds: float = SECONDS) -> float:
             if time.perf_counter() - started > seconds and number >= _SLOTS:
                 break
             place = buffer.view(number % _SLOTS * size, extent.nbytes)
-            read = Read(extent.file, extent.offset, extent.nbytes, place, None, "An expert")
+            read = Read(extent.file, extent.offset, extent.nbytes, place, (), "An expert")
             waiting.append(transfers.submit(read, urgent=True))
             done += extent.nbytes
         while waiting:

@@ -11,19 +11,21 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from moestro.config import RuntimeOptions, SamplingParams
-from moestro.engine.llm import LLM
+from moestro.domain import AUTO, Choice, load_router, router_path
+from moestro.domain.examples import text_of_messages
+from moestro.engine.llm import LLM, Request
 from moestro.engine.results import Completion, Stats, TokenLogprob
 from moestro.engine.throughput import options_for
 from moestro.engine.tokenizer import chat_ids, encode, load_tokenizer
-from moestro.errors import RequestError, VariantError
+from moestro.errors import RequestError, RouteError, VariantError
 from moestro.policy.levels import budget_of, parse_quality
 from moestro.runtime.open import level_policy_of
 from moestro.runtime.plan import resolve_context
@@ -163,9 +165,19 @@ def _run(
         _WINDOW * llm.options.max_sequences,
     )
     early: dict[int, Completion] = {}
-    coming = ((prompts[place], todo[place].sampling, todo[place].variant) for place in order)
-    for number, completion in llm.complete_each(coming):
-        early[order[number]] = completion
+    choices: dict[int, Choice] = {}
+
+    def coming() -> Iterator[Request]:
+        for place in order:
+            one = todo[place]
+            variant = llm.options.variant if one.variant is None else one.variant
+            if variant == AUTO:
+                choices[place] = llm.choose(_said(one.prompt))
+                variant = choices[place].variant or ""
+            yield prompts[place], one.sampling, variant
+
+    for number, completion in llm.complete_each(coming()):
+        early[order[number]] = replace(completion, choice=choices.get(order[number]))
         tokens += len(completion.token_ids)
         while (next_one := early.pop(answers.count - first, None)) is not None:
             answers.append(next_one)
@@ -213,6 +225,8 @@ class _Answers:
             "token_ids": completion.token_ids,
             "finish_reason": completion.finish_reason,
         }
+        if completion.choice is not None:
+            answer["choice"] = asdict(completion.choice)
         if completion.logprobs:
             answer["logprobs"] = [_logprob(one) for one in completion.logprobs]
         write_all(self._descriptor, (json.dumps(answer, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
@@ -312,6 +326,11 @@ def _encoded(store: Store, requests: Sequence[BatchRequest], *, name: str, chat:
     return prompts
 
 
+def _said(prompt: str | list[dict[str, str]]) -> str:
+    """What the user says, by which domains are told: not the template's words."""
+    return prompt if isinstance(prompt, str) else text_of_messages(prompt)
+
+
 def _ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], *, chat: bool, model: str
 ) -> list[int]:
@@ -334,8 +353,11 @@ def _check_variants(store: Store, requests: Sequence[BatchRequest], name: str) -
     first_with = {one.variant: one.line for one in reversed(requests) if one.variant}
     for variant, line in first_with.items():
         try:
-            open_variant(store, variant)
-        except VariantError as error:
+            if variant == AUTO:
+                load_router(router_path(store.path), fingerprint=store.manifest.source.fingerprint)
+            else:
+                open_variant(store, variant)
+        except (VariantError, RouteError) as error:
             raise RequestError(f"Line {line} of {name}: {error}") from error
 
 

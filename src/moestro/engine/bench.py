@@ -22,7 +22,8 @@ from moestro.engine.results import Delta, Stats
 from moestro.engine.roofline import Bound, Costs, Machine, Work, bound_of
 from moestro.errors import RequestError
 from moestro.memory.budget import peak_resident_bytes
-from moestro.runtime.plan import STEP_ROWS, compute_threads
+from moestro.runtime.batch import STEP_ROWS
+from moestro.runtime.plan import compute_threads
 from moestro.runtime.replay import Replay
 from moestro.runtime.subject import Subject
 from moestro.store.reader import Store

@@ -8,10 +8,11 @@ _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Turns a growing list of token ids into text. Its pieces joined are the text of all tokens decoded at once."""
+    """Turns a growing list of token ids into text. Its pieces joined are the text of all tokens decoded at once, with
+    special ones among them or without."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._token_ids: list[int] = []
         self._start = 0
         self._printed_until = 0
@@ -40,4 +41,8 @@ class Detokenizer:
         return piece
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(
+                token_ids, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False
+            )
+        )

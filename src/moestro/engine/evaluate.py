@@ -26,10 +26,10 @@ from moestro.errors import BudgetError, RequestError
 from moestro.hf.skeleton import config_from_dict
 from moestro.memory.budget import format_bytes, peak_resident_bytes
 from moestro.policy.levels import EXACT, budget_of
-from moestro.runtime.batch import PackedBatch, Segment
+from moestro.runtime.batch import STEP_ROWS, PackedBatch, Segment
 from moestro.runtime.kv import blocks_for
 from moestro.runtime.open import OpenModel, level_of, open_model
-from moestro.runtime.plan import STEP_ROWS, Plan, longest_context
+from moestro.runtime.plan import Plan, longest_context
 from moestro.runtime.subject import Subject
 from moestro.store.reader import Store
 

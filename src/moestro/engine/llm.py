@@ -18,18 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from moestro.calibration import pack_apart
 from moestro.config import Guide, RuntimeOptions, SamplingParams
 from moestro.domain import AUTO, Choice
-from moestro.engine.answer import Answer, raise_error
+from moestro.engine.answer import Answer, completion_of, raise_error
 from moestro.engine.chooser import Chooser, Route
 from moestro.engine.engine import Engine
-from moestro.engine.results import Completion, Delta, Stats, Timings
+from moestro.engine.results import Completion, Delta, Stats
 from moestro.engine.sampling import Constraint
 from moestro.engine.statistics import stats_of
 from moestro.engine.timeline import check_timeline_path, write_timeline
 from moestro.engine.token_text import TokenTexts
 from moestro.engine.tokenizer import chat_ids, encode, end_token_ids, load_tokenizer
-from moestro.errors import RequestError
+from moestro.errors import ClosedError, RequestError
 from moestro.hf.skeleton import config_from_dict
-from moestro.memory.pages import PagesWatch
+from moestro.memory.pages import HostBuffer, PagesWatch
 from moestro.policy.choice import check_names
 from moestro.policy.levels import parse_quality
 from moestro.policy.order import make_load_order
@@ -143,7 +143,7 @@ class LLM:
                 for answer in answers:
                     self._engine.cancel(answer.sequence)
             raise_error(answers)
-            return [self._complete(answer) for answer in answers]
+            return [completion_of(answer, self._load_s) for answer in answers]
 
     def complete_each(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
         """Answer any number of requests, each as soon as it is done: (its number, its answer). A request is a prompt,
@@ -168,7 +168,7 @@ class LLM:
                     done = [number for number, one in running.items() if one.finished]
                     ended = {number: running.pop(number) for number in done}
                     raise_error([*ended.values()])
-                    answers = [(number, self._complete(one)) for number, one in ended.items()]
+                    answers = [(number, completion_of(one, self._load_s)) for number, one in ended.items()]
                 if not running and not answers:
                     return
                 yield from answers
@@ -219,7 +219,7 @@ class LLM:
                     break
                 if news.token_ids:
                     yield Delta(news.text, news.token_ids, logprobs=news.logprobs)
-            reason, whole = answer.sequence.finish_reason, self._complete(answer)
+            reason, whole = answer.sequence.finish_reason, completion_of(answer, self._load_s)
             yield Delta(news.text, news.token_ids, reason, whole, news.logprobs)
         finally:
             self._engine.cancel(answer.sequence)
@@ -312,6 +312,11 @@ class LLM:
         """What runs the requests: for `Service`."""
         return self._engine
 
+    @property
+    def buffers(self) -> tuple[HostBuffer, ...]:
+        """Where its weights and KV rows are; whether they have gone back tells who closed it."""
+        return self._open.buffers
+
     def close(self) -> None:
         """Stop the transfer threads and give the memory back. The model can only be asked for its stats any more."""
         if self._closed_stats is None:
@@ -339,7 +344,7 @@ class LLM:
 
     def _require_open(self) -> None:
         if self._closed_stats is not None:
-            raise RequestError("This model is closed. Open it again with LLM(...).")
+            raise ClosedError("This model is closed. Open it again with LLM(...).")
 
     def _constraint(self, guide: Guide | None) -> Constraint | None:
         if guide is None:
@@ -355,31 +360,6 @@ class LLM:
         answer.choice = choice
         self._engine.add(answer.sequence)
         return answer
-
-    def _complete(self, answer: Answer) -> Completion:
-        sequence, text = answer.sequence, answer.whole_text()
-        assert sequence.finish_reason is not None
-        assert sequence.first_token_at is not None
-        assert sequence.finished_at is not None
-        prefill_s = sequence.first_token_at - sequence.started_at
-        decode_s = sequence.finished_at - sequence.first_token_at
-        decoded = sequence.sampled - 1
-        return Completion(
-            text=text,
-            token_ids=list(sequence.token_ids),
-            finish_reason=sequence.finish_reason,
-            prompt_tokens=len(sequence.prompt_ids),
-            cached_tokens=sequence.reused,
-            logprobs=answer.logprobs(),
-            choice=answer.choice,
-            routed_experts=sequence.routed_experts,
-            timings=Timings(
-                load_s=self._load_s,
-                ttft_s=sequence.first_token_at - sequence.submitted_at,
-                decode_tokens_per_s=decoded / decode_s if decoded and decode_s else 0.0,
-                prefill_tokens_per_s=(len(sequence.prompt_ids) - sequence.reused) / prefill_s if prefill_s else 0.0,
-            ),
-        )
 
 
 def _open_guides(tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_ids: frozenset[int]) -> Guides:

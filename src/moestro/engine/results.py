@@ -74,6 +74,8 @@ class Stats:
     `prefetch_precision` is the share that was needed at once (0 where there were none). Of `bytes_read`,
     `prefetched_bytes` were asked for ahead. `path` says how passes run: "native" (a compiled call per layer) or
     "general" (transformers' own layers, with moestro's attention and experts).
+    `policy` keeps experts, by what `predictor` foresees (empty: by what was); `ahead` is what they are read ahead by
+    (empty: they are not).
     `variants` are those in memory, with the bytes that each takes beside the planes of its experts.
     `levels_applied` counts the experts of rows that need not be exact, by the level that was chosen for them ("0":
     left out). `domain_tokens` of prompts were run through the base's first layers only to choose a variant, in
@@ -120,6 +122,7 @@ class Stats:
     level: int
     policy: str
     predictor: str
+    ahead: str
     level_policy: str
     levels_applied: dict[str, int]
     path: str

@@ -18,6 +18,7 @@ import numpy as np
 
 from moestro.config import SamplingParams
 from moestro.domain import Choice
+from moestro.engine.engine import Engine
 from moestro.engine.events import Event, ServiceSnapshot
 from moestro.engine.llm import LLM, Prompt
 from moestro.engine.submitted import Submitted, state_of
@@ -40,7 +41,9 @@ class Service:
     def __init__(self, llm: LLM, *, max_queue: int = 64) -> None:
         if max_queue < 0:
             raise RequestError(f"max_queue is {max_queue}, expected a whole number of at least 0.")
-        self._llm, self._engine, self._max_queue = llm, llm.engine, max_queue
+        self._llm, self._max_queue = llm, max_queue
+        self._open_engine: Engine | None = llm.engine
+        self._kv_use = llm.engine.kv_use
         self._changed = threading.Condition()
         self._live: dict[str, Submitted] = {}
         self._inbox: list[Submitted] = []
@@ -138,7 +141,8 @@ class Service:
             live = list(self._live.values())
             tokens, finished, accepting = Counter(self._tokens), dict(self._finished), self._refusal is None
         generated = sum(one.generated_tokens for one in live)
-        kv = self._engine.kv_use
+        engine = self._open_engine
+        kv = self._kv_use if engine is None else engine.kv_use
         return ServiceSnapshot(
             requests=tuple(state_of(one, now) for one in live),
             stats=self._llm.stats(),
@@ -180,6 +184,9 @@ class Service:
             self._stopping = True
             self._changed.notify_all()
         self._thread.join()
+        if self._open_engine is not None:
+            # Whoever still reads an answer has a service, which must not keep a closed model's memory.
+            self._kv_use, self._open_engine = self._open_engine.kv_use, None
 
     def __enter__(self) -> Service:
         return self
@@ -188,6 +195,11 @@ class Service:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(drain_s=None if kind is None else 0.0)
+
+    @property
+    def _engine(self) -> Engine:
+        assert self._open_engine is not None
+        return self._open_engine
 
     def _between_steps(self, command: Callable[[], bool | None]) -> None:
         """Have the service's thread do something, again after the next step as long as it is False, and wait for it."""

@@ -47,6 +47,7 @@ def stats_of(opened: OpenModel, spans: Spans, *, huge_pages: bool) -> Stats:
         level=plan.level,
         policy=opened.chosen.policy,
         predictor=opened.chosen.predictor,
+        ahead=opened.chosen.ahead,
         level_policy=opened.level_policy,
         levels_applied=opened.runner.levels_applied,
         path=opened.runner.path,

@@ -45,7 +45,7 @@ def most_at_once(subject: Subject, options: RuntimeOptions, *, most: int) -> Run
     for count in _counts(options.max_sequences, most):
         candidate = replace(options, max_sequences=count)
         plan = subject.plan(candidate)
-        if not plan.fits:
+        if plan.contexts_at_once < count:
             break
         cost = cost_per_token(plan, experts=subject.skeleton.expert_layers[0].num_experts, picks=_picks(subject))
         if cost <= least:

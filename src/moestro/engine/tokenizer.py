@@ -88,3 +88,9 @@ def end_token_ids(store: Store, config: PreTrainedConfig) -> frozenset[int]:
     if not all(isinstance(token, int) for token in found):
         raise StoreError(f"The eos_token_id of {store.path} is {ids!r}. Expected a token id or a list of them.")
     return frozenset(found)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The model's chat template, empty if there is none. Of several, the first."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else str(next(iter(template.values()), ""))

@@ -46,6 +46,27 @@ class _OpenFile:
     device: int
 
 
+def fill(
+    read_at: ReadAt, descriptor: int, destination: memoryview, offset: int, wanted: int, *, direct: bool = False
+) -> None:
+    """Read the first `wanted` bytes of `destination` from `offset` of a file on, in as many calls as it takes.
+
+    Raises OSError when a call fails, EOFError when the file ends too early.
+    """
+    filled = 0
+    while filled < wanted:
+        try:
+            count = read_at(descriptor, [destination[filled:]], offset + filled)
+        except InterruptedError:
+            continue
+        # A direct read may only go on from a whole page: at the end of a file it stops inside of one.
+        if direct and filled + count < wanted:
+            count -= count % PAGE
+        if count == 0:
+            raise EOFError(f"the file ends before byte {offset + wanted}")
+        filled += count
+
+
 class FileReader:
     """Fills memory from files, which stay open until `close`. Safe to use from many threads."""
 
@@ -124,18 +145,7 @@ class FileReader:
             os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
 
     def _fill(self, opened: _OpenFile, offset: int, destination: memoryview, wanted: int) -> None:
-        filled = 0
-        while filled < wanted:
-            try:
-                count = self._read_at(opened.descriptor, [destination[filled:]], offset + filled)
-            except InterruptedError:
-                continue
-            # A direct read may only go on from a whole page: at the end of a file it stops inside of one.
-            if opened.direct and filled + count < wanted:
-                count -= count % PAGE
-            if count == 0:
-                raise EOFError(f"the file ends before byte {offset + wanted}")
-            filled += count
+        fill(self._read_at, opened.descriptor, destination, offset, wanted, direct=opened.direct)
 
     def _open(self, file: Path) -> _OpenFile:
         with self._lock:

@@ -25,3 +25,10 @@ def return_large_blocks() -> None:
         return
     mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
     mallopt(_TRIM_THRESHOLD, _SPARE_BYTES)
+
+
+def return_free_pages() -> None:
+    """Give all pages of the heap that hold nothing back to the system, where the C library can: malloc_trim(3)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

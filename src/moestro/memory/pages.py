@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import re
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class HostBuffer:
         self._start = -whole.data_ptr() % HUGE_PAGE
         self._tensor: torch.Tensor | None = whole[self._start : self._start + nbytes]
         self._map: mmap.mmap | None = mapping
+        self._mapped = weakref.ref(mapping)
         _ask_for_huge_pages(mapping, self._start, nbytes)
 
     @property
@@ -82,6 +84,11 @@ class HostBuffer:
     def close(self) -> None:
         """Let go of the memory; it returns to the system once the last tensor or view of it is gone too."""
         self._tensor = self._map = None
+
+    @property
+    def returned(self) -> bool:
+        """Whether the memory went back to the system: it is closed, and nobody has a tensor or a view of it."""
+        return self._mapped() is None
 
 
 class PagesWatch:

@@ -8,46 +8,42 @@ end in the threads of the transfer engine, which call `_arrived`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol
+
+import numpy as np
 
 from moestro.keys import FIRST_DELTA, PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
 from moestro.memory.plane_stream import PlaneStream
-from moestro.memory.planes import NEVER, Arrange, CacheStats, Chain, EvictableView, HeldPlane, Planes, Watch
-from moestro.memory.tickets import Read, Ticket
+from moestro.memory.planes import (
+    NEVER,
+    Arrange,
+    Buffer,
+    CacheStats,
+    Chain,
+    Either,
+    EvictableView,
+    HeldPlane,
+    Planes,
+    Watch,
+    read_of,
+)
+from moestro.memory.tickets import Ticket, Transfers
 from moestro.policy.base import EvictionPolicy, Need
 
 
-class Transfers(Protocol):
-    """What carries out reads: `TransferEngine`, or a link of a simulator with its own clock."""
-
-    def together(self) -> AbstractContextManager[object]: ...
-
-    def submit(self, read: Read, /, *, urgent: bool, on_done: Callable[[Ticket], None] | None) -> Ticket: ...
-
-    def promote(self, ticket: Ticket, /) -> None: ...
-
-    def cancel(self, ticket: Ticket, /) -> bool: ...
-
-    def clock(self) -> float: ...
-
-    def wait(self, changed: threading.Condition, /) -> None: ...
-
-
-class Buffer(Protocol):
-    """Memory that planes are read into."""
-
-    def view(self, offset: int, nbytes: int, /) -> memoryview: ...
-
-
 class PlaneCache:
-    """Gives one consumer at a time the planes it asks for, from memory or from disk."""
+    """Gives one consumer at a time the planes it asks for, from memory or from disk.
+
+    `joined`: of each layer, so many planes of an expert, from the base on, share one slot and are read in one go, so
+    that they come and go as one plane, the base: where they are always asked for together, three of everything that is
+    done for a plane would be wasted. Empty: each has its own. They have to lie one after another on disk.
+    """
 
     def __init__(
         self,
@@ -57,6 +53,7 @@ class PlaneCache:
         engine: Transfers,
         policy: EvictionPolicy,
         locate: Callable[[PlaneKey], PlaneExtent],
+        joined: Sequence[int] = (),
     ) -> None:
         self._arena = arena
         self._buffer = buffer
@@ -64,12 +61,16 @@ class PlaneCache:
         self._policy = policy
         self.locate = locate
         """Where a plane lies on disk."""
+        self._joined = tuple(joined)
         self._planes = Planes(arena)
         self._loading: dict[PlaneKey, HeldPlane] = {}
         self._streams: list[PlaneStream] = []
         self._step = 0  # streams so far
-        self.on_gone: Callable[[PlaneKey], None] | None = None
+        self._ahead: dict[int, dict[PlaneKey, HeldPlane]] = {}  # by layer: prefetched, not asked for yet
+        self.on_gone: Callable[[PlaneKey], None] = lambda _key: None
         """Is told of each plane that leaves its slot, before anything else is put there; must not block."""
+        self.on_ahead: Callable[[PlaneKey], None] | None = None
+        """Is told, in a thread of the engine, of each plane that has arrived and was read ahead; must not block."""
         self.watch: Watch | None = None
         self._stats = CacheStats()
         self._loaded: Counter[int] = Counter()  # bytes loaded of late, by slot class
@@ -102,28 +103,51 @@ class PlaneCache:
         """How many planes of each chain, from its first on, are in memory or on their way there."""
         with self._lock:
             by_key = self._planes.by_key
+            if self._joined:
+                return [len(keys) * all(key in by_key for key in self.slots_of(keys)) for keys in chains]
             return [next((place for place, key in enumerate(keys) if key not in by_key), len(keys)) for keys in chains]
 
-    def count_hits(self, chains: int) -> None:
-        """Count chains that a consumer used without asking, because nothing has been dropped since it last had them."""
+    def offsets(self, chain: Chain) -> tuple[int, ...] | None:
+        """Where the planes of a chain lie in the buffer; None when some are not in memory."""
         with self._lock:
-            self._stats.hits += chains
+            planes = [self._planes.by_key.get(key) for key in self.slots_of(chain)]
+            if any(plane is None or plane.ticket is not None for plane in planes):
+                return None
+            return tuple(plane.slot.offset + inner for plane in planes if plane is not None for inner in plane.inner)
 
-    def prefetch(self, keys: Sequence[PlaneKey]) -> int:
+    def used(self, first: int, counts_LE: np.ndarray) -> None:
+        """Experts of layers from `first` on, those with a count, were used without asking, because nothing of them has
+        been dropped since it came.
+
+        What is queued for others of these layers, that nobody has asked for, is not wanted any more.
+        """
+        with self._lock:
+            self._stats.hits += int(np.count_nonzero(counts_LE))
+            for layer in [layer for layer, planes in self._ahead.items() if planes]:
+                if not first <= layer < first + len(counts_LE):
+                    continue
+                ahead, counts_E = self._ahead[layer], counts_LE[layer - first]
+                for plane in [plane for key, plane in ahead.items() if counts_E[key[1]] and plane.ticket is None]:
+                    plane.step = self._step
+                    del ahead[plane.key]
+                self._cancel_unwanted([layer])
+
+    def prefetch(self, keys: Sequence[PlaneKey], *, spare: Container[PlaneKey] = ()) -> int:
         """Queue reads of these planes, most wanted first, behind all demand; returns how many were queued.
 
-        Never waits; stops at the first plane for which there is no room. Does nothing while a stream still has planes
-        to ask for, because those come first.
+        Never waits; stops at the first plane for which there is no room, which none of them nor any plane of `spare`
+        makes. Does nothing while a stream still has planes to ask for, because those come first.
         """
         with self._lock:
             if any(stream.pending for stream in self._streams):
                 return 0
-            wanted = dict.fromkeys(keys)
+            wanted = dict.fromkeys(self.slots_of(keys))
+            keep = Either(wanted, spare) if spare else wanted
             issued = 0
-            with self._engine.together():
+            with self._engine.together(hand_over=False):
                 for key in wanted:
                     if key not in self._planes.by_key:
-                        if self._issue(key, self.locate(key), urgent=False, keep=wanted) is None:
+                        if self._issue(key, urgent=False, keep=keep) is None:
                             break
                         issued += 1
             self._stats.prefetches += issued
@@ -135,12 +159,17 @@ class PlaneCache:
             while self._loading:
                 self._changed.wait()
 
-    def clear(self) -> None:
-        """Forget every plane; waits for reads that have begun. No stream may be open. Not counted as evictions."""
+    def cancel_prefetches(self) -> None:
+        """Take back the reads that nobody waits for and that have not begun."""
         with self._lock:
-            assert not self._streams, "clear() within a stream"
             while self._cancel_a_prefetch():
                 pass
+
+    def clear(self) -> None:
+        """Forget every plane; waits for reads that have begun. No stream may be open. Not counted as evictions."""
+        self.cancel_prefetches()
+        with self._lock:
+            assert not self._streams, "clear() within a stream"
             while self._loading:
                 self._changed.wait()
             for plane in tuple(self._planes.by_key.values()):
@@ -172,6 +201,27 @@ class PlaneCache:
     def slot_sizes(self) -> tuple[int, ...]:
         """The sizes of the arena's slots, ascending."""
         return self._arena.slot_sizes
+
+    @property
+    def joined(self) -> bool:
+        """Whether planes of an expert share a slot."""
+        return bool(self._joined)
+
+    def slots_of(self, chain: Sequence[PlaneKey]) -> Chain:
+        """The planes of a chain that stand for a slot: all of them, where none share one."""
+        return tuple([key for key in chain if not 0 < key[2] < FIRST_DELTA]) if self._joined else tuple(chain)
+
+    def part(self, extent_bytes: int, slot_sizes: Sequence[int]) -> None:
+        """Have a slot for each plane from now on. As `recut`, whose arguments these are."""
+        self.recut(extent_bytes, slot_sizes)
+        self._joined = ()
+
+    def extents(self, key: PlaneKey) -> list[PlaneExtent]:
+        """What is read into the slot of a plane."""
+        layer, expert, plane = key
+        if plane or not self._joined:
+            return [self.locate(key)]
+        return [self.locate((layer, expert, each)) for each in range(self._joined[layer])]
 
     def serve_planes_of(self, nbytes: int) -> None:
         """Have slots for planes of so many bytes, at most those of an extent."""
@@ -227,35 +277,29 @@ class PlaneCache:
         self._arena.free(plane.slot)
         plane.slot = slot
         self._planes.add(plane)
-        self._say_gone(plane.key)
+        self.on_gone(plane.key)
 
     def _issue(
-        self,
-        key: PlaneKey,
-        extent: PlaneExtent,
-        *,
-        urgent: bool,
-        keep: Container[PlaneKey] = (),
-        any_class: bool = False,
+        self, key: PlaneKey, *, urgent: bool, keep: Container[PlaneKey] = (), any_class: bool = False
     ) -> HeldPlane | None:
         """Give the plane a slot and queue its read; None when no slot can be had now.
 
         The planes of `keep` stay. Planes of other slot classes stay too, unless `any_class` is set or this class has
         far less of the arena than its part of the recent loads.
         """
-        need = Need(key, extent.nbytes, urgent)
-        slot = self._arena.alloc(extent.nbytes)
+        extents = self.extents(key)
+        *inner, nbytes = itertools.accumulate([extent.nbytes for extent in extents], initial=0)
+        need = Need(key, nbytes, urgent)
+        slot = self._arena.alloc(nbytes)
         while slot is None:
-            if not self._make_room(need, keep, any_class=any_class or self._is_short(extent.nbytes)):
+            if not self._make_room(need, keep, any_class=any_class or self._is_short(nbytes)):
                 return None
-            slot = self._arena.alloc(extent.nbytes)
-        plane = HeldPlane(key, slot, extent.nbytes, step=self._step if urgent else NEVER, ahead=not urgent)
-        destination = self._buffer.view(slot.offset, extent.nbytes)
-        layer, expert, position = key
-        what = f"Plane {position}" if position < FIRST_DELTA else "The variant's plane"
-        label = f"{what} of expert {expert} of MoE layer {layer}"
-        read = Read(extent.file, extent.offset, extent.nbytes, destination, extent.checksum, label)
+            slot = self._arena.alloc(nbytes)
+        plane = HeldPlane(key, slot, nbytes, self._step if urgent else NEVER, tuple(inner), ahead=not urgent)
+        read = read_of(key, extents, self._buffer.view(slot.offset, nbytes))
         self._planes.add(plane)
+        if not urgent:
+            self._ahead.setdefault(key[0], {})[key] = plane
         self._policy.on_load(key, slot.nbytes)
         self._count_load(slot.nbytes)
         try:
@@ -309,11 +353,12 @@ class PlaneCache:
             for plane in reversed(tuple(self._loading.values()))
         )
 
-    def _cancel_unwanted(self, layers: Container[int]) -> None:
+    def _cancel_unwanted(self, layers: Iterable[int]) -> None:
         """Take back the prefetches of these layers that have not begun and that no stream has asked for."""
-        for plane in tuple(self._loading.values()):
-            if plane.step == NEVER and plane.key[0] in layers and self._cancel(plane):
-                self._stats.cancelled_prefetches += 1
+        for layer in layers:
+            for plane in tuple(self._ahead.get(layer, {}).values()):
+                if plane.ticket is not None and self._cancel(plane):
+                    self._stats.cancelled_prefetches += 1
 
     def _cancel(self, plane: HeldPlane) -> bool:
         if plane.ticket is None or not self._engine.cancel(plane.ticket):
@@ -323,14 +368,12 @@ class PlaneCache:
         return True
 
     def _drop(self, plane: HeldPlane) -> None:
-        self._say_gone(plane.key)
+        self.on_gone(plane.key)
+        if plane.step == NEVER:
+            del self._ahead[plane.key[0]][plane.key]
         self._planes.remove(plane)
         self._arena.free(plane.slot)
         self._policy.on_evict(plane.key)
-
-    def _say_gone(self, key: PlaneKey) -> None:
-        if self.on_gone is not None:
-            self.on_gone(key)
 
     def _arrived(self, plane: HeldPlane, ticket: Ticket) -> None:
         """A read ended, well or not. Called in a thread of the engine."""
@@ -344,6 +387,8 @@ class PlaneCache:
             if ticket.error is None:
                 self._stats.bytes_read += plane.nbytes
                 self._stats.prefetched_bytes += plane.nbytes if plane.ahead else 0
+                if plane.ahead and self.on_ahead is not None:
+                    self.on_ahead(plane.key)
             else:
                 self._drop(plane)
                 if not waiting:
@@ -351,4 +396,5 @@ class PlaneCache:
                     logging.getLogger("moestro").warning("A prefetch failed. %s", ticket.error)
             for stream in waiting:
                 stream.arrived(plane, ticket)
-            self._changed.notify_all()
+            if not waiting or any(stream.has_news for stream in waiting):
+                self._changed.notify_all()

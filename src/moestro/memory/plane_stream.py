@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
-from moestro.memory.planes import Arrange, Chain, HeldPlane, MissingChain, WantedChain
+from moestro.memory.planes import NEVER, Arrange, Chain, HeldPlane, MissingChain, WantedChain
 
 if TYPE_CHECKING:
     from moestro.memory.plane_cache import PlaneCache
@@ -61,6 +61,11 @@ class PlaneStream:
         """Whether some planes asked for are not in memory yet."""
         return bool(self._under_way or self.pending)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether it could go on if it waits: a chain is whole, a read failed, or a slot may be had."""
+        return bool(self._ready or self.pending or self._error is not None or not self._cache._loading)
+
     def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
         return self
 
@@ -101,7 +106,7 @@ class PlaneStream:
         step = cache._step = cache._step + 1
         distinct: dict[Chain, int] = {}
         for index, keys in enumerate(self._chains):
-            distinct.setdefault(keys, index)
+            distinct.setdefault(cache.slots_of(keys), index)
         for keys, index in distinct.items():
             held = []
             for key in keys:
@@ -110,6 +115,8 @@ class PlaneStream:
                     held.append(plane)
                     if plane.step == step:
                         continue
+                    if plane.step == NEVER:
+                        del cache._ahead[key[0]][key]
                     plane.step = step
                     if plane.ticket is not None:
                         cache._stats.late_prefetches += 1
@@ -136,7 +143,8 @@ class PlaneStream:
 
     def _missing_bytes(self, chain: WantedChain) -> int:
         cache = self._cache
-        return sum(cache.locate(key).nbytes for key in chain.keys if key not in cache._planes.by_key)
+        missing = (cache.extents(key) for key in chain.keys if key not in cache._planes.by_key)
+        return sum(extent.nbytes for extents in missing for extent in extents)
 
     def _lease(self, chain: WantedChain, plane: HeldPlane) -> None:
         """Keep a plane of `chain.leased` in place."""
@@ -173,11 +181,10 @@ class PlaneStream:
 
     def _issue(self, key: PlaneKey) -> HeldPlane | None:
         cache = self._cache
-        extent = cache.locate(key)
-        plane = cache._issue(key, extent, urgent=True, keep=self._kept)
+        plane = cache._issue(key, urgent=True, keep=self._kept)
         if plane is None and not (self._ready or self._under_way or self._handed_out):
             # Nothing to wait for: the planes that later chains could have used must go as well.
-            plane = cache._issue(key, extent, urgent=True, any_class=True)
+            plane = cache._issue(key, urgent=True, any_class=True)
         return plane
 
     def _wait(self) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moestro.keys import PlaneKey
+from moestro.keys import FIRST_DELTA, PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena, Slot
-from moestro.memory.tickets import Ticket
+from moestro.memory.tickets import Read, Ticket
 
 Chain = tuple[PlaneKey, ...]
 """The planes of one expert that are needed together, base first."""
@@ -54,6 +54,12 @@ class CacheStats:
     late_stall_seconds: float = 0.0
 
 
+class Buffer(Protocol):
+    """Memory that planes are read into."""
+
+    def view(self, offset: int, nbytes: int, /) -> memoryview: ...
+
+
 class Watch(Protocol):
     """Is told, in seconds of the transfer engine's clock, of waits, by the thread that waited and with the cache's lock
     held, and of reads, by the thread that read."""
@@ -73,13 +79,15 @@ NEVER = -1
 class HeldPlane:
     """A plane that has a slot: loading while it has a ticket, else resident. Leases count who may not lose it.
 
-    `step` is the number of the last stream that asked for it; `ahead` says that it was read before any did.
+    `step` is the number of the last stream that asked for it; `ahead` says that it was read before any did. `inner` is
+    where its bytes begin in the slot, and those of the planes that share it.
     """
 
     key: PlaneKey
     slot: Slot
     nbytes: int
     step: int
+    inner: tuple[int, ...] = (0,)
     ahead: bool = False
     leases: int = 0
     ticket: Ticket | None = None
@@ -100,7 +108,7 @@ class WantedChain:
 
     def offsets(self) -> tuple[int, ...]:
         """Where the planes lie in the arena."""
-        return tuple([plane.slot.offset for plane in self.leased])
+        return tuple([plane.slot.offset + inner for plane in self.leased for inner in plane.inner])
 
 
 class Planes:
@@ -141,6 +149,17 @@ class Planes:
         return neighbours if all(plane.evictable for plane in neighbours) else []
 
 
+@dataclass(frozen=True, slots=True)
+class Either:
+    """What is in one or the other."""
+
+    one: Container[PlaneKey]
+    other: Container[PlaneKey]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.one or key in self.other
+
+
 class EvictableView:
     """`policy.Evictable` for a need of `nbytes`; keys in `keep` are withheld.
 
@@ -169,3 +188,17 @@ class EvictableView:
             return True
         leaving = self._planes.to_evict_for(self._nbytes, plane)
         return not leaving or any(other.key in self._keep for other in leaving)
+
+
+def read_of(key: PlaneKey, extents: Sequence[PlaneExtent], destination: memoryview) -> Read:
+    """Of the planes in the slot of `key`, which lie one after another."""
+    first, last, nbytes = extents[0], extents[-1], sum([extent.nbytes for extent in extents])
+    layer, expert, plane = key
+    what = f"Plane {plane}" if plane < FIRST_DELTA else "The variant's plane"
+    if len(extents) > 1:
+        what = f"Planes 0 to {len(extents) - 1}"
+        assert last.file == first.file, key
+        assert last.offset + last.nbytes - first.offset == nbytes, key
+    label = f"{what} of expert {expert} of MoE layer {layer}"
+    checksums = tuple([(extent.nbytes, extent.checksum) for extent in extents])
+    return Read(first.file, first.offset, nbytes, destination, checksums, label)

@@ -6,24 +6,30 @@ import ctypes
 import enum
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from moestro.errors import PlaneReadError
+
+PIECE_BYTES = 2 << 20
+"""What is read at once of what nobody waits for, unless a plane is larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
     """Fill `destination` with `nbytes` from `offset` of `file`; offset, size and address are multiples of 4096.
 
-    `checksum` is the xxh3_64 of the bytes (None: not checked); `label` begins errors: "Plane 0 of ...".
+    `checksums` are bytes and xxh3_64 of its planes, one after another (none: not checked); `label` begins errors:
+    "Plane 0 of ...".
     """
 
     file: Path
     offset: int
     nbytes: int
     destination: memoryview
-    checksum: int | None
+    checksums: tuple[tuple[int, int], ...]
     label: str
 
     def address(self) -> int:
@@ -76,6 +82,22 @@ class Ticket:
             raise self.error
 
 
+class Transfers(Protocol):
+    """What carries out reads: `TransferEngine`, or a link of a simulator with its own clock."""
+
+    def together(self, *, hand_over: bool = True) -> AbstractContextManager[object]: ...
+
+    def submit(self, read: Read, /, *, urgent: bool, on_done: Callable[[Ticket], None] | None) -> Ticket: ...
+
+    def promote(self, ticket: Ticket, /) -> None: ...
+
+    def cancel(self, ticket: Ticket, /) -> bool: ...
+
+    def clock(self) -> float: ...
+
+    def wait(self, changed: threading.Condition, /) -> None: ...
+
+
 class TicketQueue:
     """Urgent tickets before the others, first come first served among equals. Not safe to use from several threads."""
 
@@ -100,12 +122,20 @@ class TicketQueue:
             ticket.urgent = True
             self.push(ticket)
 
+    @property
+    def urgent(self) -> bool:
+        """Whether a computation waits for one of them."""
+        return bool(self._urgent)
+
     def take(self, most_bytes: int) -> list[Ticket]:
-        """The next ticket, and those after it on disk that are as urgent, as long as they have `most_bytes` together.
+        """The next ticket, and those after it on disk that are as urgent, as long as they have `most_bytes` together;
+        those that are not, a piece of `PIECE_BYTES` at most, so that what becomes urgent soon has its turn.
 
         Only of equal urgency: a computation does not wait for the bytes of a neighbour that nobody has asked for.
         """
         queue = self._urgent or self._speculative
+        if queue is self._speculative:
+            most_bytes = min(most_bytes, PIECE_BYTES)
         ticket: Ticket | None = next(iter(queue.values()))
         taken: list[Ticket] = []
         total = 0

@@ -17,6 +17,9 @@ import torch
 from moestro.policy.observation import RequestRows
 from moestro.runtime.kv import BLOCK_ROWS, RowAddress
 
+STEP_ROWS = 512
+"""Most tokens in one forward pass. It never depends on the memory given, so that results cannot either."""
+
 BASE = -1
 """In the place of a variant's number: none."""
 

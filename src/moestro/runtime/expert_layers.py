@@ -18,7 +18,7 @@ from torch import nn
 from moestro import _native
 from moestro.kernels.base import ExpertDeltaSpec, ExpertSpec, Kernels
 from moestro.kernels.shapes import native_expert_delta
-from moestro.runtime.deltas import ChangedExperts, Pieces, add_pieces, expert_deltas
+from moestro.runtime.deltas import ChangedExperts, Pieces, add_pieces, expert_deltas, is_low_rank
 from moestro.runtime.expert_mlp import activate, expert_mlp
 from moestro.runtime.expert_spec import ExpertMatrices, expert_matrices, expert_spec
 from moestro.runtime.grouping import Grouping
@@ -49,6 +49,10 @@ class LayerExperts(Protocol):
         what variants add."""
         ...
 
+    def learn(self, expert: int, offsets: tuple[int, ...]) -> None:
+        """All planes of this expert are in memory, at these byte offsets in the arena."""
+        ...
+
     def forget(self, expert: int | None = None) -> None:
         """Planes of this expert (None: of any) are not where they were; those of variants are."""
         ...
@@ -70,6 +74,9 @@ class StreamedExperts:
     """Those that are asked for anew at every step."""
 
     known: None = None
+
+    def learn(self, expert: int, offsets: tuple[int, ...]) -> None:
+        pass
 
     def forget(self, expert: int | None = None) -> None:
         pass
@@ -106,24 +113,26 @@ class RawExperts(StreamedExperts):
 
 
 class PackedExperts:
-    """Quantised experts whose whole MLP the kernels know: one call for all that have arrived."""
+    """Quantised experts whose whole MLP the kernels know: one call for all that have arrived. `one_by_one` computes
+    those with deltas that compiled experts do not know."""
 
     def __init__(
         self,
         kernels: Kernels,
         spec: ExpertSpec,
         arena: torch.Tensor,
+        one_by_one: PackedExpertsWithModule,
         *,
         layer: int,
         level: int,
         experts: int,
-        know: bool,
     ) -> None:
         self._kernels, self._spec, self._layer, self._level = kernels, spec, layer, level
+        self._one_by_one = one_by_one
         self._deltas: dict[int, np.ndarray] = {}  # of each variant: addresses [E], 0: not known, -1: there is none
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
-        self.known = kernels.known_experts(spec, self._known_EP, level) if know else None
+        self.known = kernels.known_experts(spec, self._known_EP, level)
 
     def compute(
         self,
@@ -133,6 +142,17 @@ class PackedExperts:
         out_PH: torch.Tensor,
         pieces: Pieces | None = None,
     ) -> None:
+        if pieces is not None and any(is_low_rank(piece.spec) for some in pieces for piece in some):
+            # Rows of a forward pass on the general path are all one variant's, so how an expert is computed depends on
+            # the variant alone.
+            changed = [place for place, some in enumerate(pieces) if some]
+            others = [place for place, some in enumerate(pieces) if not some]
+            self._one_by_one.compute(
+                [arrived[place] for place in changed], rows, hidden_TH, out_PH, [pieces[place] for place in changed]
+            )
+            arrived, pieces = [arrived[place] for place in others], None
+            if not arrived:
+                return
         base = self._arena
         addresses = [[*[base + offset for offset in offsets], *_ABSENT[len(offsets) :]] for _, offsets in arrived]
         planes_JP = np.array(addresses, dtype=np.int64)
@@ -161,7 +181,10 @@ class PackedExperts:
         if self.known is None:
             return
         specs = [changed.spec(self._layer, expert) for expert in range(len(self._known_EP))]
-        spec = next((one for one in specs if one is not None), ExpertDeltaSpec(None, None, 0, 0))
+        nothing = ExpertDeltaSpec(None, None, 0, 0)
+        spec = next((one for one in specs if one is not None), nothing)
+        if is_low_rank(spec):
+            spec = nothing  # never asked for: addresses of such planes are never noted
         addresses_E = np.array([-1 if one is None else 0 for one in specs], dtype=np.int64)
         self._deltas[variant] = addresses_E
         self.known.set_deltas(variant, native_expert_delta(spec), addresses_E.ctypes.data)
@@ -175,6 +198,9 @@ class PackedExperts:
         addresses_E = self._deltas.get(variant)
         if addresses_E is not None:
             addresses_E[expert] = 0
+
+    def learn(self, expert: int, offsets: tuple[int, ...]) -> None:
+        self._known_EP[expert, : len(offsets)] = [self._arena + offset for offset in offsets]
 
     def forget(self, expert: int | None = None) -> None:
         self._known_EP[slice(None) if expert is None else expert] = 0
@@ -230,18 +256,15 @@ def packed_layer(
     level: int,
     experts: int,
     layer: int = 0,
-    know: bool = False,
 ) -> LayerExperts:
-    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`.
-
-    With `know` it remembers where planes lie, and forgets what it is told to.
-    """
+    """The way to compute quantised experts with the activation of `module`. `layout` ends at the plane of `level`."""
     matrices = expert_matrices(layout)
     spec = expert_spec(matrices, module)
+    one_by_one = PackedExpertsWithModule(kernels, module, matrices, arena)
     if spec is not None:
-        return PackedExperts(kernels, spec, arena, layer=layer, level=level, experts=experts, know=know)
+        return PackedExperts(kernels, spec, arena, one_by_one, layer=layer, level=level, experts=experts)
     _say_once(type(module))
-    return PackedExpertsWithModule(kernels, module, matrices, arena)
+    return one_by_one
 
 
 def _say_once(kind: type) -> None:

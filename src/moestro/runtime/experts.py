@@ -7,7 +7,8 @@ H hidden.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,9 +42,9 @@ KNOWN_ROWS = 16
 class RoutedExperts:
     """The experts of all layers over one plane cache.
 
-    Where nothing is read ahead, layers know where planes lie: a few rows whose planes are all in memory go past the
-    cache, whose bookkeeping costs up to 0.3 ms a layer when a step's weights have just washed it out of the processor's
-    caches. So may whoever is given `known`, if it says so (`count_known`). Policies hear of the routing all the same.
+    Layers know where planes lie: a few rows whose planes are all in memory go past the cache, whose bookkeeping costs
+    up to 0.3 ms a layer when a step's weights have just washed it out of the processor's caches. So may whoever is
+    given `known`, if it says so (`count_known`). Policies hear of the routing all the same.
 
     Attributes:
         counts_LE: rows routed to each expert so far.
@@ -54,6 +55,8 @@ class RoutedExperts:
         deltas: what rows of variants add in the forward pass under way; None where all are the base's.
         spans: where the time of all this goes; the whole model's, once it is open.
         order: says in which order they are read; None: as they are asked for.
+        part_planes: has a slot for each plane, where planes of an expert share one; asked for before the first pass in
+            which some row needs less than all of them.
         known: by layer, experts that can be computed where they lie; None where none ever can.
     """
 
@@ -68,6 +71,8 @@ class RoutedExperts:
         assert len(layers) == len(chains)
         self.planes = planes
         planes.on_gone = self._gone
+        self._arrived: deque[PlaneKey] = deque()  # planes read ahead, since they were last looked at
+        planes.on_ahead = self._arrived.append
         self.counts_LE = np.zeros((len(chains), max(len(one) for one in chains)), dtype=np.int64)
         self.seconds = 0.0
         self.foresight: LayerForesight | None = None
@@ -75,7 +80,9 @@ class RoutedExperts:
         self.deltas: StepDeltas | None = None
         self.spans = Spans()
         self.order: ReadOrder | None = None
+        self.part_planes: Callable[[], None] | None = None
         self._level = level
+        self._exact = True  # whether what is known may be computed with
         self.known = tuple(one.known for one in layers)
         self._layers = tuple(layers)
         self.chains = tuple(tuple(one) for one in chains)
@@ -111,9 +118,21 @@ class RoutedExperts:
         if self.levels is None:
             return
         self.levels.step(batch)
-        if self.levels.everywhere and self.levels.lossy:
+        if self.levels.lossy and self.part_planes is not None and self.planes.joined:
+            self.part_planes()
+        self._exact = not (self.levels.everywhere and self.levels.lossy)
+        if not self._exact:
             for one in self._layers:
                 one.forget()  # what is known is computed at the exact level
+
+    def learn(self) -> None:
+        """Have layers know where the planes lie that were read ahead and have come. To be called before they are used,
+        by the thread that has planes evicted."""
+        while self._arrived:
+            layer, expert, _ = self._arrived.popleft()
+            offsets = self.planes.offsets(self.chains[layer][expert])
+            if offsets is not None and self._exact:
+                self._layers[layer].learn(expert, offsets)
 
     def _gone(self, key: PlaneKey) -> None:
         layer, expert, plane = key
@@ -136,19 +155,31 @@ class RoutedExperts:
 
     def count_known(self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray) -> None:
         """Count the rows of layers from number `first` on that have been computed from `known`."""
+        counts_LE = self._count(first, index_LTK)
+        foresight = self.foresight
+        if foresight is not None:
+            self.spans.begin(Part.POLICY)
+            for routing in self._routings(first, index_LTK, weights_LTK, counts_LE):
+                foresight.passed(routing)
+            self.spans.end()
+
+    def _count(self, first: int, index_LTK: np.ndarray) -> np.ndarray:
+        """How many rows use each expert [L, E] of layers that go past the cache."""
         layers, experts = len(index_LTK), self.counts_LE.shape[1]
         numbers = index_LTK.reshape(layers, -1) + experts * np.arange(layers)[:, None]
         counts_LE = np.bincount(numbers.ravel(), minlength=layers * experts).reshape(layers, experts)
         self.counts_LE[first : first + layers] += counts_LE
-        self.planes.count_hits(int(np.count_nonzero(counts_LE)))
-        foresight = self.foresight
-        if foresight is not None:
-            self.spans.begin(Part.POLICY)
-            for layer, routed in enumerate(zip(index_LTK, weights_LTK, counts_LE, strict=True), start=first):
-                index_TK, weights_TK, counts_E = routed
-                counts_E = counts_E[: len(self.chains[layer])]
-                foresight.passed(Routing(layer, index_TK, weights_TK, foresight.requests, counts_E))
-            self.spans.end()
+        self.planes.used(first, counts_LE)
+        return counts_LE
+
+    def _routings(
+        self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray, counts_LE: np.ndarray
+    ) -> Iterator[Routing]:
+        assert self.foresight is not None
+        for layer, routed in enumerate(zip(index_LTK, weights_LTK, counts_LE, strict=True), start=first):
+            index_TK, weights_TK, counts_E = routed
+            counts_E = counts_E[: len(self.chains[layer])]
+            yield Routing(layer, index_TK, weights_TK, self.foresight.requests, counts_E)
 
     def _from_known(
         self, layer: int, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -157,16 +188,32 @@ class RoutedExperts:
         known, (rows, picks) = self.known[layer], index_TK.shape
         if known is None or rows > KNOWN_ROWS:
             return None
+        self.learn()
+        runs = () if self.deltas is None else self.deltas.runs
+        if not known.covers(index_TK.data_ptr(), rows, picks, runs):
+            return None
+        self._pass_by(layer, hidden_TH, index_TK.numpy(), weights_TK.numpy())
         sum_TH, out_PH = torch.empty_like(hidden_TH), torch.empty(rows * picks, hidden_TH.shape[1])
         inputs = (hidden_TH.data_ptr(), index_TK.data_ptr(), weights_TK.data_ptr())
         self.spans.begin(Part.EXPERTS)
-        runs = () if self.deltas is None else self.deltas.runs
         computed = known.run(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr(), runs)
-        self.spans.end(Event.KNOWN if computed else None, layer, rows)
-        if not computed:
-            return None
-        self.count_known(layer, index_TK.numpy()[None], weights_TK.numpy()[None])
+        self.spans.end(Event.KNOWN, layer, rows)
+        assert computed, "an expert was dropped between two looks"
         return sum_TH
+
+    def _pass_by(self, layer: int, hidden_TH: torch.Tensor, index_TK: np.ndarray, weights_TK: np.ndarray) -> None:
+        """Go past the cache with one layer; what is read ahead is asked for before it is computed."""
+        foresight = self.foresight
+        if foresight is None or not foresight.reads_ahead:
+            self.count_known(layer, index_TK[None], weights_TK[None])
+            return
+        self.spans.begin(Part.POLICY)
+        counts_LE = self._count(layer, index_TK[None])
+        for routing in self._routings(layer, index_TK[None], weights_TK[None], counts_LE):
+            foresight.routed(routing)
+        foresight.asked(layer, hidden_TH, reading=False, used_E=counts_LE[0] > 0)
+        foresight.served(reading=False)
+        self.spans.end(Event.CHOOSE, layer)
 
     def _streamed(
         self,
@@ -262,14 +309,12 @@ def open_experts(
     layouts: Sequence[Layout],
     level: int,
     arena: torch.Tensor,
-    know: bool,
 ) -> RoutedExperts:
     """The experts of a model at a level.
 
     Args:
         layouts: of each MoE layer, up to the planes of `level`.
         arena: the bytes in which `planes` holds planes.
-        know: whether experts in memory are computed without asking `planes`, which then reads nothing ahead.
     """
     views = SlotViews(arena_bytes=arena, layouts=layouts)
     modules = [module for module in skeleton.model.modules() if is_experts_module(module)]
@@ -281,7 +326,5 @@ def open_experts(
         if is_raw(layout):
             layers.append(RawExperts(kernels, module, views, layer))
         else:
-            layers.append(
-                packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), layer=layer, know=know)
-            )
+            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), layer=layer))
     return RoutedExperts(planes, layers, chains, level=level)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from moestro.errors import PlaneReadError
-from moestro.memory.direct import ReadAt, preadv
+from moestro.memory.direct import ReadAt, fill, preadv
 from moestro.runtime.slots import DTYPES
 from moestro.store.reader import DenseTensor
 
@@ -71,7 +71,7 @@ class RowsOnDisk:
         place, start = self._free[-1], self._offset + row * self._row_bytes
         target = self._bytes[place * self._row_bytes : (place + 1) * self._row_bytes]
         try:
-            self._fill(target, start)
+            fill(self._read_at, self._descriptor, target, start, len(target))
         except (OSError, EOFError) as error:
             raise PlaneReadError(
                 f"Row {row} of {self.name} ({self._row_bytes} bytes at offset {start} of {self._file}) could not be "
@@ -80,11 +80,3 @@ class RowsOnDisk:
             ) from error
         os.posix_fadvise(self._descriptor, start, self._row_bytes, os.POSIX_FADV_DONTNEED)
         self._place_of[row] = self._free.pop()
-
-    def _fill(self, target: memoryview, start: int) -> None:
-        filled = 0
-        while filled < len(target):
-            count = self._read_at(self._descriptor, [target[filled:]], start + filled)
-            if count == 0:
-                raise EOFError("the file ends too early")
-            filled += count

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -16,7 +18,7 @@ from moestro.hf.linears import lookup_names
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
 from moestro.kernels import make_kernels
 from moestro.kernels.base import Kernels
-from moestro.memory.arena import Arena
+from moestro.memory.arena import Arena, extent_bytes_for
 from moestro.memory.budget import format_bytes, machine_bytes, resident_bytes
 from moestro.memory.disk_profile import load_profile
 from moestro.memory.heap import return_large_blocks
@@ -37,10 +39,11 @@ from moestro.runtime.history import History
 from moestro.runtime.kv import KVPool
 from moestro.runtime.level import cut, resolve_level
 from moestro.runtime.levels import LayerLevels, level_table, levels_up_to
-from moestro.runtime.lookahead import Gates
+from moestro.runtime.lookahead import Gates, has_gates
 from moestro.runtime.lookup import RowsOnDisk
+from moestro.runtime.model_shape import ModelShape, Sizes
 from moestro.runtime.native import Blueprint, NativeForward, describe
-from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
+from moestro.runtime.plan import Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
@@ -52,6 +55,7 @@ from moestro.spans import Clock, Spans
 from moestro.store.folders import cache_folder
 from moestro.store.layout import Layout
 from moestro.store.reader import Store
+from moestro.store.variant_file import any_low_rank
 
 
 @dataclass
@@ -74,6 +78,7 @@ class OpenModel:
 
     def close(self) -> None:
         """Stop the transfer threads, keep what was learned and give the memory back."""
+        self.runner.planes.cancel_prefetches()
         self.transfers.close()
         if self.history is not None:
             self.history.save()
@@ -113,10 +118,7 @@ def shape_of_store(store: Store, skeleton: Skeleton, level: int) -> ModelShape:
     return ModelShape.of(
         skeleton,
         name=store.path.name,
-        dense_bytes=store.dense_file.stat().st_size,
-        lookup_bytes=sum(store.dense[name].nbytes for name in lookup_names(skeleton)),
-        nets_bytes=stored_nets_bytes(store.path),
-        bit_router_bytes=stored_bit_router_bytes(store.path),
+        sizes=Sizes.of_store(store, skeleton),
         layouts=layouts_of(store, level),
         level=level_of(store, level),
     )
@@ -133,9 +135,10 @@ def open_model(
 ) -> OpenModel:
     """Open `store` within the memory that `options` give.
 
-    With `native` False every family runs on the general path, which tests compare with. `logit_rows`: how many rows of
-    a step can get logits (0: the last one of each sequence). `clock` is what time is attributed by. With
-    `lend_kv` whoever gives KV blocks to requests has to keep to the model's `shares`, where it has some.
+    With `native` False every family runs on the general path, which tests compare with; so it does where a variant of
+    the store needs it. `logit_rows`: how many rows of a step can get logits (0: the last one of each sequence).
+    `clock` is what time is attributed by. With `lend_kv` whoever gives KV blocks to requests has to keep to the
+    model's `shares`, where it has some.
 
     Raises:
         BudgetError: the memory is too little (nothing has been allocated then), or cannot be parsed.
@@ -151,6 +154,7 @@ def open_model(
     if level_policy == BY_NET:
         bits = levels_up_to(store, level_of(store, options.level))
         router = open_bit_router(store, hidden=int(skeleton.config.hidden_size), bits=bits)
+    native = native and not any_low_rank(store)
     packed = not any(is_raw(layer.layout) for layer in store.layers)
     probed = probe_for(skeleton, options, packed=packed, native=native, logit_rows=logit_rows)
     kernels = make_kernels("auto", threads=compute_threads(options))
@@ -163,6 +167,11 @@ def open_model(
         logging.getLogger("moestro").warning(
             "%s of memory and a process floor of %s are more than this machine or container has (%s).",
             *map(format_bytes, (plan.memory_bytes, floor, machine_bytes())),
+        )
+    if plan.contexts_at_once < plan.max_sequences:
+        logging.getLogger("moestro").warning(
+            "%s have room for %d of %d whole contexts of %d tokens at once: long requests wait for each other.",
+            *(format_bytes(plan.memory_bytes), plan.contexts_at_once, plan.max_sequences, plan.context),
         )
     blueprint = describe(skeleton, probed) if native else None
     arena_bytes = reserved_arena_bytes(plan, most_arena_bytes(plan) if lend_kv else plan.arena_bytes)
@@ -184,7 +193,12 @@ def _assemble(
     spans: Spans,
     arena_bytes: int,
 ) -> OpenModel:
-    chosen = Chosen.of(options, nets_bytes=stored_nets_bytes(store.path), expert_bytes=plan.expert_bytes)
+    chosen = Chosen.of(
+        options,
+        nets_bytes=stored_nets_bytes(store.path),
+        expert_bytes=plan.expert_bytes,
+        gates=has_gates(skeleton.model),
+    )
     layouts = layouts_of(store, plan.level)
     # Where everything fits nothing is ever chosen to leave, nor read ahead for long.
     foresight, history, gates = None, None, None
@@ -199,16 +213,19 @@ def _assemble(
     rows = {name: RowsOnDisk(name, store.dense[name], store.dense_file, places=plan.step_rows) for name in sorted(left)}
     place_dense(skeleton.model, {**tensors, **rows}, kernels)
     arena_buffer, kv_buffer = HostBuffer(arena_bytes), HostBuffer(plan.kv_bytes)
+    slot_sizes = sorted({plane.nbytes for layout in layouts for plane in layout.planes})
+    joined = planes_joined(plan, layouts, budget_of(level_policy, options.quality))
+    extent_bytes, sizes = plan.extent_bytes, slot_sizes
+    if joined:
+        sizes = sorted({sum(plane.nbytes for plane in layout.planes) for layout in layouts})
+        extent_bytes = extent_bytes_for(sizes)
     planes = PlaneCache(
-        arena=Arena(
-            arena_bytes,
-            plan.extent_bytes,
-            sorted({plane.nbytes for layout in layouts for plane in layout.planes}),
-        ),
+        arena=Arena(arena_bytes, extent_bytes, sizes),
         buffer=arena_buffer,
         engine=transfers,
         policy=LRU() if foresight is None else foresight.eviction,
         locate=store.plane,
+        joined=joined,
     )
     planes.watch = spans
     kv = KVPool(layers=probed.kv_layers, blocks=plan.kv_blocks, buffer=kv_buffer.tensor)
@@ -226,6 +243,7 @@ def _assemble(
         overhead_bytes=scratch_bytes(skeleton, plan.step_rows) if all(map(is_raw, layouts)) else 0,
         eviction=None if foresight is None else foresight.eviction,
         histories=histories,
+        native=blueprint is not None,
     )
     planes.locate = variants.locate
     experts = open_experts(
@@ -235,15 +253,17 @@ def _assemble(
         layouts=layouts,
         level=plan.level,
         arena=arena_buffer.tensor,
-        know=foresight is None or foresight.prefetcher is None,
     )
     experts.spans = spans
+    experts.part_planes = partial(shares.part_planes, slot_sizes)
     variants.followers.append(experts)
     experts.order = ReadOrder(options.order, transfers)
     if foresight is not None:
-        if needs_gates(chosen.predictor, prefetch=chosen.prefetch):
+        if needs_gates(chosen.ahead):
             gates = Gates(skeleton.model, picks=max(probed.experts_per_token))
-        experts.foresight = LayerForesight(foresight, planes, experts.chains, layouts, transfers, gates)
+        experts.foresight = LayerForesight(
+            foresight, planes, experts.chains, layouts, transfers, gates, picks=max(probed.experts_per_token)
+        )
     bits = levels_up_to(store, plan.level)
     prices = None if router is None else {QUALITIES[name]: price for name, price in router.prices.items()}
     table = level_table(store, layouts, bits=bits, picks=max(probed.experts_per_token), prices=prices)
@@ -288,6 +308,16 @@ def _assemble(
         shares=shares,
         variants=variants,
     )
+
+
+def planes_joined(plan: Plan, layouts: Sequence[Layout], budget: float) -> list[int]:
+    """How many planes of an expert share a slot, by layer; empty: none do.
+
+    They do where all planes of an expert are always used together: while every request is exact and of the base. Where
+    everything fits there is nothing to gain.
+    """
+    counts = [len(layout.planes) for layout in layouts]
+    return [] if plan.whole or budget or max(counts) == 1 else counts
 
 
 def level_policy_of(store: Store, options: RuntimeOptions) -> str:

@@ -5,6 +5,7 @@ A plan needs a model's shapes only, so it can be made before anything is packed,
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,24 +16,20 @@ from transformers import PreTrainedConfig
 
 from moestro.config import RuntimeOptions
 from moestro.errors import BudgetError
-from moestro.hf.linears import lookup_names
 from moestro.hf.skeleton import Skeleton
 from moestro.kernels.cpu import scratch_bytes
 from moestro.memory.arena import extent_bytes_for, least_bytes_for
 from moestro.memory.budget import format_bytes, parse_memory
 from moestro.memory.pages import PAGE, round_up
 from moestro.policy.observation import Shape
+from moestro.runtime.batch import STEP_ROWS
 from moestro.runtime.bit_router import bit_router_bytes
-from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.foresight import foresight_bytes
-from moestro.runtime.kv import block_bytes, blocks_for
+from moestro.runtime.kv import BLOCK_ROWS, block_bytes, blocks_for
 from moestro.runtime.lookup import lookup_table_bytes
+from moestro.runtime.model_shape import ModelShape
 from moestro.runtime.native import describe
 from moestro.runtime.probe import Probe, probe
-from moestro.store.layout import Layout
-
-STEP_ROWS = 512
-"""Most tokens in one forward pass. It never depends on the memory given, so that results cannot either."""
 
 DEFAULT_CONTEXT = 4096
 _STAGING_BYTES = 8 << 20
@@ -61,78 +58,14 @@ _LEAST_CHAINS = 2
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a model at a level, from a store or from a skeleton.
-
-    `chains[i]` are the bytes of the planes of one expert of MoE layer i, up to the level. `packed` are the inputs of
-    the widest up projection, down projection and dense matrix where weights are quantised (None where they are not).
-    `lookup_bytes` of the dense bytes are a matrix of which only rows are looked up, `lookup_row_bytes` each.
-    `nets_bytes` are those of the learned predictor that comes with it, `bit_router_bytes` those of its bit router, used
-    or not.
-    """
-
-    name: str
-    dense_bytes: int
-    chains: tuple[tuple[int, ...], ...]
-    experts: tuple[int, ...]
-    level: int
-    packed: tuple[int, int, int] | None = None
-    nets_bytes: int = 0
-    bit_router_bytes: int = 0
-    lookup_bytes: int = 0
-    lookup_row_bytes: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        skeleton: Skeleton,
-        *,
-        name: str,
-        dense_bytes: int,
-        lookup_bytes: int,
-        nets_bytes: int,
-        bit_router_bytes: int,
-        layouts: Sequence[Layout],
-        level: int,
-    ) -> ModelShape:
-        """The shape of a model whose MoE layers have these layouts, which end at the plane of `level`."""
-        return cls(
-            name=name,
-            dense_bytes=dense_bytes,
-            lookup_bytes=lookup_bytes,
-            lookup_row_bytes=max(
-                (lookup_bytes // skeleton.dense[name][0][0] for name in lookup_names(skeleton)), default=0
-            ),
-            chains=tuple(tuple(plane.nbytes for plane in layout.planes) for layout in layouts),
-            experts=tuple(layer.num_experts for layer in skeleton.expert_layers),
-            level=level,
-            packed=None if all(is_raw(layout) for layout in layouts) else _widths(skeleton),
-            nets_bytes=nets_bytes,
-            bit_router_bytes=bit_router_bytes,
-        )
-
-    @property
-    def bytes_per_expert(self) -> tuple[int, ...]:
-        """Bytes of one expert of each MoE layer."""
-        return tuple(sum(chain) for chain in self.chains)
-
-    @property
-    def plane_sizes(self) -> tuple[int, ...]:
-        """The slot classes of an arena for this model, ascending."""
-        return tuple(sorted({size for chain in self.chains for size in chain}))
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of all experts."""
-        return sum(size * count for size, count in zip(self.bytes_per_expert, self.experts, strict=True))
-
-
-@dataclass(frozen=True)
 class Plan:
     """What is placed where. All sizes in bytes; `floor_bytes` (the process itself) is not part of `memory_bytes`.
 
     With `lookup_on_disk` the input embeddings stay on disk but for the rows used last; `spared_bytes` is what that
     leaves for experts, or would (0: the embeddings are small, or are needed whole). `dense_bytes` are those in memory.
+    `kv_blocks` are those of a whole context for each of `max_sequences`, or as many as there is room for: at least one
+    whole context; `missing_kv_bytes` are what the others would take. `least_bytes` do for one context and an arena of
+    `least_arena_bytes`.
     """
 
     level: int
@@ -148,6 +81,7 @@ class Plan:
     staging_bytes: int
     arena_bytes: int
     whole_arena_bytes: int
+    least_arena_bytes: int
     extent_bytes: int
     arena_experts: int
     total_experts: int
@@ -156,6 +90,7 @@ class Plan:
     context: int
     max_sequences: int
     kv_blocks: int
+    missing_kv_bytes: int
     step_rows: int
     fits: bool
 
@@ -169,15 +104,22 @@ class Plan:
         """Whether all experts fit: nothing ever has to leave."""
         return self.arena_bytes >= self.whole_arena_bytes
 
+    @property
+    def contexts_at_once(self) -> int:
+        """Sequences that can have a whole context at once; those that need less are up to `max_sequences`."""
+        return self.kv_blocks // blocks_for(self.context)
+
     def bytes_for_experts(self, share: float) -> int:
-        """The memory to give so that the arena has `share` (0 to 1) of the experts' bytes, at least the least.
+        """The memory to give so that the arena has `share` (0 to 1) of the experts' bytes, at least the least, and KV
+        what it has in this plan.
 
         With a share of 1 the whole model is in memory.
         """
         fixed = self.fixed_bytes + self.lookup_on_disk * self.spared_bytes
         if share >= 1:
-            return max(self.least_bytes, fixed + round_up(self.whole_arena_bytes, PAGE))
-        return max(self.least_bytes, fixed - self.spared_bytes + round_up(int(share * self.expert_bytes), PAGE))
+            return fixed + round_up(max(self.whole_arena_bytes, self.least_arena_bytes), PAGE)
+        wanted = max(int(share * self.expert_bytes), self.least_arena_bytes)
+        return fixed - self.spared_bytes + round_up(wanted, PAGE)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
@@ -189,9 +131,9 @@ class Plan:
             return
         raise BudgetError(
             f"{format_bytes(self.memory_bytes)} is too little for this model: {format_bytes(self.least_bytes)} "
-            f"({self.least_bytes} bytes) is the least that works with a context of {self.context} tokens and "
-            f"{self.max_sequences} sequence(s) at once. It holds the dense weights ({format_bytes(self.dense_bytes)}), "
-            f"the KV cache ({format_bytes(self.kv_bytes)}), activations ({format_bytes(self.activation_bytes)}) and "
+            f"({self.least_bytes} bytes) is the least that works with a context of {self.context} tokens. It holds the "
+            f"dense weights ({format_bytes(self.dense_bytes)}), the KV cache of one such context "
+            f"({format_bytes(self.kv_bytes)}), activations ({format_bytes(self.activation_bytes)}) and "
             "room for two experts. Give more memory, or ask for a shorter context."
         )
 
@@ -229,15 +171,16 @@ def probe_for(
         raise BudgetError(f"max_sequences is {options.max_sequences}, expected 1 to {STEP_ROWS}.")
     context = resolve_context(skeleton.config, options.context)
     rows, wanted = min(STEP_ROWS, context * options.max_sequences), logit_rows or options.max_sequences
-    history = context * options.max_sequences
-    probed = probe(skeleton, rows=rows, history=history, logit_rows=wanted, packed=packed)
+    probed = probe(
+        skeleton, rows=rows, history=context, most=context * options.max_sequences, logit_rows=wanted, packed=packed
+    )
     blueprint = describe(skeleton, probed) if native else None
     if blueprint is None:
         return probed
     activation_bytes = blueprint.activation_bytes(
         rows=rows, context=context, logit_rows=wanted, experts_bytes=probed.experts_bytes
     )
-    return replace(probed, activation_bytes=activation_bytes)
+    return replace(probed, activation_bytes=activation_bytes, activation_row_bytes=0)
 
 
 def compute_threads(options: RuntimeOptions) -> int:
@@ -258,19 +201,24 @@ def make_plan(
     """
     memory_bytes = parse_memory(options.memory).resolve(floor_bytes)
     context = resolve_context(config, options.context)
-    kv_blocks = blocks_for(context) * options.max_sequences
-    kv_bytes = kv_blocks * block_bytes(probed.kv_layers)
-    activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
-    staging_bytes = _staging_bytes(shape, probed, options, config, context)
     extent = extent_bytes_for(shape.plane_sizes)
     whole = _whole_arena(shape, extent)
     least_arena = min(whole, max(least_bytes_for(chain * _LEAST_CHAINS, extent) for chain in shape.chains))
     spared = _spared_bytes(shape, probed.rows)
+    one, activation_row, staging_row = blocks_for(context), *_row_bytes(probed)
+    activation_bytes = int(probed.activation_bytes * _ACTIVATION_MARGIN)
+    staging_bytes = _staging_bytes(shape, probed, options, config, context)
+    block = block_bytes(probed.kv_layers)
+    least = shape.dense_bytes - spared + activation_bytes + staging_bytes + one * block + least_arena
+    wanted, cost = one * (options.max_sequences - 1), block + BLOCK_ROWS * (activation_row + staging_row)
+    more = _more_blocks(memory_bytes - least, wanted=wanted, cost=cost, extent=extent)
+    kv_blocks, kv_bytes = one + more, (one + more) * block
+    activation_bytes += more * BLOCK_ROWS * activation_row
+    staging_bytes += more * BLOCK_ROWS * staging_row
     room = memory_bytes - kv_bytes - activation_bytes - staging_bytes
     on_disk = spared > 0 and room - shape.dense_bytes < whole
     dense_bytes = shape.dense_bytes - on_disk * spared
     arena = max(0, min(whole, (room - dense_bytes) // PAGE * PAGE))
-    least = shape.dense_bytes - spared + kv_bytes + activation_bytes + staging_bytes + least_arena
     arena_experts = _experts_in(shape, arena, extent)
     return Plan(
         level=shape.level,
@@ -286,6 +234,7 @@ def make_plan(
         staging_bytes=staging_bytes,
         arena_bytes=arena,
         whole_arena_bytes=whole,
+        least_arena_bytes=least_arena,
         extent_bytes=extent,
         arena_experts=arena_experts,
         total_experts=sum(shape.experts),
@@ -294,9 +243,25 @@ def make_plan(
         context=context,
         max_sequences=options.max_sequences,
         kv_blocks=kv_blocks,
+        missing_kv_bytes=(wanted - more) * cost,
         step_rows=probed.rows,
         fits=arena >= least_arena,
     )
+
+
+def _more_blocks(spare: int, *, wanted: int, cost: int, extent: int) -> int:
+    """KV blocks beside those of one context and two experts, which `spare` bytes are left for.
+
+    Where they are fewer than `wanted` they leave an extent more: without it experts could not have what of them no
+    request needs.
+    """
+    return wanted if wanted * cost <= spare else max(0, (spare - extent) // cost)
+
+
+def _row_bytes(probed: Probe) -> tuple[int, int]:
+    """What each row of the KV cache takes of activations and of staging, where rows are handed back to attention."""
+    gathered = any(layer.gathered for layer in probed.kv_layers)
+    return math.ceil(probed.activation_row_bytes * _ACTIVATION_MARGIN), _HISTORY_BYTES * gathered
 
 
 def _spared_bytes(shape: ModelShape, rows: int) -> int:
@@ -315,8 +280,7 @@ def _staging_bytes(
         value_dim=probed.value_width,
         **_packed_scratch(shape, probed),
     )
-    gathered = any(layer.gathered for layer in probed.kv_layers)
-    history = _HISTORY_BYTES * context * options.max_sequences if gathered else 0
+    history = _row_bytes(probed)[1] * context
     sampling = _SAMPLING_BYTES * int(config.vocab_size)
     foresight = foresight_bytes(
         options,
@@ -347,13 +311,6 @@ def _packed_scratch(shape: ModelShape, probed: Probe) -> dict[str, int]:
         "expert_width": expert_width,
         "dense_width": dense_width,
     }
-
-
-def _widths(skeleton: Skeleton) -> tuple[int, int, int]:
-    params = [param for layer in skeleton.expert_layers for param in layer.params if len(param.shape) == 2]
-    down = [param.shape[1] for param in params if param.name == "down_proj"]
-    up = [param.shape[1] for param in params if param.name != "down_proj"]
-    return max(up), max(down), max(shape[1] for shape, _ in skeleton.dense.values() if len(shape) == 2)
 
 
 def _whole_arena(shape: ModelShape, extent: int) -> int:

@@ -9,6 +9,7 @@ Shapes: T rows, H heads or hidden width, K experts per token, D and V key and va
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,7 +50,8 @@ class Probe:
     """What a step of `rows` tokens with `history` cached ones needs.
 
     `value_width` is the widest value that attention adds up, `activation_bytes` the peak of live tensors,
-    `experts_bytes` how much of it one layer's routed experts add.
+    `experts_bytes` how much of it one layer's routed experts add, `activation_row_bytes` what each further row of
+    history adds to it.
     """
 
     kv_layers: tuple[LayerKV, ...]
@@ -60,10 +62,14 @@ class Probe:
     experts_bytes: int
     rows: int
     history: int
+    activation_row_bytes: int = 0
 
 
-def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int, packed: bool = False) -> Probe:
-    """Run `rows` tokens through the skeleton on the meta device, as if `history` tokens were cached in all.
+def probe(
+    skeleton: Skeleton, *, rows: int, history: int, logit_rows: int, packed: bool = False, most: int = 0
+) -> Probe:
+    """Run `rows` tokens through the skeleton on the meta device, as if `history` tokens were cached in all, and, where
+    that makes a difference, once more as if there were `most` of them.
 
     With `packed`, experts are quantised: those whose activation the kernels know then keep nothing between their
     projections but the kernels' scratch, which is not counted here.
@@ -76,16 +82,25 @@ def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int, packe
     shapes = _run(skeleton, rows=2, history=2, logit_rows=1, layers=None)
     layers = tuple(shapes.layers[index] for index in range(len(shapes.layers)))
     fused = _fused(skeleton) if packed else frozenset()
-    with _PeakMemory() as memory:
-        _run(
-            skeleton,
-            rows=rows,
-            history=max(history, rows),
-            logit_rows=logit_rows,
-            layers=layers,
-            memory=memory,
-            fused=fused,
-        )
+
+    def measure(cached: int) -> _PeakMemory:
+        memory = _PeakMemory()
+        with memory:
+            _run(
+                skeleton,
+                rows=rows,
+                history=max(cached, rows),
+                logit_rows=logit_rows,
+                layers=layers,
+                memory=memory,
+                fused=fused,
+            )
+        return memory
+
+    memory, row_bytes = measure(history), 0
+    if most > history and any(layer.gathered for layer in layers):
+        # A peak is the largest of sums that grow by a row each: between two points it is at most their chord.
+        row_bytes = math.ceil((measure(most).peak - memory.peak) / (most - history))
     return Probe(
         kv_layers=layers,
         attention=tuple(shapes.attention[index] for index in range(len(layers))),
@@ -95,6 +110,7 @@ def probe(skeleton: Skeleton, *, rows: int, history: int, logit_rows: int, packe
         experts_bytes=memory.part,
         rows=rows,
         history=history,
+        activation_row_bytes=row_bytes,
     )
 
 

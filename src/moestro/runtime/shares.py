@@ -6,6 +6,8 @@ blocks a quarter of one sequence's context. Of the rest KV blocks have what requ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moestro.errors import BudgetError
 from moestro.memory.budget import format_bytes
 from moestro.memory.pages import HUGE_PAGE, PAGE, HostBuffer, round_up
@@ -29,7 +31,7 @@ def most_arena_bytes(plan: Plan) -> int:
     """
     spare = plan.kv_bytes - round_up(least_kv_blocks(plan) * (plan.kv_bytes // plan.kv_blocks), HUGE_PAGE)
     most = min(plan.whole_arena_bytes, plan.arena_bytes + max(0, spare))
-    affords_one = plan.arena_bytes - plan.extent_bytes >= _least_arena_bytes(plan)
+    affords_one = plan.arena_bytes - plan.extent_bytes >= plan.least_arena_bytes
     return most if affords_one and most - plan.arena_bytes >= 2 * plan.extent_bytes else plan.arena_bytes
 
 
@@ -40,11 +42,6 @@ def reserved_arena_bytes(plan: Plan, arena_bytes: int) -> int:
     if more < max(2 * plan.extent_bytes, HUGE_PAGE):
         return arena_bytes
     return min(arena_bytes + more, _MOST_TIMES * round_up(arena_bytes, plan.extent_bytes)) // PAGE * PAGE
-
-
-def _least_arena_bytes(plan: Plan) -> int:
-    """Room for two experts. (The least number of all counts embeddings as left on disk.)"""
-    return plan.least_bytes - plan.fixed_bytes + (0 if plan.lookup_on_disk else plan.spared_bytes)
 
 
 class MemoryShares:
@@ -80,6 +77,11 @@ class MemoryShares:
         return self._plan.memory_bytes - self._withheld
 
     @property
+    def missing_kv_bytes(self) -> int:
+        """What more memory would go to KV blocks first."""
+        return self._plan.missing_kv_bytes
+
+    @property
     def lent_bytes(self) -> int:
         """What variants have."""
         return self._lent
@@ -106,6 +108,11 @@ class MemoryShares:
         if self._planes.nbytes < before:
             self._arena_buffer.release(self._planes.nbytes)
 
+    def part_planes(self, slot_sizes: Sequence[int]) -> None:
+        """Have a slot for each plane, of these sizes, from now on; what is in memory has to be read again."""
+        self._planes.part(self._plan.extent_bytes, slot_sizes)
+        self.refit()
+
     def resize(self, memory_bytes: int) -> None:
         """Make the number of bytes another one, at most the one that the model was opened with.
 
@@ -116,7 +123,7 @@ class MemoryShares:
         """
         plan = self._plan
         # Of the arena whole extents can be used: up to one of them is lost.
-        least = plan.fixed_bytes + self._lent + _least_arena_bytes(plan) + self._planes.extent_bytes
+        least = plan.fixed_bytes + self._lent + plan.least_arena_bytes + self._planes.extent_bytes
         least = min(least, plan.memory_bytes)
         if not least <= memory_bytes <= plan.memory_bytes:
             raise BudgetError(

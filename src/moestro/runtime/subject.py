@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moestro.bit_router import stored_bit_router_bytes
 from moestro.config import RuntimeOptions
 from moestro.foresight.train import nets_bytes
 from moestro.hf.linears import lookup_names
@@ -15,10 +14,10 @@ from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict, load
 from moestro.kernels import make_kernels
 from moestro.policy.observation import Shape
 from moestro.runtime.expert_spec import is_raw
-from moestro.runtime.foresight import stored_nets_bytes
 from moestro.runtime.level import cut, resolve_level
+from moestro.runtime.model_shape import ModelShape, Sizes
 from moestro.runtime.open import measure_floor
-from moestro.runtime.plan import ModelShape, Plan, compute_threads, make_plan, probe_for
+from moestro.runtime.plan import Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import probe
 from moestro.store.dtypes import config_dtype, tensor_bytes
 from moestro.store.layout import Layout
@@ -26,14 +25,14 @@ from moestro.store.locate import AUTOMATIC, locate_shapes
 from moestro.store.manifest import has_manifest
 from moestro.store.pack_plan import expert_layouts, planned_dense_bytes
 from moestro.store.reader import Store
+from moestro.store.variant_file import any_low_rank
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model's shapes. `store` is None for a checkpoint; sizes are then those that its store would have.
 
-    `lookup_bytes` of the dense bytes are embeddings of which only rows are looked up. `layouts` are those of whole
-    chains, `levels` the ones that can be asked for, `exact_level` the default among them.
+    `layouts` are those of whole chains, `levels` the ones that can be asked for, `exact_level` the default among them.
     """
 
     path: Path
@@ -42,11 +41,8 @@ class Subject:
     layouts: tuple[Layout, ...]
     levels: tuple[int, ...]
     exact_level: int
-    dense_bytes: int
-    lookup_bytes: int
+    sizes: Sizes
     dense_bits: int
-    nets_bytes: int
-    bit_router_bytes: int = 0
 
     @classmethod
     def open(cls, model: str) -> Subject:
@@ -60,10 +56,7 @@ class Subject:
         return ModelShape.of(
             self.skeleton,
             name=self.path.name,
-            dense_bytes=self.dense_bytes,
-            lookup_bytes=self.lookup_bytes,
-            nets_bytes=self.nets_bytes,
-            bit_router_bytes=self.bit_router_bytes,
+            sizes=self.sizes,
             layouts=[cut(layout, chosen) for layout in self.layouts],
             level=chosen,
         )
@@ -106,7 +99,8 @@ class Subject:
         """
         shape = self.shape(options.level)
         packed = not any(is_raw(layout) for layout in self.layouts)
-        probed = probe_for(self.skeleton, options, packed=packed, logit_rows=logit_rows)
+        native = self.store is None or not any_low_rank(self.store)
+        probed = probe_for(self.skeleton, options, packed=packed, native=native, logit_rows=logit_rows)
         floor = measure_floor(make_kernels("auto", threads=compute_threads(options)))
         return make_plan(shape, probed, options, config=self.skeleton.config, floor_bytes=floor)
 
@@ -122,11 +116,8 @@ class Subject:
             layouts=layouts,
             levels=store.manifest.levels,
             exact_level=store.manifest.exact_level,
-            dense_bytes=store.dense_file.stat().st_size,
-            lookup_bytes=sum(store.dense[name].nbytes for name in lookup_names(skeleton)),
+            sizes=Sizes.of_store(store, skeleton),
             dense_bits=store.manifest.dense_bits,
-            nets_bytes=stored_nets_bytes(store.path),
-            bit_router_bytes=stored_bit_router_bytes(store.path),
         )
 
     @classmethod
@@ -143,10 +134,12 @@ class Subject:
             layouts=layouts,
             levels=levels,
             exact_level=levels[-1] if AUTOMATIC.is_raw else AUTOMATIC.exact_level,
-            dense_bytes=planned_dense_bytes(skeleton, dtype, AUTOMATIC),
-            lookup_bytes=sum(tensor_bytes(dtype, skeleton.dense[name][0]) for name in lookup_names(skeleton)),
+            sizes=Sizes(
+                dense_bytes=planned_dense_bytes(skeleton, dtype, AUTOMATIC),
+                lookup_bytes=sum(tensor_bytes(dtype, skeleton.dense[name][0]) for name in lookup_names(skeleton)),
+                nets_bytes=_planned_nets_bytes(skeleton) if AUTOMATIC.calibration else 0,
+            ),
             dense_bits=16 if AUTOMATIC.is_raw else AUTOMATIC.dense_bits,
-            nets_bytes=_planned_nets_bytes(skeleton) if AUTOMATIC.calibration else 0,
         )
 
 

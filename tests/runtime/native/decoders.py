@@ -124,8 +124,10 @@ class Model:
         )
         for layer in range(LAYERS):
             self.decoder.add(self._layer(dense, layer))
-        planes_EP = self._keep(experts.addresses([4] * EXPERTS))
-        self._experts_known = [CpuKernels(threads=2).known_experts(experts.spec, planes_EP, 4) for _ in range(LAYERS)]
+        self.planes_LEP = [experts.addresses([4] * EXPERTS) for _ in range(LAYERS)]
+        self._experts_known = [
+            CpuKernels(threads=2).known_experts(experts.spec, planes_EP, 4) for planes_EP in self.planes_LEP
+        ]
         for layer, one in enumerate(self._experts_known):
             if known:
                 self.decoder.know(layer, one)
@@ -241,4 +243,15 @@ class Model:
         rows = self.begin(*args, **changes)
         reached = self.decoder.run(0)
         assert reached == LAYERS, "experts are known"
+        return self.logits(range(rows))
+
+    def finish(self, rows: int, reached: int) -> torch.Tensor:
+        """Logits of all rows of a step of the base that has come back at the experts of a layer."""
+        while reached < LAYERS:
+            sum_TH, out_PH = torch.empty(rows, HIDDEN), torch.empty(rows * PICKS, HIDDEN)
+            ids, weights = (one[reached * rows * PICKS :].data_ptr() for one in (self._ids, self._weights))
+            known = self._experts_known[reached]
+            assert known.covers(ids, rows, PICKS)
+            assert known.run(self.hidden.data_ptr(), ids, weights, rows, PICKS, out_PH.data_ptr(), sum_TH.data_ptr())
+            reached = self.decoder.run(self._keep(sum_TH).data_ptr())
         return self.logits(range(rows))

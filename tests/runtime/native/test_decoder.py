@@ -19,6 +19,9 @@ from moestro._native import (
     make_experts,
     make_matrix,
 )
+from packed_matrices import Source
+from runtime.native.decoders import PICKS as PICKED
+from runtime.native.decoders import Model, random_dense, random_expert_set
 
 WIDTH, HEADS, HEADS_KV, DIM, EXPERTS, PICKS, VOCABULARY, BLOCKS, BLOCK, ROWS = 16, 4, 2, 4, 6, 2, 20, 3, 16, 8
 CONTEXT = 40
@@ -178,3 +181,40 @@ def test_rows_go_to_their_blocks_and_nowhere_else() -> None:
         assert torch.equal((pool != 0).any(-1).any(1), written)
     assert parts.ids[:2].unique().numel() == PICKS
     assert (parts.ids[2:] == 0).all()
+
+
+class TestLookingAhead:
+    """Two MoE layers whose experts are known; the router of the second is asked from the first."""
+
+    def test_the_next_router_is_asked_and_what_it_lacks_is_said(self) -> None:
+        source = Source(3)
+        dense, experts = random_dense(source), random_expert_set(source)
+        model = Model(dense, experts)
+        rows, ids = 3, torch.full((8, PICKED), -1)
+        model.decoder.look_ahead(ids.data_ptr(), PICKED)
+        whole = model.step([[1, 2, 3]], [None])
+        assert model.decoder.seen_rows == 0, "nothing can be lacking"
+        base, model.planes_LEP[1][1, 0] = model.planes_LEP[1][1, 0], 0
+        assert model.begin([[1, 2, 3]], [None]) == rows
+        assert model.decoder.run(0) == 0
+        assert model.decoder.seen_rows == rows
+        scores_TE = torch.nn.functional.linear(model.hidden[:rows], dense["1.router"], dense["1.router.bias"])
+        assert torch.equal(ids[:rows], scores_TE.argsort(dim=1, descending=True))
+        assert (ids[rows:] == -1).all()
+        model.planes_LEP[1][1, 0] = base
+        assert torch.equal(model.finish(rows, 0), whole)
+
+    def test_it_stops_where_it_is_told_to_and_can_go_on(self) -> None:
+        source = Source(4)
+        model = Model(random_dense(source), random_expert_set(source))
+        whole = model.step([[1, 2, 3]], [None])
+        model.begin([[1, 2, 3]], [None])
+        assert model.decoder.run(0, 1) == 1
+        assert model.decoder.seen_rows == 0
+        assert torch.equal(model.finish(3, 1), whole)
+
+    def test_candidates_that_do_not_fit_are_refused(self) -> None:
+        model = Model(random_dense(Source(5)), random_expert_set(Source(5)))
+        for candidates in (3, 5):
+            with pytest.raises(ValueError, match="fewer candidates than picks, or more than there are experts"):
+                model.decoder.look_ahead(0, candidates)

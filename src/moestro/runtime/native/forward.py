@@ -7,6 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class NativeForward:
         self._token_ids = torch.empty(0, dtype=torch.int64)  # those of the step, kept while the decoder reads them
         self._rows = rows
         self._replay: Replay | None = None
+        self._early: AskedEarly | None = None
         self._variants: dict[int, OpenVariant] = {}
         self._decoder = self._make_decoder(rows)
 
@@ -92,18 +94,23 @@ class NativeForward:
         return self.routing[0][:layers].copy()
 
     def _layers(self, batch: PackedBatch, last: int) -> torch.Tensor | None:
-        """Run until MoE layer `last` is routed, perhaps further; to the end if there is no such layer.
+        """Run until MoE layer `last` is routed; to the end if there is no such layer.
 
         Returns what the decoder has still to add to the residual, if that is not its own.
         """
         decoder, experts, spans = self._decoder, self._experts, self._experts.spans
+        foresight = experts.foresight
+        experts.learn()
+        if self._early is not None and foresight is not None:
+            self._early.ask(foresight.reads_ahead)
         self._begin(batch)
         ids_LTK, weights_LTK = self.routing
         done, address, delta_TH = 0, 0, None
         while True:
             computed_s = decoder.experts_seconds
             spans.begin(Part.DENSE)
-            reached = decoder.run(address)
+            awaited = -1 if foresight is None else foresight.awaited
+            reached = decoder.run(address, awaited if done <= awaited < last else last)
             computed_s = decoder.experts_seconds - computed_s
             spans.give(Part.EXPERTS, computed_s)
             spans.end(Event.DENSE, done, reached, computed_s)
@@ -188,7 +195,33 @@ class NativeForward:
         for moe_layer, known in enumerate(self._experts.known):
             if known is not None and self._replay is None:
                 decoder.know(moe_layer, known)
+        foresight = self._experts.foresight
+        if foresight is not None and foresight.gates is not None:
+            self._early = AskedEarly(decoder, rows=known_rows(rows), candidates=foresight.candidates)
+            foresight.gates = self._early
         return decoder
+
+
+class AskedEarly:
+    """What the decoder asks the next layer's router on its way, in steps of up to `rows` rows."""
+
+    def __init__(self, decoder: _native.Decoder, *, rows: int, candidates: int) -> None:
+        self._decoder = decoder
+        self._ids = np.empty(rows * candidates, dtype=np.int64)
+        self._candidates = candidates
+        self._asking = False
+
+    def ask(self, asking: bool) -> None:
+        """Whether steps from now on ask at all."""
+        if asking != self._asking:
+            self._asking = asking
+            self._decoder.look_ahead(self._ids.ctypes.data if asking else 0, self._candidates)
+
+    def candidates(self, _layer: int, _hidden_TH: torch.Tensor) -> Iterator[tuple[int, np.ndarray]]:
+        """Of the layer that the decoder has come back at: (1, ids [T, C]), or nothing."""
+        rows = self._decoder.seen_rows
+        if rows:
+            yield 1, self._ids[: rows * self._candidates].reshape(rows, self._candidates)
 
 
 def _rotation(rotary: Any, context: int) -> tuple[torch.Tensor, torch.Tensor]:
