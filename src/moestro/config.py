@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from moestro.client_options import ChatOptions, LoadOptions
 from moestro.errors import BudgetError, PackError, RequestError, ServeError, TraceError, VariantError
 from moestro.options import check_least, check_types, option
 from moestro.route_options import RouteOptions
@@ -32,12 +33,16 @@ class RuntimeOptions:
 
     memory: str = option("50%", "Bytes for dense weights, experts, KV cache and activations: 512MiB, 2GB, 25%.")
     context: int = option(0, "Longest prompt plus answer in tokens (0: the model's own limit, at most 4096).")
-    max_sequences: int = option(1, "Sequences that may be in flight at once; each has a KV cache of `context` tokens.")
+    max_sequences: int = option(
+        1, "Sequences that may be in flight at once, as far as the KV cache has room for theirs."
+    )
     threads: int = option(0, "Compute threads (0: one per available core).")
     level: int = option(0, "Bits of each expert that are read and applied, of the store's levels (0: its exact level).")
     policy: str = option("auto", "Which experts are kept: auto is value where routing has been learned, else lrfu.")
-    predictor: str = option("auto", "What foresees experts: auto is learned where it has been, else none.")
-    prefetch: str = option("on", "Read experts ahead of the router when that pays, if there is a predictor (on, off).")
+    predictor: str = option(
+        "auto", "What foresees experts: auto is learned where it has been, and the next layer's gate for reading ahead."
+    )
+    prefetch: str = option("on", "Read experts ahead of the router when that pays (on, off).")
     learn: str = option(
         "auto", "Remember in the store which experts requests used (on, off); auto: if policy or predictor go by it."
     )
@@ -140,6 +145,9 @@ class BenchOptions:
         check_least(self, RequestError, prompt_tokens=1, gen_tokens=1, repeat=1, warmup=0, concurrency=1, seed=0)
 
 
+TOOL_PARSERS = ("hermes", "qwen3_coder", "mistral", "llama3_json", "harmony", "deepseek_v3")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """How `serve` listens, and to whom. Environment twins: `MOESTRO_HOST`, `MOESTRO_PORT`, ...
@@ -162,6 +170,7 @@ class ServeOptions:
     max_queue: int = option(64, "Requests that may wait; more are refused with status 429.")
     max_request: str = option("4MiB", "Longest body of a request in bytes.")
     structured: bool = option(True, "Offer answers that follow a schema or an expression; a few MB of library.")
+    tool_parser: str = option("auto", f"How calls of tools are written: {', '.join(TOOL_PARSERS)}; auto: by template.")
     access_log: bool = option(False, "Write a line of JSON for each answered request to standard error.")
     drain: int = option(30, "Seconds that requests get to end after SIGTERM or Ctrl-C.")
 
@@ -170,60 +179,12 @@ class ServeOptions:
         if not 0 <= self.port < 2**16:
             raise ServeError(f"port is {self.port}, expected a whole number from 0 to 65535.")
         check_least(self, ServeError, max_concurrency=0, max_queue=0)
+        if self.tool_parser not in ("auto", *TOOL_PARSERS):
+            raise ServeError(f"tool_parser is {self.tool_parser!r}, expected auto or {', '.join(TOOL_PARSERS)}.")
         if self.drain < 1:
             raise ServeError(f"drain is {self.drain}, expected whole seconds of at least 1.")
         if self.api_key and self.api_key_file:
             raise ServeError("Give either --api-key or --api-key-file: the file may hold several keys.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatOptions:
-    """How `chat` asks. Environment twins: `MOESTRO_SYSTEM`, `MOESTRO_MAX_TOKENS`, ...
-
-    Raises:
-        RequestError: a value is not valid.
-    """
-
-    system: str = option("", "What the assistant is told before the conversation.")
-    max_tokens: int = option(1024, "Most tokens of an answer.")
-    temperature: float = option(-1.0, "0 picks the likeliest token, higher is more random (-1: as its authors say).")
-    seed: int = option(-1, "Seed of each answer's random numbers (-1: another one for each).")
-
-    def __post_init__(self) -> None:
-        check_types(self, RequestError)
-        check_least(self, RequestError, max_tokens=1)
-        if self.temperature != -1 and not 0 <= self.temperature <= 100:
-            raise RequestError(f"temperature is {self.temperature}, expected a number from 0 to 100, or -1.")
-        if not -1 <= self.seed < 2**63:
-            raise RequestError(f"seed is {self.seed}, expected a whole number from 0 to 2^63 - 1, or -1.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """What `bench-serve` asks of a server. Environment twins: `MOESTRO_REQUESTS`, `MOESTRO_RATE`, ...
-
-    Raises:
-        RequestError: a value is not valid.
-    """
-
-    requests: int = option(64, "Requests in all.")
-    concurrency: int = option(4, "Clients, each of which sends its next request when the last is answered.")
-    rate: float = option(0.0, "Requests per second, at random moments (Poisson), instead of --concurrency.")
-    prompt_tokens: int = option(64, "Tokens of each prompt, of random ids (with --text: about so many).")
-    text: str = option("", "Cut prompts from this file, four characters for a token; any server can be asked then.")
-    max_tokens: int = option(64, "Tokens of each answer; it does not end before.")
-    seed: int = option(0, "Seed of prompts, moments and sampling.")
-    temperature: float = option(0.0, "0 picks the likeliest token; higher is more random.")
-    ttft_slo: float = option(0.0, "Seconds to the first token within which an answer counts as good (0: any).")
-    itl_slo: float = option(0.0, "Seconds between tokens, on average over an answer, within which it counts (0: any).")
-    timeout: float = option(600.0, "Seconds after which an answer is given up.")
-
-    def __post_init__(self) -> None:
-        check_types(self, RequestError)
-        check_least(self, RequestError, requests=1, concurrency=1, prompt_tokens=1, max_tokens=1)
-        for name in ("rate", "seed", "temperature", "ttft_slo", "itl_slo", "timeout"):
-            if not 0 <= getattr(self, name) < 1e9:
-                raise RequestError(f"{name} is {getattr(self, name)}, expected a number of at least 0.")
 
 
 LEVELS = (2, 3, 4, 8)
@@ -232,7 +193,7 @@ LEVELS = (2, 3, 4, 8)
 RAW = "raw"
 ENCODING_NAMES = ("nested", "signs")
 DENSE_BITS = (4, 8, 16)
-VARIANT_METHODS = ("me-switch", "bitdelta")
+VARIANT_METHODS = ("me-switch", "bitdelta", "delta-come")
 DELTA_BITS = (1, 2, 4)
 
 
@@ -326,9 +287,7 @@ class VariantOptions:
         VariantError: a value is not valid, or has no effect beside the others.
     """
 
-    method: str = option(
-        "me-switch", "How: me-switch (codes and kept channels) or bitdelta (signs, a size per matrix)."
-    )
+    method: str = option("me-switch", "How: me-switch (codes, kept channels), bitdelta (signs), delta-come (vectors).")
     bits: int = option(2, "Bits of the codes of differences: 1, 2 or 4 (bitdelta: 1).")
     dense_delta_bits: int = option(0, "Bits for matrices that are not experts': 1, 2 or 4 (0: as many as for experts).")
     salient: float = option(0.02, "Share of a matrix's input channels that are kept in 16 bits, at least 2 of them.")
@@ -345,9 +304,7 @@ class VariantOptions:
         if self.bits not in DELTA_BITS:
             raise VariantError(f"bits is {self.bits}, expected 1, 2 or 4.")
         if self.dense_delta_bits not in (0, *DELTA_BITS):
-            raise VariantError(
-                f"dense_delta_bits is {self.dense_delta_bits}, expected 1, 2 or 4, or 0 for as many as bits."
-            )
+            raise VariantError(f"dense_delta_bits is {self.dense_delta_bits}, expected 1, 2, 4, or 0: as many as bits.")
         if not 0 <= self.salient <= 1:
             raise VariantError(f"salient is {self.salient}, expected a share from 0 to 1, such as 0.02.")
         check_least(self, VariantError, distill_steps=0)
@@ -363,11 +320,23 @@ class VariantOptions:
             raise VariantError(
                 "method is 'bitdelta', which has 1 bit and keeps no channels: give bits 1 and salient 0."
             )
+        if self.is_low_rank and (self.calibrate or self.distill_steps):
+            raise VariantError("method is 'delta-come', which uses no text: leave calibrate and distill_steps out.")
 
     @property
     def is_bitdelta(self) -> bool:
         """Whether all codes are signs, of one size for a matrix."""
         return self.method == "bitdelta"
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether deltas are products of thin matrices, in the bytes of codes of `bits` with a share `salient` kept."""
+        return self.method == "delta-come"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether codes are found with a text."""
+        return self.calibration and self.method == "me-switch"
 
     @property
     def bits_of_dense(self) -> int:

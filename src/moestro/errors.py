@@ -61,6 +61,10 @@ class RequestError(MoestroError):
     """A request cannot be served as asked: prompt too long, bad sampling parameter, ..."""
 
 
+class ClosedError(RequestError):
+    """A request is for a model that has been closed."""
+
+
 class QueueFullError(MoestroError):
     """So many requests wait that no other is taken now. `retry_after_s` is when there is likely to be room."""
 

@@ -92,6 +92,7 @@ class SamplingParams:
         flag=False,
         plain=False,
     )
+    skip_special_tokens: bool = option(True, "Leave tokens such as <|end|> out of the text.", flag=False)
     return_routed_experts: bool = option(False, "Tell which experts each token was routed to.", flag=False)
     guide: Guide | None = option(
         None, "A JSON schema, regular expression or grammar that the answer follows.", flag=False, plain=False

@@ -11,13 +11,12 @@ from cli.running import MODEL
 from moestro.calibration import pack
 from moestro.config import PackOptions
 from moestro.store.locate import locate_source
-from packing import pack_raw
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store(raw_store: Path) -> Path:
     """A store of the built-in model. Do not change it."""
-    return pack_raw(locate_source(MODEL), tmp_path_factory.mktemp("shipped") / "store").path
+    return raw_store
 
 
 @pytest.fixture(scope="session")

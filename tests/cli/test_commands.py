@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.running import MODEL, assert_user_error, run
+from moestro.config import PackOptions
 
 INSPECT_KEYS = {
     "kind",
@@ -28,6 +29,7 @@ INSPECT_KEYS = {
     "dense_bytes",
     "expert_bytes",
     "bytes_per_expert",
+    "variants",
     "files",
     "problems",
 }
@@ -38,6 +40,7 @@ PLAN_KEYS = {
     "level",
     "memory_bytes",
     "floor_bytes",
+    "missing_kv_bytes",
     "model_bytes",
     "dense_bytes",
     "lookup_on_disk",
@@ -51,6 +54,7 @@ PLAN_KEYS = {
     "extent_bytes",
     "arena_experts",
     "total_experts",
+    "least_arena_bytes",
     "least_bytes",
     "expected_bytes_per_token",
     "context",
@@ -145,8 +149,9 @@ def test_flags_without_effect_are_not_taken(store: Path) -> None:
     assert run("inspect", store, "--memory", "1GB").exit_code == 2
 
 
-@pytest.mark.timeout(600)  # it packs the built-in model, calibrated
-def test_demo(tmp_path: Path) -> None:
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing is not calibrated here, which would take a minute: `test_generate` has a smaller model packed so."""
+    monkeypatch.setattr("moestro.store.locate.AUTOMATIC", PackOptions(calibration=False))
     result = run("demo", "--picture", tmp_path / "experts.png")
     assert result.exit_code == 0
     assert result.stdout.startswith("Mixture ")

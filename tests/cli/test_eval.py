@@ -65,7 +65,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
-def test_a_checkpoint_is_packed_twice_and_measured_against_its_raw_weights(checkpoint: Path, text: Path) -> None:
+def test_a_checkpoint_is_packed_twice_and_measured_against_its_raw_weights(
+    checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing is not calibrated here, which takes longer: `test_generate` has a model packed so."""
+    monkeypatch.setattr("moestro.store.locate.AUTOMATIC", PackOptions(calibration=False))
     packed = json.loads(run(*_eval(checkpoint, "--text", text, "--json")).stdout)
     raw = json.loads(run(*_eval(checkpoint, "--text", text, "--raw", "--json")).stdout)
     assert (packed["level"], raw["level"], raw["kl_to_raw"]) == (4, 32, 0.0)

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import Result
 
 from cli.running import MODEL, assert_user_error, command, run, run_process
+from engine.tiny import tiny_checkpoint
 from moestro import LLM, SamplingParams
 from moestro.engine.results import Stats
 
@@ -56,6 +57,7 @@ STATS_KEYS = {
     "level",
     "policy",
     "predictor",
+    "ahead",
     "level_policy",
     "levels_applied",
     "path",
@@ -195,12 +197,17 @@ def test_a_picture_is_written(store: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_checkpoint_is_packed_once_into_levels_that_can_be_asked_for() -> None:
-    answers = [run("generate", MODEL, "--prompt", PROMPT, "--json", *_options(level=level)) for level in (0, 4, 2)]
+def test_a_checkpoint_is_packed_once_into_levels_that_can_be_asked_for(tmp_path: Path) -> None:
+    """A smaller one than the built-in model, which takes a minute."""
+    model, cache = tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "cache"
+    arguments: list[Any] = ["generate", model, "--prompt", PROMPT, "--json"]
+    env = {"MOESTRO_CACHE": str(cache)}
+    answers = [run(*arguments, *_options(level=level), env=env) for level in (0, 4, 2)]
     texts, levels = zip(*((one["text"], one["stats"]["level"]) for one in map(_parsed, answers)), strict=True)
     assert levels == (4, 4, 2)
     assert texts[0] == texts[1]
-    assert_user_error(run("generate", MODEL, "--prompt", PROMPT, *_options(level=5)), "Level 5", "levels 2, 3, 4, 8")
+    assert_user_error(run(*arguments, *_options(level=5), env=env), "Level 5", "levels 2, 3, 4, 8")
+    assert len([*cache.glob("**/manifest.json")]) == 1
 
 
 def _parsed(result: Result) -> dict[str, Any]:

@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 class Running:
-    """One server process. `lines` is what it has written to standard error so far."""
+    """One server process. `lines` is what it has written to standard error so far; `http` asks it by hand."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.lines = process, list[str]()
@@ -38,6 +38,7 @@ class Running:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = re.findall(r"http://\S+?(?=;)", self.wait_for("listening on"))[0]
+        self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def wait_for(self, words: str, *, timeout_s: float = 60) -> str:
         """The first line with these words."""
@@ -53,7 +54,7 @@ class Running:
     def until_ready(self) -> None:
         """Wait as clients do: by asking /health."""
         while self.process.poll() is None:
-            answer = httpx.get(f"{self.url}/health", timeout=30)
+            answer = self.http.get("/health")
             if answer.status_code == 200:
                 return
             assert answer.status_code == 503, answer.text
@@ -88,6 +89,8 @@ def server(store: Path, **settings: str) -> Iterator[Running]:
     flags = [part for name, value in given.items() if value for part in (name, value) if part != "yes"]
     with subprocess.Popen(command("serve", store, *flags), stderr=subprocess.PIPE, text=True) as process:
         try:
-            yield Running(process)
+            running = Running(process)
+            with running.http:
+                yield running
         finally:
             process.kill()

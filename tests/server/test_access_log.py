@@ -22,13 +22,13 @@ def test_every_answer_has_a_line_and_no_secret_is_in_it(store: Path) -> None:
         running.until_ready()
         key = {"Authorization": f"Bearer {SECRET}"}
         body = {"model": NAME, "prompt": PROMPT, "max_tokens": 3}
-        with httpx.Client(base_url=running.url, timeout=60) as http:
-            assert http.get("/v1/models?token=abc").status_code == 401
-            whole = http.post("/v1/completions", json=body, headers=key)
-            streamed = http.post("/v1/completions", json=body | {"stream": True}, headers=key)
-            http.get("/no%0Asuch", headers=key)
-            with http.stream("POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 150}, headers=key):
-                pass  # and leave
+        http = running.http
+        assert http.get("/v1/models?token=abc").status_code == 401
+        whole = http.post("/v1/completions", json=body, headers=key)
+        streamed = http.post("/v1/completions", json=body | {"stream": True}, headers=key)
+        http.get("/no%0Asuch", headers=key)
+        with http.stream("POST", "/v1/completions", json=body | {"stream": True, "max_tokens": 150}, headers=key):
+            pass  # and leave
         assert running.end() == 0
         # A line is written when an answer is over, which the next request need not wait for.
         found = sorted((one for one in entries(running) if one["path"] != "/health"), key=lambda one: one["time"])

@@ -34,12 +34,6 @@ def running(store: Path) -> Iterator[Running]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def http(running: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=running.url, timeout=60) as made:
-        yield made
-
-
 def name_of(domain: str) -> str:
     return NAME if domain == "base" else f"{NAME}:{domain}"
 

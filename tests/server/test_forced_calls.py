@@ -24,10 +24,10 @@ CHAT = [{"role": "user", "content": PROMPT}]
 COMMON: dict[str, Any] = {"model": NAME, "messages": CHAT, "temperature": 0, "max_tokens": 180}
 
 
-@pytest.fixture(scope="module")
-def client(store: Path) -> Iterator[OpenAI]:
-    """Of a server whose context has room for the tools and a call."""
-    with server(store, context="768") as running:
+@pytest.fixture(scope="module", params=["hermes", "qwen3_coder"])
+def client(request: pytest.FixtureRequest, store: Path) -> Iterator[OpenAI]:
+    """Of a server whose context has room for the tools and a call, written in one dialect or another."""
+    with server(store, context="768", tool_parser=request.param) as running:
         running.until_ready()
         yield running.client()
 
@@ -101,7 +101,7 @@ def test_reasoning_that_the_prompt_has_begun_comes_first() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     guides = Guides(tokenizer, vocabulary=4096, end_ids=frozenset({tokenizer.eos_token_id}))
     tools = [Tool.model_validate(tool) for tool in TOOLS]
-    guide = call_guide(tools, "required", Marks(reasoning=True, calls=True, thinking=True))
+    guide = call_guide(tools, "required", Marks(reasoning=True, calls=True, thinking=True), tokenizer)
     assert guide is not None
     call = '<tool_call>\n{"name": "clock", "arguments": {"zone": "west"}}\n</tool_call>'
     for text, whole in ((f"A <thought> or so.</think>\n\n{call}", True), ("Only a thought.", False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
@@ -25,7 +26,7 @@ def keyed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
     """A server with keys and room for one request and one that waits. The last test ends it."""
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text("alpha\nbeta\n")
-    flags = {"max_concurrency": "1", "max_queue": "1", "cors": "https://good.example"}
+    flags = {"max_concurrency": "1", "max_queue": "1", "cors": "https://good.example", "tool_parser": "mistral"}
     with server(store, api_key_file=str(keys), **flags) as started:
         started.until_ready()
         yield started
@@ -39,13 +40,13 @@ def test_a_key_is_needed(keyed: Running) -> None:
             keyed.client(key or "x").models.list()
         assert caught.value.code == "invalid_api_key"
     for path in ("/stats", "/metrics", "/openapi.json", "/v1/models", "/no/such"):
-        assert httpx.get(keyed.url + path).status_code == 401, path
-    assert httpx.get(f"{keyed.url}/health").status_code == 200
-    assert httpx.get(keyed.url).headers["content-type"].startswith("text/html")
+        assert keyed.http.get(path).status_code == 401, path
+    assert keyed.http.get("/health").status_code == 200
+    assert keyed.http.get("/").headers["content-type"].startswith("text/html")
 
 
 def test_without_an_admin_key_there_are_no_admin_endpoints(keyed: Running) -> None:
-    answer = httpx.post(f"{keyed.url}/admin/flush", headers={"Authorization": "Bearer alpha"})
+    answer = keyed.http.post("/admin/flush", headers={"Authorization": "Bearer alpha"})
     assert answer.status_code == 403
     assert "--admin-key" in answer.json()["error"]["message"]
 
@@ -70,6 +71,23 @@ def test_what_does_not_fit_the_queue_is_refused_and_told_when_to_come_again(keye
         assert int(caught.value.response.headers["Retry-After"]) >= 1
         counted = 'moestro:requests_refused_total{model_name="tiny"} 1.0'
         assert counted in http.get("/metrics").text
+
+
+def test_calls_are_read_as_the_flag_says(keyed: Running) -> None:
+    written = r'\[TOOL_CALLS\]\[\{"name": "weather", "arguments": \{"town": "[A-Z][a-z]{2}"\}\}\]'
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    asked = {"model": NAME, "messages": [{"role": "user", "content": PROMPT}], "tools": tools, "temperature": 0}
+    chat = keyed.client("alpha").chat.completions
+    form = {"type": "regex", "pattern": written}
+    answer = chat.create(max_tokens=60, response_format=form, **asked).choices[0]  # type: ignore[call-overload]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.tool_calls[0].function.name == "weather"
+    town = {"town": {"enum": ["Ulm", "Bonn"]}}
+    schema = {"type": "object", "properties": town, "required": ["town"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    forced = chat.create(max_tokens=60, tool_choice="required", **asked | {"tools": tools}).choices[0]  # type: ignore[call-overload]
+    assert forced.finish_reason == "tool_calls"
+    assert json.loads(forced.message.tool_calls[0].function.arguments)["town"] in ("Ulm", "Bonn")
 
 
 def test_a_port_that_is_taken(keyed: Running, store: Path) -> None:

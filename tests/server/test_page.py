@@ -6,32 +6,29 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from server.running import PROMPT, Running
 
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: pip install -e '.[browser]' for the tests of the page"
-)
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser() -> Iterator[Browser]:
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _BROWSERS)), None)
     if found is None:
-        pytest.skip("no Chromium is installed (apt install chromium, or set CHROMIUM): the page is not tested")
-    with playwright.sync_playwright() as started:
+        pytest.skip("no Chromium is installed (apt-get install chromium, or set CHROMIUM): the page is not tested")
+    with sync_playwright() as started:
         opened = started.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         yield opened
         opened.close()
 
 
 @pytest.fixture
-def page(browser: Any, running: Running) -> Iterator[Any]:
+def page(browser: Browser, running: Running) -> Iterator[Page]:
     """The page, opened; nothing in it may fail, and nothing be asked of another host."""
     opened = browser.new_page(viewport={"width": 1200, "height": 800})
     failures: list[str] = []
@@ -44,11 +41,11 @@ def page(browser: Any, running: Running) -> Iterator[Any]:
     assert failures == []
 
 
-def _is_failure(message: Any) -> bool:
+def _is_failure(message: ConsoleMessage) -> bool:
     return message.type == "error" and "status of 400" not in message.text  # the browser tells of every refusal
 
 
-def test_a_chat_streams_and_the_room_shows_it(page: Any, http: httpx.Client) -> None:
+def test_a_chat_streams_and_the_room_shows_it(page: Page, http: httpx.Client) -> None:
     http.post("/admin/flush", headers={"Authorization": "Bearer boss"})
     page.locator("#status").filter(has_text="ready").wait_for()
     page.locator("#resident").filter(has_text=re.compile("^0 of 256")).wait_for()
@@ -74,7 +71,7 @@ def test_a_chat_streams_and_the_room_shows_it(page: Any, http: httpx.Client) -> 
     assert page.locator("#hits").inner_text().endswith("%")
 
 
-def test_an_answer_can_be_stopped_from_the_keyboard(page: Any) -> None:
+def test_an_answer_can_be_stopped_from_the_keyboard(page: Page) -> None:
     assert page.evaluate("document.activeElement.id") == "question"
     page.keyboard.type("hello")
     page.keyboard.press("Enter")
@@ -86,7 +83,7 @@ def test_an_answer_can_be_stopped_from_the_keyboard(page: Any) -> None:
     assert page.locator("#cell").inner_text().startswith("Layer 0, expert 1: ")
 
 
-def test_texts_are_text(page: Any) -> None:
+def test_texts_are_text(page: Page) -> None:
     page.locator("summary").click()
     page.locator("#max-tokens").fill("5")
     page.locator("#question").fill("<img src=x onerror=alert(1)>")
@@ -95,7 +92,7 @@ def test_texts_are_text(page: Any) -> None:
     assert page.locator("#log img").count() == 0
 
 
-def test_an_error_is_told(page: Any) -> None:
+def test_an_error_is_told(page: Page) -> None:
     page.locator("#question").fill("word " * 2000)
     page.keyboard.press("Enter")
     page.wait_for_selector(".error")
@@ -103,7 +100,7 @@ def test_an_error_is_told(page: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_can_be_read(page: Any, scheme: str) -> None:
+def test_everything_can_be_read(page: Page, scheme: str) -> None:
     """Texts differ from their ground by 4.5 to 1 at least (WCAG AA)."""
     page.emulate_media(color_scheme=scheme)
     contrasts = page.evaluate(_CONTRASTS)

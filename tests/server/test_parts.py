@@ -8,7 +8,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.server.parts import CALL, CALLED, THINK, THOUGHT, Kind, Marks, Splitter
+from moestro.server.dialects import CALL, CALLED
+from moestro.server.parts import THINK, THOUGHT, Kind, Marks, Splitter
 
 ALL = Marks(reasoning=True, calls=True)
 CALL_OF_F = CALL + '{"name": "f", "arguments": {"x": 1}}' + CALLED

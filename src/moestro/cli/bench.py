@@ -114,7 +114,7 @@ def _draw(model: str, what: BenchOptions, result: BenchResult) -> None:
             ("compute", f"{machine.multiplications_per_s / 1e9:.0f} GMAC/s", "the store's experts, 128 rows"),
             ("memory given", format_bytes(stats.memory_bytes), f"of {format_bytes(stats.model_bytes)}"),
             ("peak resident", format_bytes(result.peak_rss_bytes), f"floor {format_bytes(stats.process_floor_bytes)}"),
-            ("path", stats.path, f"level {stats.level}, policy {stats.policy}, predictor {stats.predictor or 'none'}"),
+            ("path", stats.path, f"level {stats.level}, policy {_by(stats.policy, stats.predictor, stats.ahead)}"),
         ],
     )
 
@@ -133,3 +133,8 @@ def _best(phase: Phase) -> tuple[str, str]:
 
 def _wasted(phase: Phase) -> str:
     return f"{share(phase.wasted_bytes, phase.bytes_read)} of it ahead for nothing" if phase.wasted_bytes else ""
+
+
+def _by(policy: str, predictor: str, ahead: str) -> str:
+    """How experts are kept and read ahead."""
+    return f"{policy} by {predictor or 'counts'}, read ahead by {ahead or 'nothing'}"

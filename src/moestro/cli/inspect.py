@@ -10,11 +10,12 @@ from moestro.cli.arguments import AsJson, Model
 from moestro.cli.boundary import EXIT_USER_ERROR, say
 from moestro.cli.console import Row, print_json, print_table, progress_bar
 from moestro.cli.report import quality_rows
-from moestro.errors import StoreError
+from moestro.errors import RouteError, StoreError, VariantError
 from moestro.memory.budget import format_bytes
 
 if TYPE_CHECKING:
     from moestro.runtime.subject import Subject
+    from moestro.store.reader import Store
 
 
 def inspect(
@@ -32,7 +33,7 @@ def inspect(
     else:
         _draw(subject, problems)
     for problem in problems or ():
-        say("error", f"{problem}. Copy the file again from where it was whole, or pack the model again.")
+        say("error", problem)
     if problems:
         raise typer.Exit(EXIT_USER_ERROR)
 
@@ -44,11 +45,38 @@ def _verify(subject: Subject) -> list[str]:
             "`moestro pack`, or leave --verify out."
         )
     with progress_bar("verifying") as report:
-        return subject.store.verify(lambda step: report(step.done_bytes, step.total_bytes))
+        found = subject.store.verify(lambda step: report(step.done_bytes, step.total_bytes))
+    again = "Copy the file again from where it was whole, or pack the model again."
+    return [*(f"{problem}. {again}" for problem in found), *_verify_variants(subject.store)]
+
+
+def _verify_variants(store: Store) -> list[str]:
+    """Every byte of the store's variants, and of what chooses between them."""
+    from moestro.domain import load_router, router_path
+    from moestro.store.variant_file import list_variants, open_variant
+
+    problems = []
+    for name in list_variants(store.path):
+        try:
+            found = open_variant(store, name).verify()
+        except VariantError as error:
+            problems.append(str(error))
+        else:
+            again = "Remove the variant and add it again."
+            problems += [f"Of the variant {name}, {problem}. {again}" for problem in found]
+    router = router_path(store.path)
+    if router.exists():
+        try:
+            load_router(router, fingerprint=store.manifest.source.fingerprint)
+        except RouteError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _facts(subject: Subject) -> dict[str, Any]:
     """The object of `inspect --json`. Keys, once published, stay."""
+    from moestro.store.variant_file import list_variants
+
     config, whole = subject.skeleton.config, subject.shape(max(subject.levels))
     return {
         "kind": "checkpoint" if subject.store is None else "store",
@@ -68,6 +96,7 @@ def _facts(subject: Subject) -> dict[str, Any]:
         "dense_bytes": whole.dense_bytes,
         "expert_bytes": whole.expert_bytes,
         "bytes_per_expert": max(whole.bytes_per_expert),
+        "variants": [] if subject.store is None else list(list_variants(subject.store.path)),
         "files": dict(subject.files()),
     }
 
@@ -99,6 +128,8 @@ def _draw(subject: Subject, problems: list[str] | None) -> None:
         ("dense weights", format_bytes(facts["dense_bytes"]), f"linear maps of {facts['dense_bits']} bits"),
         ("experts' weights", format_bytes(facts["expert_bytes"]), f"{format_bytes(facts['bytes_per_expert'])} each"),
     ]
+    if facts["variants"]:
+        rows.append(("variants", str(len(facts["variants"])), ", ".join(facts["variants"])))
     if problems is not None:
         rows.append(("verified", "every byte is as packed" if not problems else f"{len(problems)} problem(s)"))
     print_table(facts["path"], rows)

@@ -38,7 +38,7 @@ def _draw(model: str, planned: Plan) -> None:
     parts: list[tuple[str, int, str]] = [
         ("dense weights", planned.dense_bytes, "input embeddings stay on disk" if planned.lookup_on_disk else ""),
         ("expert arena", planned.arena_bytes, f"{planned.arena_experts} of {planned.total_experts} experts"),
-        ("KV cache", planned.kv_bytes, f"{planned.max_sequences} x {planned.context} tokens"),
+        ("KV cache", planned.kv_bytes, _kv_remark(planned)),
         ("activations", planned.activation_bytes, f"steps of up to {planned.step_rows} tokens"),
         ("staging", planned.staging_bytes, "kernels' scratch, sampling, policy, library pages"),
     ]
@@ -58,3 +58,11 @@ def _draw(model: str, planned: Plan) -> None:
         ("process floor", format_bytes(planned.floor_bytes), "Python with torch, on top of the memory given"),
     ]
     print_table("in all", rows)
+
+
+def _kv_remark(planned: Plan) -> str:
+    """How many sequences have their place in the KV cache."""
+    whole = f"{min(planned.contexts_at_once, planned.max_sequences)} x {planned.context} tokens"
+    if planned.contexts_at_once >= planned.max_sequences:
+        return whole
+    return f"{whole}; {planned.max_sequences} sequences if they are shorter"

@@ -36,7 +36,13 @@ def serve(
     from moestro.server.host import ModelHost
     from moestro.server.run import serve as run
 
-    host = ModelHost(serving.model_name or _name(model), _opener(model, options, serving), max_queue=serving.max_queue)
+    host = ModelHost(
+        serving.model_name or _name(model),
+        _opener(model, options, serving),
+        max_queue=serving.max_queue,
+        drain_s=serving.drain,
+        tool_parser=serving.tool_parser,
+    )
     run(
         host,
         serving,

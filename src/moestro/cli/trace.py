@@ -155,7 +155,7 @@ def import_(
 def fit(
     store: Annotated[Path, typer.Argument(help="The store of the model that was recorded.")],
     traces: Annotated[list[Path], typer.Argument(help="Traces to learn from, as many as there are.")],
-    epochs: Annotated[int, typer.Option(help="How often the traces are gone through.")] = 4,
+    epochs: Annotated[int, typer.Option(help="How often the traces are gone through.")] = 8,
 ) -> None:
     """Train the predictor of experts that a store's model runs with; minutes on a processor."""
     from moestro.foresight import TrainingOptions, fit_store

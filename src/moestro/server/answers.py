@@ -111,7 +111,9 @@ class Answers:
                     raise as_api_error(event.error)
                 if event.finish_reason == "cancelled":  # by the server itself: the client is still there
                     raise ApiError(
-                        503, "The server is shutting down: the answer is not complete.", code="shutting_down"
+                        503,
+                        "The server ends or loads its model anew: the answer is not complete.",
+                        code="shutting_down",
                     )
             yield number, event
 

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -21,11 +21,19 @@ from moestro.server.fields import SamplingFields
 from moestro.server.guides import ResponseFormat, guide_of
 from moestro.server.logprobs import chat_logprobs
 from moestro.server.messages import Message, for_template, user_text
-from moestro.server.parts import Kind, Marks, Part, Splitter
+from moestro.server.parts import Kind, Marks, Part
 from moestro.server.routed import routed_json
 from moestro.server.sampling import choices_of, sampling_of
 from moestro.server.stream import reply
-from moestro.server.tools import Tool, ToolChoice, call_guide, marks_of, tools_for_template
+from moestro.server.tools import (
+    Tool,
+    ToolChoice,
+    call_guide,
+    marks_of,
+    needs_special_tokens,
+    splitter_of,
+    tools_for_template,
+)
 
 
 class ChatRequest(SamplingFields):
@@ -98,8 +106,8 @@ def prepare(body: ChatRequest, asked: Asked) -> Prepared:
         raise ApiError(400, "max_tokens is given beside max_completion_tokens. Leave it out.", param="max_tokens")
     tools = tools_for_template(body.tools, body.tool_choice, serving)
     prompt = serving.llm.chat_prompt(for_template(body.messages), tools=tools, settings=body.chat_template_kwargs)
-    marks = marks_of(serving, prompt, tools=bool(tools))
-    call = call_guide(body.tools, body.tool_choice, marks)
+    marks = marks_of(serving, prompt, body.tools or () if tools else ())
+    call = call_guide(body.tools, body.tool_choice, marks, serving.llm.tokenizer)
     form = guide_of(body.response_format)
     if call is not None and form is not None:
         raise ApiError(400, "tool_choice asks for a call: response_format has no place in it.", param="response_format")
@@ -110,6 +118,8 @@ def prepare(body: ChatRequest, asked: Asked) -> Prepared:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         guide=call or form,
     )
+    if needs_special_tokens(marks):
+        sampling = replace(sampling, skip_special_tokens=False)
     ask = Ask(prompt, choices_of(sampling, body.n or 1), asked.variant)
     return Prepared(ask, marks, asked)
 
@@ -120,7 +130,7 @@ class ChatWriter:
     def __init__(self, prepared: Prepared, *, with_logprobs: bool) -> None:
         self._id, self._created, self._asked = f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), prepared.asked
         self._with_logprobs = with_logprobs
-        self._splitters = [Splitter(prepared.marks) for _ in prepared.ask.sampling]
+        self._splitters = [splitter_of(prepared.marks) for _ in prepared.ask.sampling]
 
     async def stream(self, answers: Answers, *, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
         """Chunks: the role of each choice at once, then what comes."""

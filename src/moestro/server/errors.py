@@ -17,6 +17,7 @@ from starlette.responses import Response
 from moestro.config import SamplingParams
 from moestro.errors import (
     BudgetError,
+    ClosedError,
     MoestroError,
     PlaneReadError,
     QueueFullError,
@@ -80,7 +81,7 @@ def as_api_error(error: MoestroError) -> ApiError:
     if isinstance(error, QueueFullError):
         retry = {"Retry-After": str(max(1, round(error.retry_after_s)))}
         return ApiError(429, message, code="queue_full", headers=retry)
-    if isinstance(error, ServiceError):
+    if isinstance(error, ServiceError | ClosedError):
         return ApiError(503, message, code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, VariantError | RouteError):
         return ApiError(404, message, param="model", code="model_not_found")

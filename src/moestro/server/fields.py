@@ -56,6 +56,7 @@ class SamplingFields(Fields):
     quality: str | None = Field(
         default=None, description="exact, high, balanced, fast, or nats a token may lose (0.01)."
     )
+    skip_special_tokens: bool | None = Field(default=None, description="Leave tokens such as <|end|> out of the text.")
     return_routed_experts: bool | None = Field(
         default=None, description="Tell the experts of each token: `routed_experts` of a choice, when it has ended."
     )

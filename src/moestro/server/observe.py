@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.responses import Response
 
 from moestro.engine.events import ServiceSnapshot
@@ -22,6 +23,20 @@ class ResizeRequest(Fields):
     """A size such as 512MiB, 2GB."""
 
     memory: str
+
+
+class ReloadRequest(Fields):
+    """How the model that is served is put down."""
+
+    drain_s: Annotated[float, Field(ge=0, le=1e6)] | None = Field(
+        default=None, description="Seconds that requests under way get to end; left out: those of --drain."
+    )
+
+
+class Reloading(Fields):
+    """The model is being opened anew; /health tells when it is there."""
+
+    status: Literal["reloading"] = "reloading"
 
 
 def observe_router(desk: Desk) -> APIRouter:
@@ -60,6 +75,12 @@ def observe_router(desk: Desk) -> APIRouter:
         except MoestroError as error:
             raise as_api_error(error) from error
         return {"memory_bytes": parse_bytes(body.memory)}
+
+    @router.post("/admin/reload", status_code=202)
+    async def reload(body: ReloadRequest | None = None) -> Reloading:
+        """Open the model anew, as it is in its folder now; requests under way end first, new ones are refused."""
+        desk.host.reload(drain_s=None if body is None else body.drain_s)
+        return Reloading()
 
     return router
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from moestro.server.dialects import HERMES, Call, Dialect, NoCallError, Schemas
+
 THINK, THOUGHT = "<think>", "</think>"
-CALL, CALLED = "<tool_call>", "</tool_call>"
-_OTHER_CALLS = ("<arg_key>", "<function=")
-"""Marks of templates whose calls are not JSON between `CALL` and `CALLED`."""
 
 
 class Kind(Enum):
@@ -34,21 +32,37 @@ class Part:
 
 @dataclass(frozen=True)
 class Marks:
-    """What to look for. `thinking` says that the prompt has begun the reasoning already."""
+    """What to look for: `calls` as `dialect` has them. `thinking` says that the prompt has begun the reasoning already,
+    `schemas` are those of the functions that may be called."""
 
     reasoning: bool = False
     calls: bool = False
     thinking: bool = False
-
-
-def takes_calls(template: str) -> bool:
-    """Whether a chat template takes tools and has calls written as JSON between marks (as Hermes, Qwen3 do)."""
-    return "tools" in template and CALL in template and not any(mark in template for mark in _OTHER_CALLS)
+    dialect: Dialect = HERMES
+    schemas: Schemas = field(default_factory=dict)
 
 
 def has_reasoning(template: str) -> bool:
     """Whether a chat template has the model reason between marks."""
     return THOUGHT in template
+
+
+def first_mark(text: str, marks: Sequence[str]) -> tuple[int, str] | None:
+    """The mark that comes first in a text: where, and which."""
+    return min(((place, mark) for mark in marks if (place := text.find(mark)) >= 0), default=None)
+
+
+def kept_back(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a mark."""
+    lengths = (length for mark in marks for length in range(1, len(mark)) if text.endswith(mark[:length]))
+    return max(lengths, default=0)
+
+
+def call_part(call: Call, index: int) -> Part:
+    """A call as OpenAI writes it."""
+    function = {"name": call.name, "arguments": call.arguments}
+    told = {"index": index, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+    return Part(Kind.CALL, call=told)
 
 
 class Splitter:
@@ -58,8 +72,10 @@ class Splitter:
         self._marks = marks
         self._inside = Kind.REASONING if marks.thinking else Kind.TEXT
         self._rest = ""
+        self._opened = ""
         self._calls = 0
         self._fresh = marks.thinking
+        self._begins = True
 
     @property
     def has_calls(self) -> bool:
@@ -71,66 +87,68 @@ class Splitter:
         self._rest += text
         while (found := self._first_mark()) is not None:
             place, mark = found
-            yield from self._told(self._rest[:place])
+            yield from self._told(self._rest[:place], mark)
             self._rest = self._rest[place + len(mark) :]
-            self._inside = {THINK: Kind.REASONING, CALL: Kind.CALL}.get(mark, Kind.TEXT)
-            self._fresh = True
+            self._enter(mark)
         if self._inside is not Kind.CALL:  # calls are told whole
-            certain = len(self._rest) - self._kept_back()
+            certain = len(self._rest) - self._uncertain()
             yield from self._told(self._rest[:certain])
             self._rest = self._rest[certain:]
 
     def finish(self) -> Iterator[Part]:
-        """What was kept back. A call without an end is text: what the model wrote is not lost."""
-        if self._inside is Kind.CALL:
-            yield Part(Kind.TEXT, CALL + self._rest)
-        else:
-            yield from self._told(self._rest)
+        """What was kept back. A call that is not whole is text: what the model wrote is not lost."""
+        yield from self._told(self._rest)
         self._rest = ""
 
+    def _enter(self, mark: str) -> None:
+        if mark in self._marks.dialect.opens and self._inside is Kind.TEXT:
+            self._inside, self._opened = Kind.CALL, mark
+        else:
+            self._inside = Kind.REASONING if mark == THINK else Kind.TEXT
+        self._fresh = True
+
     def _looked_for(self) -> tuple[str, ...]:
+        dialect = self._marks.dialect
         if self._inside is Kind.REASONING:
             return (THOUGHT,)
         if self._inside is Kind.CALL:
-            return (CALLED,)
-        return ((THINK,) if self._marks.reasoning else ()) + ((CALL,) if self._marks.calls else ())
+            return (dialect.closes,) if dialect.closes else ()
+        opens = dialect.opens if self._marks.calls and (self._begins or not dialect.at_start) else ()
+        return ((THINK,) if self._marks.reasoning else ()) + opens
 
     def _first_mark(self) -> tuple[int, str] | None:
-        places = [(self._rest.find(mark), mark) for mark in self._looked_for()]
-        return min(((place, mark) for place, mark in places if place >= 0), default=None)
+        found = first_mark(self._rest, self._looked_for())
+        if found is None or not (self._marks.dialect.at_start and found[1] in self._marks.dialect.opens):
+            return found
+        return found if not self._rest[: found[0]].strip() else self._without_calls()
 
-    def _kept_back(self) -> int:
-        longest = 0
-        for mark in self._looked_for():
-            for length in range(1, len(mark)):
-                if self._rest.endswith(mark[:length]):
-                    longest = max(longest, length)
-        return longest
+    def _without_calls(self) -> tuple[int, str] | None:
+        """The answer has begun otherwise: no call can come any more."""
+        self._begins = False
+        return first_mark(self._rest, self._looked_for())
 
-    def _told(self, text: str) -> Iterator[Part]:
+    def _uncertain(self) -> int:
+        if self._marks.dialect.at_start and self._marks.calls and self._begins and not self._rest.strip():
+            return len(self._rest)  # spaces before a call belong to it
+        return kept_back(self._rest, self._looked_for())
+
+    def _told(self, text: str, closed_by: str = "") -> Iterator[Part]:
         if self._inside is Kind.CALL:
-            yield self._call(text)
+            yield from self._read(self._opened + text + closed_by)
             return
         if self._fresh:  # line breaks after a mark belong to it
             text = text.lstrip()
         if text:
             self._fresh = False
+            self._begins = self._begins and (self._inside is not Kind.TEXT or not text.strip())
             yield Part(self._inside, text)
 
-    def _call(self, text: str) -> Part:
+    def _read(self, text: str) -> Iterator[Part]:
         try:
-            call = json.loads(text)
-            name, arguments = call["name"], call.get("arguments", {})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return Part(Kind.TEXT, CALL + text + CALLED)
-        told = {
-            "index": self._calls,
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {
-                "name": str(name),
-                "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-            },
-        }
-        self._calls += 1
-        return Part(Kind.CALL, call=told)
+            calls = self._marks.dialect.read(text, self._marks.schemas)
+        except NoCallError:
+            yield Part(Kind.TEXT, text)
+            return
+        for call in calls:
+            yield call_part(call, self._calls)
+            self._calls += 1

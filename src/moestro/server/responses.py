@@ -19,7 +19,9 @@ from moestro.server.desk import Asked, Desk, choice_headers, choice_json
 from moestro.server.fields import Fields
 from moestro.server.guides import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from moestro.server.messages import AssistantMessage, Message, SystemMessage, UserMessage
+from moestro.server.parts import Kind
 from moestro.server.stream import reply
+from moestro.server.tools import splitter_of
 
 
 class InputPart(Fields):
@@ -86,7 +88,7 @@ def responses_router(desk: Desk) -> APIRouter:
         asked = await asyncio.to_thread(desk.asked, body.model)
         prepared = await asyncio.to_thread(_prepared, body, asked)
         answers = desk.answers(asked.serving)
-        writer = _Writer(prepared.asked, body)
+        writer = _Writer(prepared, body)
         return await reply(
             request,
             answers.submit([prepared.ask]),
@@ -132,7 +134,8 @@ def _message(one: InputMessage) -> Message:
 class _Writer:
     """Writes one response, whole or as OpenAI's events."""
 
-    def __init__(self, asked: Asked, body: ResponsesRequest) -> None:
+    def __init__(self, prepared: Prepared, body: ResponsesRequest) -> None:
+        asked, self._splitter = prepared.asked, splitter_of(prepared.marks)
         self._body, self._item = body, f"msg_{secrets.token_hex(12)}"
         self._head = {
             "id": f"resp_{secrets.token_hex(12)}",
@@ -156,8 +159,10 @@ class _Writer:
 
     async def whole(self, answers: Answers) -> dict[str, Any]:
         """The response."""
-        events = [event async for _, event in answers.events()]
-        return self._finished("".join(event.text for event in events), events[-1], answers)
+        text, last = "", Event()
+        async for _, last in answers.events():
+            text += self._text(last)
+        return self._finished(text, last, answers)
 
     async def stream(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """Its events, numbered."""
@@ -176,15 +181,20 @@ class _Writer:
         yield {"type": "response.content_part.added", **place, "part": _text("")}
         text, last = "", Event()
         async for _, last in answers.events():
-            if last.text:
-                text += last.text
-                yield {"type": "response.output_text.delta", **place, "delta": last.text, "logprobs": []}
+            if piece := self._text(last):
+                text += piece
+                yield {"type": "response.output_text.delta", **place, "delta": piece, "logprobs": []}
         yield {"type": "response.output_text.done", **place, "text": text, "logprobs": []}
         yield {"type": "response.content_part.done", **place, "part": _text(text)}
         response = self._finished(text, last, answers)
         yield {"type": "response.output_item.done", "output_index": 0, "item": response["output"][0]}
         kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
         yield {"type": kind, "response": response}
+
+    def _text(self, event: Event) -> str:
+        """What an event brings of the answer itself; reasoning is no part of it."""
+        parts = [*self._splitter.push(event.text), *(self._splitter.finish() if event.finish_reason else ())]
+        return "".join(part.text for part in parts if part.kind is Kind.TEXT)
 
     def _finished(self, text: str, last: Event, answers: Answers) -> dict[str, Any]:
         whole, total = last.finish_reason == "stop", answers.total

@@ -23,6 +23,7 @@ _SAME_NAME = (
     "repetition_penalty",
     "ignore_eos",
     "quality",
+    "skip_special_tokens",
     "return_routed_experts",
     "stop",
     "stop_token_ids",

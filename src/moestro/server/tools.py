@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from moestro.config import Guide
+from transformers import PreTrainedTokenizerBase
+
+from moestro.config import TOOL_PARSERS, Guide
+from moestro.engine.tokenizer import template_of
+from moestro.server.dialects import HARMONY, HERMES
 from moestro.server.errors import ApiError
 from moestro.server.fields import Fields
+from moestro.server.forced_calls import InexpressibleError, Writer, forced_call
+from moestro.server.harmony import HarmonySplitter
 from moestro.server.host import Serving
-from moestro.server.parts import CALL, CALLED, THINK, THOUGHT, Marks, has_reasoning, takes_calls
+from moestro.server.parts import THINK, THOUGHT, Marks, Splitter, has_reasoning
 
 _TAIL = 8
 """So many tokens at the end of a prompt tell whether it has begun the reasoning."""
@@ -47,9 +52,6 @@ class NamedTool(Fields):
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
-_AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How templates write calls, and so how models do."""
-
 
 def tools_for_template(
     tools: Sequence[Tool] | None, choice: ToolChoice | None, serving: Serving
@@ -59,62 +61,67 @@ def tools_for_template(
         raise ApiError(400, "tool_choice asks for a call and there are no tools. Give tools.", param="tool_choice")
     if not tools or choice == "none":
         return []
-    if not takes_calls(template_of(serving)):
+    template = template_of(serving.llm.tokenizer)
+    if "tools" not in template or serving.dialect is None:
         raise ApiError(
             400,
-            f"This model's chat template has no place for tools, or calls are not written as JSON in {CALL} marks. "
-            "Leave tools out.",
+            "This model's chat template has no place for tools, or has calls written in none of the ways that this "
+            f"server reads ({', '.join(TOOL_PARSERS)}). Leave tools out, or name one of these with --tool-parser.",
             param="tools",
         )
     return [tool.model_dump(exclude_none=True) for tool in tools]
 
 
-def call_guide(tools: Sequence[Tool] | None, choice: ToolChoice | None, marks: Marks) -> Guide | None:
+def call_guide(
+    tools: Sequence[Tool] | None, choice: ToolChoice | None, marks: Marks, tokenizer: PreTrainedTokenizerBase
+) -> Guide | None:
     """What an answer has to follow that is one call, after the reasoning that the prompt may have begun; none where no
     call has to be.
 
     Raises:
-        ApiError: the function to be called is none of `tools`.
+        ApiError: the function to be called is none of `tools`, or no call of them can be asked for in this dialect.
     """
     if not _is_forced(choice):
         return None
-    allowed = [tool.function for tool in tools or ()]
+    allowed = {tool.function.name: tool.function.parameters or {} for tool in tools or ()}
     if isinstance(choice, NamedTool):
-        allowed = [function for function in allowed if function.name == choice.function.name]
+        allowed = {name: schema for name, schema in allowed.items() if name == choice.function.name}
         if not allowed:
             raise ApiError(400, f"There is no function {choice.function.name!r} in tools.", param="tool_choice")
-    schema = {"x-guidance": _AS_TRAINED, "anyOf": [_call_schema(function) for function in allowed]}
-    mark, end, thought = (json.dumps(text) for text in (f"{CALL}\n", f"\n{CALLED}", THOUGHT))
-    rules = [f"call: {mark} %json {json.dumps(schema)} {end}"]
-    if marks.thinking:
-        rules += ['start: thought "\\n\\n" call', f"thought[suffix={thought}]: /(.|\\n)*/"]
-    else:
-        rules += ["start: call"]
-    return Guide("grammar", "\n".join(rules) + "\n")
+    writer = Writer(tokenizer, template_of(tokenizer))
+    try:
+        return Guide("grammar", forced_call(marks.dialect, allowed, writer, thinking=THOUGHT if marks.thinking else ""))
+    except InexpressibleError as why:
+        raise ApiError(
+            400,
+            f"tool_choice asks for a call, which cannot be promised where calls are written as {marks.dialect.name} "
+            f"has them: {why}. Give tool_choice auto, or a plainer schema.",
+            param="tools",
+        ) from why
 
 
 def _is_forced(choice: ToolChoice | None) -> bool:
     return choice == "required" or isinstance(choice, NamedTool)
 
 
-def _call_schema(function: Function) -> dict[str, Any]:
-    """Of a call as it stands between the marks."""
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
-
-
-def marks_of(serving: Serving, prompt: Sequence[int], *, tools: bool) -> Marks:
-    """What to look for in an answer to this prompt."""
-    reasoning = has_reasoning(template_of(serving))
+def marks_of(serving: Serving, prompt: Sequence[int], tools: Sequence[Tool]) -> Marks:
+    """What to look for in an answer to this prompt, in which these tools may be called."""
+    reasoning = has_reasoning(template_of(serving.llm.tokenizer))
     tail = str(serving.llm.tokenizer.decode(list(prompt[-_TAIL:]))) if reasoning else ""
-    return Marks(reasoning=reasoning, calls=tools, thinking=tail.rstrip().endswith(THINK))
+    return Marks(
+        reasoning=reasoning,
+        calls=bool(tools),
+        thinking=tail.rstrip().endswith(THINK),
+        dialect=serving.dialect or HERMES,
+        schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
+    )
 
 
-def template_of(serving: Serving) -> str:
-    """The model's chat template, empty if there is none. Of several, the first."""
-    template = serving.llm.tokenizer.chat_template or ""
-    return template if isinstance(template, str) else next(iter(template.values()), "")
+def needs_special_tokens(marks: Marks) -> bool:
+    """Whether what to look for is not in a text that leaves special tokens out."""
+    return marks.dialect is HARMONY or (marks.calls and marks.dialect.special)
+
+
+def splitter_of(marks: Marks) -> Splitter | HarmonySplitter:
+    """What tells the parts of an answer apart."""
+    return HarmonySplitter(marks) if marks.dialect is HARMONY else Splitter(marks)

@@ -68,7 +68,10 @@ async function send() {
     else add("message error", error.message);
   }
   if (shown.textContent) messages.push({ role: "assistant", content: shown.textContent });
-  else messages.pop();
+  else {
+    messages.pop();
+    shown.remove();
+  }
   running = null;
   busy(false);
 }

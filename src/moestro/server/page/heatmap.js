@@ -46,7 +46,7 @@ export function showExperts(levels, uses) {
 
 function legend() {
   const names = [["absent", "not in memory"], ...state.all.map((bits) => [shade(bits), `${bits} bits`])];
-  names.push(["hit", "hit"], ["in", "miss: came in"], ["out", "left"]);
+  names.push(["hit", "hit"], ["in", "came in: missed or read ahead"], ["out", "left"]);
   const text = JSON.stringify(names);
   if ($("legend").dataset.shown === text) return;
   $("legend").dataset.shown = text;
