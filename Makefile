@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all the set-up themselves: a virtual environment in .venv, the build, the job.
-# Needed beforehand: Python 3.11 or newer with its headers, and a C++ compiler.
+# Needed beforehand: Python 3.11 or newer with its headers, and a C++ compiler. For the tests of the
+# server's page there has to be a Chromium; as root on Debian it is installed, elsewhere these tests may be skipped.
 
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
-PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check docs format clean
@@ -24,6 +25,7 @@ demo: $(READY)
 	@$(BIN)/moestro demo
 
 test: check
+	@tests/install_chromium
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(READY)
