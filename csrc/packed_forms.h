@@ -88,21 +88,28 @@ template <class F> void with_form(Form form, F f) {
 // One group of one tile: where its codes begin in each plane.
 struct GroupCodes {
   const uint8_t *plane[kPlanes];
+
+  // Those of rows that begin so many bytes into every chunk.
+  MOESTRO_INLINE GroupCodes from(int bytes) const {
+    GroupCodes codes;
+    for (int p = 0; p < kPlanes; ++p) codes.plane[p] = plane[p] + bytes;
+    return codes;
+  }
 };
 
 // Nibbles of a base chunk's four quads: `even` holds quads 0 and 2, `odd` quads 1 and 3.
-template <int Dot, class Use>
-MOESTRO_INLINE void use_nibbles(const Codes &even, const Codes &odd, uint8_t mask, int quad, Use use) {
+template <int Dot, int N, class Use>
+MOESTRO_INLINE void use_nibbles(const Codes<N> &even, const Codes<N> &odd, uint8_t mask, int quad, Use use) {
   use(Count<Dot>{}, quad + 0, masked(even, mask));
   use(Count<Dot>{}, quad + 1, masked(odd, mask));
   use(Count<Dot>{}, quad + 2, masked(lowered<4>(even), mask));
   use(Count<Dot>{}, quad + 3, masked(lowered<4>(odd), mask));
 }
 
-template <class Use> MOESTRO_INLINE void unpack_base(const uint8_t *base, Use use) {
+template <int N, class Use> MOESTRO_INLINE void unpack_base(const uint8_t *base, Use use) {
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
-    const Codes fields = load_codes(base + c * kChunk);
+    const Codes<N> fields = load_codes<N>(base + c * kChunk);
     use(Count<0>{}, 4 * c + 0, masked(fields, 3));
     use(Count<0>{}, 4 * c + 1, masked(lowered<2>(fields), 3));
     use(Count<0>{}, 4 * c + 2, masked(lowered<4>(fields), 3));
@@ -111,36 +118,36 @@ template <class Use> MOESTRO_INLINE void unpack_base(const uint8_t *base, Use us
 }
 
 // 2 * base + bit
-template <class Use> MOESTRO_INLINE void unpack_three(const uint8_t *base, const uint8_t *third, Use use) {
-  const Codes bits = load_codes(third);
-  const Codes fields[2] = {bits, lowered<1>(bits)};
+template <int N, class Use> MOESTRO_INLINE void unpack_three(const uint8_t *base, const uint8_t *third, Use use) {
+  const Codes<N> bits = load_codes<N>(third);
+  const Codes<N> fields[2] = {bits, lowered<1>(bits)};
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
-    const Codes high = load_codes(base + c * kChunk);
-    const Codes even = chosen(0x66, raised<1>(high), fields[c]);
-    const Codes odd = chosen(0x66, lowered<1>(high), lowered<2>(fields[c]));
+    const Codes<N> high = load_codes<N>(base + c * kChunk);
+    const Codes<N> even = chosen(0x66, raised<1>(high), fields[c]);
+    const Codes<N> odd = chosen(0x66, lowered<1>(high), lowered<2>(fields[c]));
     use_nibbles<0>(even, odd, 7, 4 * c, use);
   }
 }
 
 // 4 * base + 2 * bit + bit, as nibbles: use(c, even, odd) for each base chunk.
-template <class Use>
+template <int N, class Use>
 MOESTRO_INLINE void join_four(const uint8_t *base, const uint8_t *third, const uint8_t *fourth, Use use) {
-  const Codes bits3 = load_codes(third), bits4 = load_codes(fourth);
-  const Codes low[2] = {chosen(0xaa, raised<1>(bits3), bits4), chosen(0xaa, bits3, lowered<1>(bits4))};
+  const Codes<N> bits3 = load_codes<N>(third), bits4 = load_codes<N>(fourth);
+  const Codes<N> low[2] = {chosen(0xaa, raised<1>(bits3), bits4), chosen(0xaa, bits3, lowered<1>(bits4))};
 #pragma GCC unroll 2
   for (int c = 0; c < 2; ++c) {
-    const Codes high = load_codes(base + c * kChunk);
+    const Codes<N> high = load_codes<N>(base + c * kChunk);
     use(c, chosen(0xcc, raised<2>(high), low[c]), chosen(0xcc, high, lowered<2>(low[c])));
   }
 }
 
 // 16 * nibble of the first three planes + nibble of the last.
-template <class Use>
+template <int N, class Use>
 MOESTRO_INLINE void unpack_whole(const uint8_t *base, const uint8_t *third, const uint8_t *fourth,
                                  const uint8_t *nibbles, Use use) {
-  join_four(base, third, fourth, [&](int c, const Codes &even, const Codes &odd) __attribute__((always_inline)) {
-    const Codes first = load_codes(nibbles + 2 * c * kChunk), second = load_codes(nibbles + (2 * c + 1) * kChunk);
+  join_four<N>(base, third, fourth, [&](int c, const Codes<N> &even, const Codes<N> &odd) __attribute__((always_inline)) {
+    const Codes<N> first = load_codes<N>(nibbles + 2 * c * kChunk), second = load_codes<N>(nibbles + (2 * c + 1) * kChunk);
     use(Count<0>{}, 4 * c + 0, wide<false>(chosen(0xf0, raised<4>(even), first)));
     use(Count<0>{}, 4 * c + 1, wide<false>(chosen(0xf0, raised<4>(odd), lowered<4>(first))));
     use(Count<0>{}, 4 * c + 2, wide<false>(chosen(0xf0, even, second)));
@@ -148,8 +155,8 @@ MOESTRO_INLINE void unpack_whole(const uint8_t *base, const uint8_t *third, cons
   });
 }
 
-template <int Dot, class Use> MOESTRO_INLINE void unpack_bits(const uint8_t *plane, Use use) {
-  const Codes bits = load_codes(plane);
+template <int Dot, int N, class Use> MOESTRO_INLINE void unpack_bits(const uint8_t *plane, Use use) {
+  const Codes<N> bits = load_codes<N>(plane);
   use(Count<Dot>{}, 0, masked(bits, 1));
   use(Count<Dot>{}, 4, masked(lowered<1>(bits), 1));
   use(Count<Dot>{}, 1, masked(lowered<2>(bits), 1));
@@ -160,17 +167,17 @@ template <int Dot, class Use> MOESTRO_INLINE void unpack_bits(const uint8_t *pla
   use(Count<Dot>{}, 7, masked(lowered<7>(bits), 1));
 }
 
-template <int Dot, class Use> MOESTRO_INLINE void unpack_nibbles(const uint8_t *plane, Use use) {
+template <int Dot, int N, class Use> MOESTRO_INLINE void unpack_nibbles(const uint8_t *plane, Use use) {
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
-    const Codes pair = load_codes(plane + c * kChunk);
+    const Codes<N> pair = load_codes<N>(plane + c * kChunk);
     use(Count<Dot>{}, 2 * c + 0, masked(pair, 15));
     use(Count<Dot>{}, 2 * c + 1, masked(lowered<4>(pair), 15));
   }
 }
 
-// Calls use(Count<dot>{}, quad, codes) for every set of codes and every quad of one block.
-template <Form F, class Use> MOESTRO_INLINE void unpack_block(const GroupCodes &at, int64_t block, Use use) {
+// Calls use(Count<dot>{}, quad, codes) for every set of codes and every quad of one block, N registers of codes at once.
+template <Form F, int N, class Use> MOESTRO_INLINE void unpack_block(const GroupCodes &at, int64_t block, Use use) {
   constexpr bool kSigns = is_signs(F);
   const uint8_t *first = at.plane[0];
   const auto bits_at = [&](int plane) { return at.plane[plane] + block * kChunk; };
@@ -178,26 +185,26 @@ template <Form F, class Use> MOESTRO_INLINE void unpack_block(const GroupCodes &
   if constexpr (F == Form::flat8) {
 #pragma GCC unroll 8
     for (int q = 0; q < kBlockQuads; ++q) {
-      use(Count<0>{}, q, wide<true>(load_codes(first + (kBlockQuads * block + q) * kChunk)));
+      use(Count<0>{}, q, wide<true>(load_codes<N>(first + (kBlockQuads * block + q) * kChunk)));
     }
   } else if constexpr (F == Form::flat4) {
-    unpack_nibbles<0>(first + 4 * block * kChunk, use);
+    unpack_nibbles<0, N>(first + 4 * block * kChunk, use);
   } else if constexpr (F == Form::flat1) {
-    unpack_bits<0>(first + block * kChunk, use);
+    unpack_bits<0, N>(first + block * kChunk, use);
   } else {
     const uint8_t *base = first + 2 * block * kChunk;
-    if constexpr (F == Form::nested2 || kSigns) unpack_base(base, use);
-    if constexpr (F == Form::nested3) unpack_three(base, bits_at(1), use);
+    if constexpr (F == Form::nested2 || kSigns) unpack_base<N>(base, use);
+    if constexpr (F == Form::nested3) unpack_three<N>(base, bits_at(1), use);
     if constexpr (F == Form::nested4 || F == Form::nested8) {
-      join_four(base, bits_at(1), bits_at(2),
-                [&](int c, const Codes &even, const Codes &odd)
+      join_four<N>(base, bits_at(1), bits_at(2),
+                [&](int c, const Codes<N> &even, const Codes<N> &odd)
                     __attribute__((always_inline)) { use_nibbles<0>(even, odd, 15, 4 * c, use); });
     }
-    if constexpr (F == Form::whole8) unpack_whole(base, bits_at(1), bits_at(2), nibbles, use);
-    if constexpr (kSigns) unpack_bits<1>(bits_at(1), use);
-    if constexpr (F == Form::signs4 || F == Form::signs8) unpack_bits<2>(bits_at(2), use);
-    if constexpr (F == Form::nested8) unpack_nibbles<1>(nibbles, use);
-    if constexpr (F == Form::signs8) unpack_nibbles<3>(nibbles, use);
+    if constexpr (F == Form::whole8) unpack_whole<N>(base, bits_at(1), bits_at(2), nibbles, use);
+    if constexpr (kSigns) unpack_bits<1, N>(bits_at(1), use);
+    if constexpr (F == Form::signs4 || F == Form::signs8) unpack_bits<2, N>(bits_at(2), use);
+    if constexpr (F == Form::nested8) unpack_nibbles<1, N>(nibbles, use);
+    if constexpr (F == Form::signs8) unpack_nibbles<3, N>(nibbles, use);
   }
 }
 

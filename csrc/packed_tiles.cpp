@@ -43,28 +43,28 @@ template <Form F> MOESTRO_INLINE void ask_for(const GroupCodes &at, int64_t bloc
 
 template <int Tokens> constexpr int chains_of = (kChains + Tokens - 1) / Tokens;
 
-// Sums of one group's codes with `Tokens` rows: dots[t][dot][chain].
-template <Form F, int Tokens>
-MOESTRO_INLINE void dot_group(const GroupCodes &codes, const int8_t *const *x, int64_t blocks,
-                              TileDot (&dots)[Tokens][dots_of(F)][chains_of<Tokens>]) {
+// Sums of N parts of one group's codes with `Tokens` rows: dots[t][dot][chain].
+template <Form F, int Tokens, int N>
+MOESTRO_INLINE void dot_group(const GroupCodes &codes, bool ahead, const int8_t *const *x, int64_t blocks,
+                              TileDot<N> (&dots)[Tokens][dots_of(F)][chains_of<Tokens>]) {
   for (auto &row : dots) {
     for (auto &dot : row) {
-      for (TileDot &chain : dot) chain.clear();
+      for (TileDot<N> &chain : dot) chain.clear();
     }
   }
   for (int64_t block = 0; block < blocks; ++block) {
-    ask_for<F>(codes, block);
-    const auto use = [&](auto dot, int quad, const Codes &unpacked) __attribute__((always_inline)) {
+    if (ahead) ask_for<F>(codes, block);
+    const auto use = [&](auto dot, int quad, const Codes<N> &unpacked) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t) {
         const auto a = load_quad(x[t] + block * kBlockColumns + 4 * quad);
         dots[t][decltype(dot)::value][quad % chains_of<Tokens>].template add<is_wide(F)>(unpacked, a);
       }
     };
-    unpack_block<F>(codes, block, use);
+    unpack_block<F, N>(codes, block, use);
     for (auto &row : dots) {
       for (auto &dot : row) {
-        for (TileDot &chain : dot) chain.flush();
+        for (TileDot<N> &chain : dot) chain.flush();
       }
     }
   }
@@ -86,6 +86,7 @@ MOESTRO_INLINE void write_tile(const TileTask &task, float unit, const SalientIn
 
 template <Form F, int Tokens>
 void tile_rows(const TileTask &task, const Layout &layout, const SalientInputs &inputs, int64_t tile, int64_t first) {
+  constexpr int kAtOnce = parts_at_once(Tokens);
   const int32_t group = task.matrix->group;
   Reals acc[Tokens][kParts];
   for (auto &row : acc) {
@@ -95,17 +96,22 @@ void tile_rows(const TileTask &task, const Layout &layout, const SalientInputs &
   for (int t = 0; t < Tokens; ++t) x[t] = task.codes[first + t];
   for (int64_t g = 0; g < layout.groups; ++g) {
     const Group at = group_at(layout, tile, g);
-    TileDot dots[Tokens][dots_of(F)][chains_of<Tokens>];
-    dot_group<F, Tokens>(at.codes, x, group / kBlockColumns, dots);
-    for (int part = 0; part < kParts; ++part) {
-      const GroupReals reals = reals_at<F>(at, part);
-      for (int t = 0; t < Tokens; ++t) {
-        Ints sums[dots_of(F)];
-        for (int dot = 0; dot < dots_of(F); ++dot) {
-          sums[dot] = dots[t][dot][0].part[part].sums;
-          for (int c = 1; c < chains_of<Tokens>; ++c) sums[dot] = add_ints(sums[dot], dots[t][dot][c].part[part].sums);
+    for (int from = 0; from < kParts; from += kAtOnce) {
+      TileDot<kAtOnce> dots[Tokens][dots_of(F)][chains_of<Tokens>];
+      dot_group<F, Tokens>(at.codes.from(from * kPartBytes), from == 0, x, group / kBlockColumns, dots);
+      for (int part = 0; part < kAtOnce; ++part) {
+        const GroupReals reals = reals_at<F>(at, from + part);
+        for (int t = 0; t < Tokens; ++t) {
+          Ints sums[dots_of(F)];
+          for (int dot = 0; dot < dots_of(F); ++dot) {
+            sums[dot] = dots[t][dot][0].part[part].sums;
+            for (int c = 1; c < chains_of<Tokens>; ++c) {
+              sums[dot] = add_ints(sums[dot], dots[t][dot][c].part[part].sums);
+            }
+          }
+          Reals &sum = acc[t][from + part];
+          sum = add_group<F>(sum, layout.header, sums, reals, task.scales[first + t][g]);
         }
-        acc[t][part] = add_group<F>(acc[t][part], layout.header, sums, reals, task.scales[first + t][g]);
       }
     }
     for (int t = 0; t < Tokens; ++t) x[t] += group;

@@ -10,6 +10,8 @@ constexpr int kParts = 2;
 constexpr int kChains = 1;
 constexpr int kTokens = 4;
 constexpr int kManyDots = 1;
+// How many of a tile's parts are multiplied together: with more rows of activations, sums of one alone fill the registers.
+constexpr int parts_at_once(int tokens) { return tokens > 2 ? 1 : kParts; }
 
 using Bytes = __m256i;
 using Ints = __m256i;
@@ -35,6 +37,12 @@ MOESTRO_INLINE Bytes flip_signs(Bytes v) { return _mm256_xor_si256(v, _mm256_set
 
 constexpr bool kWideSigned = true;
 
+// Keeps additions in their order: GCC gathers all products first, for which there are too few registers.
+MOESTRO_INLINE Ints in_order(Ints sum) {
+  asm("" : "+x"(sum));
+  return sum;
+}
+
 // Codes up to 15: a pair's products are at most 2 * 15 * 127, so eight of them fit in 16 bits before a flush. Wide
 // codes: a pair's are at most 2 * 128 * 127, which just fits, and go into 32 bits at once; the sign moves to the
 // activations because the first operand has none.
@@ -43,11 +51,11 @@ struct Dot {
 
   MOESTRO_INLINE void clear() { sums = pairs = _mm256_setzero_si256(); }
   MOESTRO_INLINE void add(Bytes codes, Bytes quad) {
-    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, quad));
+    pairs = in_order(_mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, quad)));
   }
   MOESTRO_INLINE void add_wide(Bytes codes, Bytes quad) {
     const Ints products = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(quad, codes));
-    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+    sums = in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(products, _mm256_set1_epi16(1))));
   }
   MOESTRO_INLINE void flush() {
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

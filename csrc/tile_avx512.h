@@ -13,6 +13,7 @@ constexpr int kChains = 4;
 // How many rows of activations are computed together; half as many where they have more sums than kManyDots.
 constexpr int kTokens = 8;
 constexpr int kManyDots = 1;
+constexpr int parts_at_once(int) { return kParts; }
 
 using Bytes = __m512i;
 using Ints = __m512i;

@@ -12,6 +12,7 @@ constexpr int kParts = 4;
 constexpr int kChains = 1;
 constexpr int kTokens = 4;
 constexpr int kManyDots = 1;
+constexpr int parts_at_once(int) { return kParts; }
 
 using Bytes = uint8x16_t;
 using Ints = int32x4_t;

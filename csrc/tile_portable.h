@@ -10,6 +10,7 @@ constexpr int kParts = 1;
 constexpr int kChains = 1;
 constexpr int kTokens = 1;
 constexpr int kManyDots = 4;
+constexpr int parts_at_once(int) { return kParts; }
 
 struct Bytes {
   uint8_t at[64];

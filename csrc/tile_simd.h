@@ -22,55 +22,56 @@ constexpr int kChunk = 64;
 constexpr int kPartBytes = kChunk / kParts;
 constexpr int kPartRows = kTile / kParts;
 
-struct Codes {
-  Bytes part[kParts];
+// Codes of N registers: those of a whole tile, or of some of its rows.
+template <int N> struct Codes {
+  Bytes part[N];
 };
 
-template <class F> MOESTRO_INLINE Codes each_part(F f) {
-  Codes out;
+template <int N, class F> MOESTRO_INLINE Codes<N> each_part(F f) {
+  Codes<N> out;
 #pragma GCC unroll 4
-  for (int i = 0; i < kParts; ++i) out.part[i] = f(i);
+  for (int i = 0; i < N; ++i) out.part[i] = f(i);
   return out;
 }
 
-MOESTRO_INLINE Codes load_codes(const uint8_t *p) {
-  return each_part([&](int i) { return load_bytes(p + i * kPartBytes); });
+template <int N> MOESTRO_INLINE Codes<N> load_codes(const uint8_t *p) {
+  return each_part<N>([&](int i) { return load_bytes(p + i * kPartBytes); });
 }
-MOESTRO_INLINE Codes masked(const Codes &v, uint8_t mask) {
-  return each_part([&](int i) { return mask_bytes(v.part[i], mask); });
+template <int N> MOESTRO_INLINE Codes<N> masked(const Codes<N> &v, uint8_t mask) {
+  return each_part<N>([&](int i) { return mask_bytes(v.part[i], mask); });
 }
 // Bits move between bytes; masks must leave out those that came in.
-template <int N> MOESTRO_INLINE Codes raised(const Codes &v) {
-  return each_part([&](int i) { return shift_up<N>(v.part[i]); });
+template <int Bits, int N> MOESTRO_INLINE Codes<N> raised(const Codes<N> &v) {
+  return each_part<N>([&](int i) { return shift_up<Bits>(v.part[i]); });
 }
-template <int N> MOESTRO_INLINE Codes lowered(const Codes &v) {
-  return each_part([&](int i) { return shift_down<N>(v.part[i]); });
+template <int Bits, int N> MOESTRO_INLINE Codes<N> lowered(const Codes<N> &v) {
+  return each_part<N>([&](int i) { return shift_down<Bits>(v.part[i]); });
 }
 // Bits of `one` where the mask has ones, of `zero` elsewhere.
-MOESTRO_INLINE Codes chosen(uint8_t mask, const Codes &one, const Codes &zero) {
-  return each_part([&](int i) { return select(mask, one.part[i], zero.part[i]); });
+template <int N> MOESTRO_INLINE Codes<N> chosen(uint8_t mask, const Codes<N> &one, const Codes<N> &zero) {
+  return each_part<N>([&](int i) { return select(mask, one.part[i], zero.part[i]); });
 }
 
 // Codes of eight bits as this instruction set multiplies them, from how they are stored: code c as c or as c - 128. The
 // sum of c - 127.5 times activations, doubled, is 2 * sums - kWideCentre * sum(a).
 constexpr int32_t kWideCentre = kWideSigned ? -1 : 255;
 
-template <bool Signed> MOESTRO_INLINE Codes wide(const Codes &v) {
+template <bool Signed, int N> MOESTRO_INLINE Codes<N> wide(const Codes<N> &v) {
   if constexpr (Signed == kWideSigned) return v;
-  return each_part([&](int i) { return flip_signs(v.part[i]); });
+  return each_part<N>([&](int i) { return flip_signs(v.part[i]); });
 }
 
 // Sums of activations times codes up to 15, or wide ones. flush() at least every eight quads.
-struct TileDot {
-  Dot part[kParts];
+template <int N> struct TileDot {
+  Dot part[N];
 
   MOESTRO_INLINE void clear() {
 #pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) part[i].clear();
+    for (int i = 0; i < N; ++i) part[i].clear();
   }
-  template <bool Wide, class Quad> MOESTRO_INLINE void add(const Codes &codes, const Quad &quad) {
+  template <bool Wide, class Quad> MOESTRO_INLINE void add(const Codes<N> &codes, const Quad &quad) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) {
+    for (int i = 0; i < N; ++i) {
       if constexpr (Wide) {
         part[i].add_wide(codes.part[i], quad);
       } else {
@@ -80,7 +81,7 @@ struct TileDot {
   }
   MOESTRO_INLINE void flush() {
 #pragma GCC unroll 4
-    for (int i = 0; i < kParts; ++i) part[i].flush();
+    for (int i = 0; i < N; ++i) part[i].flush();
   }
 };
 

@@ -11,7 +11,7 @@ import pytest
 
 from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
-from moestro.memory.direct import preadv
+from moestro.memory.direct import CHECK_EVERY, preadv
 from moestro.memory.pages import HostBuffer
 from moestro.memory.planes import read_of as planes_read
 from moestro.memory.tickets import Read, Ticket
@@ -193,8 +193,29 @@ def test_a_flipped_bit_is_found(uniform_planes: PlaneFile, buffer: HostBuffer, t
     view = buffer.view(0, len(content))
     with pytest.raises(PlaneReadError, match=f"checksum is [0-9a-f]{{16}}, expected {checksum:016x}"):
         engine.submit(Read(damaged, 0, len(content), view, ((len(content), checksum),), "Plane 0"), urgent=True).wait()
+    with pytest.raises(PlaneReadError, match="checksum is"):  # and every time from then on
+        engine.submit(Read(damaged, 0, len(content), view, ((len(content), checksum),), "Plane 0"), urgent=True).wait()
     engine.submit(Read(damaged, 0, len(content), view, (), "Plane 0"), urgent=True).wait()
     assert bytes(view) == content
+    engine.close()
+
+
+def test_what_was_right_is_looked_at_again_now_and_then(
+    uniform_planes: PlaneFile, buffer: HostBuffer, tmp_path: Path
+) -> None:
+    file, content = tmp_path / "turning.bin", uniform_planes.contents[(0, 4, 0)]
+    file.write_bytes(content)
+    checksum = uniform_planes.extents[(0, 4, 0)].checksum
+    engine = TransferEngine()
+    read = Read(file, 0, len(content), buffer.view(0, len(content)), ((len(content), checksum),), "Plane 0")
+    engine.submit(read, urgent=True).wait()
+    with file.open("r+b") as turning:
+        turning.write(bytes([content[0] ^ 1]))
+    for _ in range(CHECK_EVERY):
+        engine.submit(read, urgent=True).wait()
+    for _ in range(2):
+        with pytest.raises(PlaneReadError, match="checksum is"):
+            engine.submit(read, urgent=True).wait()
     engine.close()
 
 

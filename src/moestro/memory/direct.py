@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
 
 from moestro.memory.pages import PAGE
@@ -20,6 +20,10 @@ ReadAt = Callable[[int, Sequence[memoryview], int], int]
 """(file descriptor, destinations one after another, offset in the file) -> bytes read, 0 at the end; raises OSError."""
 
 REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+
+CHECK_EVERY = 8
+"""Of reads of the same bytes so many are followed by one that is checked. A damaged store is found by the first read;
+what is left for others to find is a disk that gives other bytes than before, and no error."""
 
 
 def preadv(descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
@@ -44,6 +48,7 @@ class _OpenFile:
     descriptor: int
     direct: bool
     device: int
+    unchecked: dict[int, int] = field(default_factory=dict)  # by offset: reads since its bytes were last found right
 
 
 def fill(
@@ -107,6 +112,16 @@ class FileReader:
         if not opened.direct:
             os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
         return count == wanted
+
+    def is_due(self, file: Path, offset: int) -> bool:
+        """Whether what has just been read from there is to be checked: the first time, and one time in a few."""
+        unchecked = self._open(file).unchecked
+        since = unchecked[offset] = unchecked.get(offset, CHECK_EVERY) + 1
+        return since > CHECK_EVERY
+
+    def found_right(self, file: Path, offset: int) -> None:
+        """What is read from there is not due for a while."""
+        self._open(file).unchecked[offset] = 0
 
     def keep(self, file: Path) -> KeptFile:
         """Open the file now: reads of what is returned find its bytes also when it has been replaced or deleted.

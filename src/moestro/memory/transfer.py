@@ -1,9 +1,11 @@
 """Moves planes from disk into memory with a few threads; what a computation waits for goes first.
 
-Bytes go straight to their destination and are checked there. One or two reads at a time are enough for the disks we
-measured; a second thread also reads while the first one checks. Planes that lie one after another on disk and wait
-together are read in one request: small reads cost the disk and the processor as much as large ones. Of what nobody
-waits for there is one request at a time, and a small one: another thread is there for what is asked for meanwhile.
+Bytes go straight to their destination and are checked there: the first time that they are read, and then now and
+then, as checking what comes again and again takes the processor from computing. One or two reads at a time are enough
+for the disks we measured; a second thread also reads while the first one checks. Planes that lie one after another on
+disk and wait together are read in one request: small reads cost the disk and the processor as much as large ones. Of
+what nobody waits for there is one request at a time, and a small one: another thread is there for what is asked for
+meanwhile.
 """
 
 from __future__ import annotations
@@ -262,7 +264,7 @@ class TransferEngine:
         return None
 
     def _check(self, read: Read) -> PlaneReadError | None:
-        if not read.checksums:
+        if not (read.checksums and self._reader.is_due(read.file, read.offset)):
             return None
         start, first, error = time.perf_counter(), 0, None
         for plane, (nbytes, expected) in enumerate(read.checksums):
@@ -274,6 +276,8 @@ class TransferEngine:
             first += nbytes
         with self._work_or_end:
             self._stats.check_seconds += time.perf_counter() - start
+        if error is None:
+            self._reader.found_right(read.file, read.offset)
         return error
 
     def _finish(self, ticket: Ticket, error: PlaneReadError | None) -> None:

@@ -22,6 +22,7 @@ from moestro.memory.arena import Arena, extent_bytes_for
 from moestro.memory.budget import format_bytes, machine_bytes, resident_bytes
 from moestro.memory.disk_profile import load_profile
 from moestro.memory.heap import return_large_blocks
+from moestro.memory.libraries import let_go_of_libraries
 from moestro.memory.pages import HostBuffer
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.transfer import TransferEngine
@@ -355,7 +356,9 @@ def _check_layers(store: Store, skeleton: Skeleton) -> None:
 def measure_floor(kernels: Kernels) -> int:
     """Bytes that this process has resident before any weight is read: the floor, which no budget includes."""
     _warm_up(kernels)
-    return resident_bytes()
+    coming_back = let_go_of_libraries()
+    _warm_up(kernels)
+    return resident_bytes() + coming_back
 
 
 def _warm_up(kernels: Kernels) -> None:
