@@ -146,13 +146,15 @@ MOESTRO_INLINE void join_four(const uint8_t *base, const uint8_t *third, const u
 template <int N, class Use>
 MOESTRO_INLINE void unpack_whole(const uint8_t *base, const uint8_t *third, const uint8_t *fourth,
                                  const uint8_t *nibbles, Use use) {
-  join_four<N>(base, third, fourth, [&](int c, const Codes<N> &even, const Codes<N> &odd) __attribute__((always_inline)) {
-    const Codes<N> first = load_codes<N>(nibbles + 2 * c * kChunk), second = load_codes<N>(nibbles + (2 * c + 1) * kChunk);
+  const auto use_both = [&](int c, const Codes<N> &even, const Codes<N> &odd) __attribute__((always_inline)) {
+    const Codes<N> first = load_codes<N>(nibbles + 2 * c * kChunk);
+    const Codes<N> second = load_codes<N>(nibbles + (2 * c + 1) * kChunk);
     use(Count<0>{}, 4 * c + 0, wide<false>(chosen(0xf0, raised<4>(even), first)));
     use(Count<0>{}, 4 * c + 1, wide<false>(chosen(0xf0, raised<4>(odd), lowered<4>(first))));
     use(Count<0>{}, 4 * c + 2, wide<false>(chosen(0xf0, even, second)));
     use(Count<0>{}, 4 * c + 3, wide<false>(chosen(0xf0, odd, lowered<4>(second))));
-  });
+  };
+  join_four<N>(base, third, fourth, use_both);
 }
 
 template <int Dot, int N, class Use> MOESTRO_INLINE void unpack_bits(const uint8_t *plane, Use use) {
@@ -176,7 +178,8 @@ template <int Dot, int N, class Use> MOESTRO_INLINE void unpack_nibbles(const ui
   }
 }
 
-// Calls use(Count<dot>{}, quad, codes) for every set of codes and every quad of one block, N registers of codes at once.
+// Calls use(Count<dot>{}, quad, codes) for every set of codes and every quad of one block, N registers of codes at a
+// time.
 template <Form F, int N, class Use> MOESTRO_INLINE void unpack_block(const GroupCodes &at, int64_t block, Use use) {
   constexpr bool kSigns = is_signs(F);
   const uint8_t *first = at.plane[0];
@@ -197,8 +200,8 @@ template <Form F, int N, class Use> MOESTRO_INLINE void unpack_block(const Group
     if constexpr (F == Form::nested3) unpack_three<N>(base, bits_at(1), use);
     if constexpr (F == Form::nested4 || F == Form::nested8) {
       join_four<N>(base, bits_at(1), bits_at(2),
-                [&](int c, const Codes<N> &even, const Codes<N> &odd)
-                    __attribute__((always_inline)) { use_nibbles<0>(even, odd, 15, 4 * c, use); });
+                   [&](int c, const Codes<N> &even, const Codes<N> &odd)
+                       __attribute__((always_inline)) { use_nibbles<0>(even, odd, 15, 4 * c, use); });
     }
     if constexpr (F == Form::whole8) unpack_whole<N>(base, bits_at(1), bits_at(2), nibbles, use);
     if constexpr (kSigns) unpack_bits<1, N>(bits_at(1), use);

@@ -10,7 +10,7 @@ constexpr int kParts = 2;
 constexpr int kChains = 1;
 constexpr int kTokens = 4;
 constexpr int kManyDots = 1;
-// How many of a tile's parts are multiplied together: with more rows of activations, sums of one alone fill the registers.
+// How many of a tile's parts are multiplied together: with more rows of activations, sums of one fill the registers.
 constexpr int parts_at_once(int tokens) { return tokens > 2 ? 1 : kParts; }
 
 using Bytes = __m256i;

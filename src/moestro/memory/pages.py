@@ -82,7 +82,10 @@ class HostBuffer:
             self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
-        """Let go of the memory; it returns to the system once the last tensor or view of it is gone too."""
+        """Give the memory back to the system. Whoever still has a tensor or a view of it finds zeros; the addresses are
+        free once the last of them is gone too."""
+        if self._map is not None:
+            self.release(0)
         self._tensor = self._map = None
 
     @property
