@@ -88,7 +88,7 @@ def test_a_kernel_that_knows_no_such_advice_is_served(monkeypatch: pytest.Monkey
     assert int(buffer.tensor[-1]) == 3
 
 
-def test_closed_memory_lives_as_long_as_its_views() -> None:
+def test_closed_memory_goes_back_at_once_and_its_views_find_zeros() -> None:
     buffer = HostBuffer(PAGE)
     tensor, view = buffer.tensor, buffer.view(0, 4)
     tensor[:4] = 8
