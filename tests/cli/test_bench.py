@@ -102,7 +102,8 @@ def test_as_json(quantised: Path) -> None:
     assert found["prefill"]["tokens"] == 24
     # 4 of 32 experts in 8 layers, for each of 12 tokens.
     assert found["decode"]["hits"] + found["decode"]["misses"] == 12 * 4 * 8
-    assert found["peak_rss_bytes"] > found["process_floor_bytes"]
+    # The floor counts up to 24 MiB of library pages that may not have come back yet.
+    assert found["peak_rss_bytes"] > found["process_floor_bytes"] - (24 << 20)
     dense, expert = found["dense_bytes_per_step"], found["expert_bytes"] / 256
     bytes_without_kv = dense + 32 * expert
     assert bytes_without_kv < found["decode"]["memory_bytes_per_token"] < bytes_without_kv * 1.2

@@ -110,7 +110,7 @@ def resident_bytes(status: Path = Path("/proc/self/status")) -> int:
 
 
 def peak_resident_bytes(status: Path = Path("/proc/self/status")) -> int:
-    """The most bytes of this process that were ever resident."""
+    """The most bytes of this process that were ever resident, since `let_go_of_libraries` if that was called."""
     value = _status_field(status, "VmHWM")
     return _peak_from_rusage() if value is None else value
 

@@ -37,6 +37,7 @@ def let_go_of_libraries(process: Path = Path("/proc/self")) -> int:
     try:
         ranges = list(_library_ranges((process / "maps").read_text()))
         with (process / "clear_refs").open("wb", buffering=0) as peak:
+            peak.write(_RESET_PEAK)  # if that does not work, nothing else is to happen
             for start, end in ranges:
                 _page_out(start, end - start)
             peak.write(_RESET_PEAK)
