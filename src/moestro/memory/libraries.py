@@ -6,7 +6,7 @@ import ctypes
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moestro.memory.budget import resident_bytes
@@ -38,8 +38,7 @@ def let_go_of_libraries(process: Path = Path("/proc/self")) -> int:
         ranges = list(_library_ranges((process / "maps").read_text()))
         with (process / "clear_refs").open("wb", buffering=0) as peak:
             peak.write(_RESET_PEAK)  # if that does not work, nothing else is to happen
-            for start, end in ranges:
-                _page_out(start, end - start)
+            _page_out(ranges)
             peak.write(_RESET_PEAK)
     except OSError:
         return 0
@@ -53,6 +52,8 @@ def _library_ranges(maps: str) -> Iterator[tuple[int, int]]:
             yield int(match[1], 16), int(match[2], 16)
 
 
-def _page_out(address: int, nbytes: int) -> None:
+def _page_out(ranges: Iterable[tuple[int, int]]) -> None:
     """Pages that were written to before stay, unless there is swap; an old system does nothing."""
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _MADV_PAGEOUT)
+    madvise = ctypes.CDLL(None).madvise
+    for start, end in ranges:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)

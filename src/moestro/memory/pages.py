@@ -90,7 +90,7 @@ class HostBuffer:
 
     @property
     def returned(self) -> bool:
-        """Whether the memory went back to the system: it is closed, and nobody has a tensor or a view of it."""
+        """Whether it is gone for good: it is closed, and nobody has a tensor or a view that could touch pages again."""
         return self._mapped() is None
 
 
