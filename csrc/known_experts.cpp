@@ -1,8 +1,11 @@
 #include "known_experts.h"
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "combine.h"
@@ -29,15 +32,22 @@ bool find_deltas(const KnownExperts &experts, const RoutedRows &routed, std::vec
   return true;
 }
 
-// One job for each distinct expert.
+// The places of all picks, ascending for each expert.
+std::vector<int32_t> places_by_expert(const RoutedRows &routed) {
+  std::vector<int32_t> places(static_cast<size_t>(routed.rows * routed.picks));
+  std::iota(places.begin(), places.end(), 0);
+  std::stable_sort(places.begin(), places.end(),
+                   [ids = routed.ids](int32_t a, int32_t b) { return ids[a] < ids[b]; });
+  return places;
+}
+
+// One job for each distinct expert of some places, which are in the order of `places_by_expert`.
 struct Jobs {
   std::vector<int64_t> planes;
   std::vector<int32_t> levels, starts, rows, places;
 
-  Jobs(const KnownExperts &experts, const RoutedRows &routed) : places(static_cast<size_t>(routed.rows * routed.picks)) {
+  Jobs(const KnownExperts &experts, const RoutedRows &routed, std::vector<int32_t> of) : places(std::move(of)) {
     const int64_t *ids = routed.ids;
-    std::iota(places.begin(), places.end(), 0);
-    std::stable_sort(places.begin(), places.end(), [ids](int32_t a, int32_t b) { return ids[a] < ids[b]; });
     for (size_t i = 0; i < places.size(); ++i) {
       rows.push_back(places[i] / static_cast<int32_t>(routed.picks));
       if (i > 0 && ids[places[i]] == ids[places[i - 1]]) continue;
@@ -92,6 +102,41 @@ private:
   }
 };
 
+// Unweighted outputs of jobs, each at its place.
+void run_jobs(const KnownExperts &experts, const RoutedRows &routed, const Jobs &jobs, float *outputs,
+              const ExpertDeltas &deltas) {
+  run_experts(experts.shape, jobs.view(), {routed.hidden, experts.shape.up.columns, routed.rows},
+              {outputs, experts.shape.down.rows, routed.rows * routed.picks}, deltas);
+}
+
+constexpr std::chrono::milliseconds kLookUpEvery{50};
+
+class Seconds {
+public:
+  double now() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
+
+private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point start_ = Clock::now();
+};
+
+void check_ids(const KnownExperts &experts, const RoutedRows &routed) {
+  for (int64_t place = 0; place < routed.rows * routed.picks; ++place) {
+    const int64_t id = routed.ids[place];
+    if (id >= 0 && id < experts.count) continue;
+    throw std::invalid_argument("known experts: expert " + std::to_string(id) + " does not exist");
+  }
+}
+
+// `here` of each expert: whether it has come.
+void note(KnownExperts &experts, const Arrival &arrival, std::vector<char> &here) {
+  if (arrival.expert < 0 || arrival.expert >= experts.count) {
+    throw std::invalid_argument("known experts: expert " + std::to_string(arrival.expert) + " came, and does not exist");
+  }
+  std::copy(arrival.planes, arrival.planes + kPlanes, experts.planes + arrival.expert * kPlanes);
+  here[static_cast<size_t>(arrival.expert)] = 1;
+}
+
 } // namespace
 
 bool picks_known(const KnownExperts &experts, const int64_t *ids, int64_t count) {
@@ -116,12 +161,43 @@ bool run_known(const KnownExperts &experts, const RoutedRows &routed, float *out
   if (!picks_known(experts, routed.ids, routed.rows * routed.picks)) return false;
   std::vector<const KnownDeltas *> of_row(static_cast<size_t>(routed.rows), nullptr);
   if (!find_deltas(experts, routed, of_row)) return false;
-  const Jobs jobs(experts, routed);
+  const Jobs jobs(experts, routed, places_by_expert(routed));
   const Deltas deltas(jobs, routed, of_row);
-  const int64_t width = experts.shape.down.rows, inputs = experts.shape.up.columns;
-  run_experts(experts.shape, jobs.view(), {routed.hidden, inputs, routed.rows},
-              {outputs, width, routed.rows * routed.picks}, deltas.view());
-  combine(outputs, routed.weights, sums, routed.rows, routed.picks, width);
+  run_jobs(experts, routed, jobs, outputs, deltas.view());
+  combine(outputs, routed.weights, sums, routed.rows, routed.picks, experts.shape.down.rows);
+  return true;
+}
+
+bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arrivals, float *outputs, float *sums,
+                  Course &course, const std::function<void()> &look_up) {
+  check_ids(experts, routed);
+  const Seconds seconds;
+  std::vector<int32_t> left = places_by_expert(routed);
+  std::vector<char> here(static_cast<size_t>(experts.count), 0);
+  std::vector<Arrival> arrived;
+  while (!left.empty()) {
+    arrived.clear();
+    const double idle_since = seconds.now();
+    auto news = arrivals.take(arrived, std::chrono::milliseconds(0));
+    const bool waits = news == Arrivals::News::none;
+    while (news == Arrivals::News::none) {
+      news = arrivals.take(arrived, kLookUpEvery);
+      if (news == Arrivals::News::none) look_up();
+    }
+    if (news == Arrivals::News::failure) return false;
+    const double begun = seconds.now();
+    if (waits) course.waited.push_back({idle_since, begun, arrived.back().expert});
+    for (const Arrival &arrival : arrived) note(experts, arrival, here);
+    const auto still = std::stable_partition(left.begin(), left.end(), [&](int32_t place) {
+      return here[static_cast<size_t>(routed.ids[place])] != 0;
+    });
+    if (still == left.begin()) continue;
+    const Jobs jobs(experts, routed, {left.begin(), still});
+    left.erase(left.begin(), still);
+    run_jobs(experts, routed, jobs, outputs, {});
+    course.computed.push_back({begun, seconds.now(), static_cast<int64_t>(jobs.levels.size())});
+  }
+  combine(outputs, routed.weights, sums, routed.rows, routed.picks, experts.shape.down.rows);
   return true;
 }
 

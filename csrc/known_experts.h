@@ -1,8 +1,11 @@
-// The experts of a layer for steps that need nothing to be read: where their planes lie is known.
+// The experts of a layer for small steps: where planes lie is known, and those that come are taken as they come.
 #pragma once
 
+#include <functional>
 #include <map>
+#include <vector>
 
+#include "arrivals.h"
 #include "experts.h"
 
 namespace moestro {
@@ -17,7 +20,7 @@ constexpr int64_t kUnchanged = -1;
 
 struct KnownExperts {
   ExpertShape shape;
-  const int64_t *planes; // [count, kPlanes], addresses; 0 in front of an expert of which they are not known
+  int64_t *planes; // [count, kPlanes], addresses; 0 in front of an expert of which they are not known
   int64_t count;
   int32_t level;
   std::map<int32_t, KnownDeltas> deltas = {}; // by the slot of the fine-tune
@@ -50,5 +53,25 @@ bool all_known(const KnownExperts &experts, const RoutedRows &routed);
 // width]; `sums` may be `hidden`. Returns false, and computes nothing, when an expert is not known, or what a row's
 // fine-tune adds to it. Throws std::invalid_argument when runs are not ascending runs of rows.
 bool run_known(const KnownExperts &experts, const RoutedRows &routed, float *outputs, float *sums);
+
+// What a call did when, in seconds since it began.
+struct Course {
+  struct Computed {
+    double begun, ended;
+    int64_t experts;
+  };
+  struct Waited {
+    double begun, ended;
+    int64_t expert; // that ended the wait
+  };
+  std::vector<Computed> computed;
+  std::vector<Waited> waited;
+};
+
+// As `run_known`, of the base's rows: computes experts as they come, notes where they are, and returns when every one
+// that is picked has come, those that were known before as well. `look_up` is called now and then while nothing comes,
+// and may throw. Returns false when one will not come. Throws std::invalid_argument where an expert does not exist.
+bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arrivals, float *outputs, float *sums,
+                  Course &course, const std::function<void()> &look_up);
 
 } // namespace moestro

@@ -1,10 +1,16 @@
 #include "module_packed.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -108,6 +114,37 @@ bool known_experts(const KnownExperts &known, uintptr_t hidden, uintptr_t ids, u
   return run_known(known, routed, pointer<float>(outputs), pointer<float>(sums));
 }
 
+void come(Arrivals &arrivals, int64_t expert, const Addresses &planes) {
+  if (planes.size() > kPlanes) throw std::invalid_argument("arrivals: a chain has too many planes");
+  Arrival arrival{expert, {}};
+  std::copy(planes.begin(), planes.end(), arrival.planes);
+  arrivals.come(arrival);
+}
+
+using Moments = std::vector<std::tuple<double, double, int64_t>>;
+
+std::optional<std::pair<Moments, Moments>> arriving_experts(KnownExperts &known, uintptr_t hidden, uintptr_t ids,
+                                                            uintptr_t weights, int64_t rows, int64_t picks,
+                                                            uintptr_t outputs, uintptr_t sums, Arrivals &arrivals) {
+  const RoutedRows routed{pointer<const float>(hidden), pointer<const int64_t>(ids), pointer<const float>(weights),
+                          rows, picks};
+  const auto look_up = [] {
+    const nb::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  };
+  Course course;
+  {
+    const nb::gil_scoped_release release;
+    const bool all =
+        run_arriving(known, routed, arrivals, pointer<float>(outputs), pointer<float>(sums), course, look_up);
+    if (!all) return {};
+  }
+  std::pair<Moments, Moments> moments;
+  for (const auto &one : course.computed) moments.first.emplace_back(one.begun, one.ended, one.experts);
+  for (const auto &one : course.waited) moments.second.emplace_back(one.begun, one.ended, one.expert);
+  return moments;
+}
+
 PackedMatrix at(const MatrixShape &shape, Addresses planes, int32_t level) {
   planes.resize(kPlanes);
   return packed_matrix(shape, planes.data(), level);
@@ -158,16 +195,23 @@ void add_packed(nb::module_ &m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<MatrixShape>(m, "Matrix");
   nb::class_<ExpertShape>(m, "Experts");
+  nb::class_<Arrivals>(m, "Arrivals")
+      .def(nb::init<>())
+      .def("clear", &Arrivals::clear)
+      .def("come", &come, nb::arg("expert"), nb::arg("planes"))
+      .def("fail", &Arrivals::fail);
   nb::class_<KnownExperts>(m, "KnownExperts")
       .def("__init__",
            [](KnownExperts *self, const ExpertShape &shape, uintptr_t planes, int64_t count, int32_t level) {
-             new (self) KnownExperts{shape, pointer<const int64_t>(planes), count, level, {}};
+             new (self) KnownExperts{shape, pointer<int64_t>(planes), count, level, {}};
            },
            nb::arg("experts"), nb::arg("planes"), nb::arg("count"), nb::arg("level"))
       .def("set_deltas", &set_deltas, nb::arg("slot"), nb::arg("shape").none(), nb::arg("planes"))
       .def("covers", &covers, nb::arg("ids"), nb::arg("rows"), nb::arg("picks"), nb::arg("runs") = nb::list())
       .def("run", &known_experts, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("rows"),
-           nb::arg("picks"), nb::arg("outputs"), nb::arg("sums"), nb::arg("runs") = nb::list(), release());
+           nb::arg("picks"), nb::arg("outputs"), nb::arg("sums"), nb::arg("runs") = nb::list(), release())
+      .def("run_arriving", &arriving_experts, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("rows"),
+           nb::arg("picks"), nb::arg("outputs"), nb::arg("sums"), nb::arg("arrivals"));
   m.def("make_matrix", &make_matrix);
   m.def("make_experts", &make_expert);
   nb::class_<DeltaShape>(m, "DeltaShape");

@@ -192,6 +192,19 @@ def experts(
 ) -> None:
     """Raises ValueError when a job's level, planes or rows or a delta are wrong, before anything is computed."""
 
+class Arrivals:
+    """Experts whose planes come while others are computed, told by threads that read."""
+
+    def __init__(self) -> None: ...
+    def clear(self) -> None:
+        """Forget what was told before."""
+
+    def come(self, expert: int, planes: Sequence[int]) -> None:
+        """An expert is in memory, its planes at these addresses. ValueError when there are more than four."""
+
+    def fail(self) -> None:
+        """One will not come."""
+
 class KnownExperts:
     """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known."""
 
@@ -220,6 +233,24 @@ class KnownExperts:
         """Weighted sums of the rows' experts; `outputs` is room for [rows * picks, width]. False: not all are known.
 
         Rows of `runs`, (slot, first, end) ascending, are those of fine-tunes. ValueError when they are not such rows.
+        """
+
+    def run_arriving(
+        self,
+        hidden: int,
+        ids: int,
+        weights: int,
+        rows: int,
+        picks: int,
+        outputs: int,
+        sums: int,
+        arrivals: Arrivals,
+    ) -> tuple[list[tuple[float, float, int]], list[tuple[float, float, int]]] | None:
+        """As `run`, of the base's rows: experts are computed as they come, and `planes` hold where they are.
+
+        Every expert that is picked has to come, those that were known before too. Returns (begin, end, experts) of what
+        was computed at once, and (begin, end, expert that came) of waits, in seconds since the call began; None when
+        one will not come. ValueError when an expert does not exist. Signals are handled while nothing comes.
         """
 
 def packed_linear(

@@ -167,8 +167,13 @@ class Spans:
         self._since = now
         if not self._open:
             self.wall_seconds += now - begun
-        if event is not None and self.timeline is not None:
-            self.timeline.add(event, begun, now, values)
+        if event is not None:
+            self.note(event, begun, now, *values)
+
+    def note(self, event: Event, begun: float, ended: float, *values: float) -> None:
+        """Something that was measured otherwise, for the timeline alone."""
+        if self.timeline is not None:
+            self.timeline.add(event, begun, ended, values)
 
     @contextmanager
     def within(self, part: Part, event: Event | None = None, *values: float) -> Iterator[None]:
@@ -192,8 +197,7 @@ class Spans:
         queue_s = min(max(begun - start, 0.0), end - start)
         self.give(Part.LATE_QUEUE if late else Part.DEMAND_QUEUE, queue_s)
         self.give(Part.LATE_READ if late else Part.DEMAND_READ, end - start - queue_s)
-        if self.timeline is not None:
-            self.timeline.add(Event.WAIT, start, end, (late, queue_s))
+        self.note(Event.WAIT, start, end, late, queue_s)
 
     def read(self, key: PlaneKey, nbytes: int, submitted: float, begun: float, ended: float, *, ahead: bool) -> None:
         """A read ended, in the thread that calls; `nbytes` is 0 where it failed."""

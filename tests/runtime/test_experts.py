@@ -153,7 +153,7 @@ class Shelf:
             experts=EXPERTS,
         )
         chains = [tuple((0, expert, plane) for plane in range(len(sizes))) for expert in range(EXPERTS)]
-        self.experts = RoutedExperts(planes, [self.layer], [chains], level=level)
+        self.experts = RoutedExperts(planes, [self.layer], [chains], level=level, arena=self.buffer.tensor.data_ptr())
 
     def _write(
         self, file: object, path: Path, layout: Layout, params: Sequence[ExpertParam], expert: int, level: int

@@ -30,6 +30,7 @@ from moestro.memory.planes import (
     EvictableView,
     HeldPlane,
     Planes,
+    Told,
     Watch,
     read_of,
 )
@@ -88,16 +89,19 @@ class PlaneCache:
         with self._lock:
             return {plane.key for plane in self._planes.by_key.values() if plane.ticket is None}
 
-    def stream(self, chains: Sequence[Chain], *, arrange: Arrange | None = None) -> PlaneStream:
+    def stream(
+        self, chains: Sequence[Chain], *, arrange: Arrange | None = None, told: Told | None = None
+    ) -> PlaneStream:
         """Lease chains in batches: `with cache.stream(chains) as batches: for batch in batches: ...`.
 
         A batch is a list of (index in `chains`, byte offsets of the chain's planes in the buffer). Every distinct chain
         comes exactly once, at the index where it is first named: in the first batch all that are resident whole, in
         later ones what has arrived by then. The planes of a batch stay in place until the next step of the iteration,
         or the end. Of a chain that is resident in part only the rest is read.
+        `told` hears of chains as they are whole: with no step of the iteration they stay in place until the end.
         Raises PlaneReadError when a plane cannot be read; the cache then is as good as before.
         """
-        return PlaneStream(self, chains, arrange)
+        return PlaneStream(self, chains, arrange, told)
 
     def held(self, chains: Sequence[Chain]) -> list[int]:
         """How many planes of each chain, from its first on, are in memory or on their way there."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from moestro.errors import BudgetError, PlaneReadError
 from moestro.keys import PlaneKey
-from moestro.memory.planes import NEVER, Arrange, Chain, HeldPlane, MissingChain, WantedChain
+from moestro.memory.planes import NEVER, Arrange, Chain, HeldPlane, MissingChain, Told, WantedChain
 
 if TYPE_CHECKING:
     from moestro.memory.plane_cache import PlaneCache
@@ -26,10 +26,11 @@ class PlaneStream:
     held in part, and there is always one that can be finished without the slots of another.
     """
 
-    def __init__(self, cache: PlaneCache, chains: Sequence[Chain], arrange: Arrange | None) -> None:
+    def __init__(self, cache: PlaneCache, chains: Sequence[Chain], arrange: Arrange | None, told: Told | None) -> None:
         self._cache = cache
         self._chains = chains
         self._arrange = arrange
+        self._told = told
         self.pending: deque[WantedChain] = deque()  # not all planes have a slot
         self.loading: dict[HeldPlane, list[WantedChain]] = {}  # leased, on the way, with the chains that wait for it
         self._kept: set[PlaneKey] = set()  # planes of pending chains: the last to make room for others
@@ -37,8 +38,8 @@ class PlaneStream:
         self._ready: list[WantedChain] = []  # leased, in memory, not yet handed out
         self._handed_out: list[WantedChain] = []
         self._error: PlaneReadError | None = None
-        self._late = False  # whether what ended the last wait was read ahead
-        self._begun = 0.0  # when its read began
+        self._came: dict[int, tuple[Ticket, bool]] = {}  # by index: the read that made a chain whole, if it was ahead
+        self.last_arrival = 0.0
 
     def __enter__(self) -> PlaneStream:
         with self._cache._lock:
@@ -85,20 +86,32 @@ class PlaneStream:
             self._ready = []
             return [(chain.index, chain.offsets()) for chain in batch]
 
+    def fail(self) -> NoReturn:
+        """Raise what a chain could not be read for."""
+        assert self._error is not None
+        raise self._error
+
+    def waited(self, start: float, end: float, index: int) -> None:
+        """Who is told of chains waited from `start` to `end`, by the engine's clock, until the one at `index` came."""
+        with self._cache._lock:
+            self._count_wait(start, end, index)
+
     def arrived(self, plane: HeldPlane, ticket: Ticket) -> None:
         """The read of a plane in `loading` ended. The cache's lock is held."""
         waiting = self.loading.pop(plane)
-        self._begun = ticket.begun
         if ticket.error is not None:
             ticket.error.key = plane.key
             self._error = ticket.error
+            if self._told is not None:
+                self._told.failed()
             return
+        self.last_arrival = ticket.ended
         for chain in waiting:
             chain.missing -= 1
             if chain.missing == 0 and len(chain.leased) == len(chain.keys):
                 del self._under_way[chain.index]
-                self._late = plane.ahead
-                self._ready.append(chain)
+                self._came[chain.index] = ticket, plane.ahead
+                self._make_ready(chain)
 
     def _begin(self) -> None:
         cache, kept = self._cache, self._kept
@@ -158,7 +171,12 @@ class PlaneStream:
         if chain.missing:
             self._under_way[chain.index] = chain
         else:
-            self._ready.append(chain)
+            self._make_ready(chain)
+
+    def _make_ready(self, chain: WantedChain) -> None:
+        self._ready.append(chain)
+        if self._told is not None:
+            self._told.whole(chain.index, chain.offsets())
 
     def _issue_pending(self) -> None:
         """Queue reads, chain after chain in the order asked, for as many as slots can be had."""
@@ -190,7 +208,7 @@ class PlaneStream:
     def _wait(self) -> None:
         """Until a chain is ready or a read failed; waiting counts as stall."""
         cache = self._cache
-        start, self._late = cache._engine.clock(), False
+        start = cache._engine.clock()
         while not self._ready and self._error is None:
             if not cache._loading:  # nothing will arrive, so nothing would ever wake us
                 self._start_over()
@@ -198,12 +216,17 @@ class PlaneStream:
                 cache._engine.wait(cache._changed)
             if self.pending:
                 self._issue_pending()
-        end = cache._engine.clock()
+        self._count_wait(start, cache._engine.clock(), self._ready[-1].index if self._ready else -1)
+
+    def _count_wait(self, start: float, end: float, index: int) -> None:
+        """It ended as the chain at `index` was whole (-1: for another reason)."""
+        cache = self._cache
+        ticket, late = self._came.get(index, (None, False))
         cache._stats.stall_seconds += end - start
-        if self._late:
+        if late:
             cache._stats.late_stall_seconds += end - start
         if cache.watch is not None:
-            cache.watch.waited(start, self._begun, end, late=self._late)
+            cache.watch.waited(start, start if ticket is None else ticket.begun, end, late=late)
 
     def _start_over(self) -> None:
         """Give the head chain an arena without anything else in it, its own planes included.

@@ -71,6 +71,17 @@ class Watch(Protocol):
         """A plane; 0 bytes where it could not be read."""
 
 
+class Told(Protocol):
+    """Is told of the chains of a stream, in whichever thread finds out and with the cache's lock held; must not
+    block."""
+
+    def whole(self, index: int, offsets: tuple[int, ...], /) -> None:
+        """The chain at `index` of those asked for is in memory, its planes at these byte offsets of the buffer."""
+
+    def failed(self) -> None:
+        """One cannot be read."""
+
+
 NEVER = -1
 """The step of a plane that was prefetched and that no stream has asked for."""
 

@@ -19,8 +19,10 @@ from moestro.hf.skeleton import Skeleton, is_experts_module
 from moestro.kernels.base import Kernels
 from moestro.keys import FIRST_DELTA, PlaneKey
 from moestro.memory.plane_cache import PlaneCache
+from moestro.memory.plane_stream import PlaneStream
 from moestro.memory.planes import Chain
 from moestro.policy.observation import Routing
+from moestro.runtime.arriving import Arriving
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.deltas import StepDeltas
 from moestro.runtime.expert_layers import LayerExperts, RawExperts, packed_layer
@@ -67,7 +69,9 @@ class RoutedExperts:
         chains: Sequence[Sequence[Chain]],
         *,
         level: int,
+        arena: int,
     ) -> None:
+        """`arena`: the address of the bytes in which `planes` holds planes."""
         assert len(layers) == len(chains)
         self.planes = planes
         planes.on_gone = self._gone
@@ -85,6 +89,7 @@ class RoutedExperts:
         self._exact = True  # whether what is known may be computed with
         self.known = tuple(one.known for one in layers)
         self._layers = tuple(layers)
+        self._arriving = Arriving(arena)
         self.chains = tuple(tuple(one) for one in chains)
 
     def __call__(
@@ -228,40 +233,93 @@ class RoutedExperts:
         rows, wanted = self._grouped(layer, hidden_TH, index_TK.numpy(), weights_TK.numpy())
         spans.end(Event.CHOOSE, layer)
         self.counts_LE[layer, : len(rows.counts_E)] += rows.counts_E
-        used = rows.used
-        shape = (index_TK.numel(), hidden_TH.shape[1])
-        out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
-        compute, foresight, deltas = self._layers[layer].compute, self.foresight, self.deltas
+        foresight, deltas, order = self.foresight, self.deltas, self.order
         if deltas is not None:
             wanted = deltas.chains(layer, rows, wanted)
         spans.begin(Part.POLICY)
-        order, counts_E = self.order, rows.counts_E
-        arrange = None if order is None else order.of(wanted, counts_E, rows=len(index_TK))
+        arrange = None if order is None else order.of(wanted, rows.counts_E, rows=len(index_TK))
+        known, told = self._taken_as_known(layer, rows, index_TK), None
+        if known is not None:
+            told = self._arriving
+            told.begin(rows.used)
         try:
-            with self.planes.stream(wanted, arrange=arrange) as batches:
+            with self.planes.stream(wanted, arrange=arrange, told=told) as batches:
                 reading = batches.reading
                 if foresight is not None:
                     foresight.asked(layer, hidden_TH, reading=reading)
-                for batch in batches:
+                if known is not None and not batches.pending:
+                    found = self._as_they_come(layer, known, batches, hidden_TH, index_TK, weights_TK)
                     if foresight is not None:
-                        foresight.served(reading=reading)
-                    spans.end(Event.ASK, layer, len(wanted))
-                    spans.begin(Part.EXPERTS)
-                    if order is not None:
-                        order.computing()
-                    if deltas is None:
-                        compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
-                    else:
-                        arrived, pieces = deltas.arrived(rows, batch)
-                        compute(arrived, rows, hidden_TH, out_PH, pieces)
-                    if order is not None:
-                        order.computed([rows.expert_of(used[index]) for index, _ in batch], counts_E)
-                    spans.end(Event.EXPERTS, layer, len(batch))
-                    spans.begin(Part.POLICY)
+                        foresight.served(reading=reading, at=batches.last_arrival if reading else None)
+                    return found
+                return self._in_batches(layer, batches, reading, rows, hidden_TH, weights_TK)
         except PlaneReadError as error:
             if error.key is not None:
                 error.requests = owners(self._rows_that_need(error.key, rows))
             raise
+
+    def _taken_as_known(self, layer: int, rows: Grouping, index_TK: torch.Tensor) -> _native.KnownExperts | None:
+        """What computes the layer in one call, where it can: few rows of the base alone, at the exact level."""
+        plain_rows = self.deltas is None and self._exact and rows.of_experts and len(index_TK) <= KNOWN_ROWS
+        by_time = self.order is not None and self.order.by_time
+        return self.known[layer] if plain_rows and not by_time and rows.covers(index_TK.numel()) else None
+
+    def _as_they_come(
+        self,
+        layer: int,
+        known: _native.KnownExperts,
+        batches: PlaneStream,
+        hidden_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """The weighted sum, in one call that waits for what is on its way. The span of asking is open, and ends."""
+        spans = self.spans
+        spans.end(Event.ASK, layer, index_TK.shape[1])
+        spans.begin(Part.EXPERTS)
+        began = spans.clock()
+        found = self._arriving.compute(known, hidden_TH, index_TK, weights_TK)
+        if found is None:
+            batches.fail()
+        sum_TH, computed, waited = found
+        for begun, ended, index in waited:
+            batches.waited(began + begun, began + ended, index)
+        for begun, ended, experts in computed:
+            spans.note(Event.EXPERTS, began + begun, began + ended, layer, experts)
+        spans.end(Event.COMBINE, layer)
+        return sum_TH
+
+    def _in_batches(
+        self,
+        layer: int,
+        batches: PlaneStream,
+        reading: bool,
+        rows: Grouping,
+        hidden_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """The weighted sum, of one batch after another. The span of asking is open, and ends."""
+        spans, foresight, deltas = self.spans, self.foresight, self.deltas
+        order = self.order if self.order is not None and self.order.by_time else None
+        used, compute = rows.used, self._layers[layer].compute
+        shape = (weights_TK.numel(), hidden_TH.shape[1])
+        out_PH = torch.empty(shape) if rows.covers(shape[0]) else torch.zeros(shape)
+        for batch in batches:
+            if foresight is not None:
+                foresight.served(reading=reading)
+            spans.end(Event.ASK, layer, len(used))
+            spans.begin(Part.EXPERTS)
+            if order is not None:
+                order.computing()
+            if deltas is None:
+                compute([(used[index], offsets) for index, offsets in batch], rows, hidden_TH, out_PH)
+            else:
+                arrived, pieces = deltas.arrived(rows, batch)
+                compute(arrived, rows, hidden_TH, out_PH, pieces)
+            if order is not None:
+                order.computed([rows.expert_of(used[index]) for index, _ in batch], rows.counts_E)
+            spans.end(Event.EXPERTS, layer, len(batch))
+            spans.begin(Part.POLICY)
         spans.end(Event.ASK, layer, 0)
         spans.begin(Part.EXPERTS)
         sum_TH = combine(out_PH, weights_TK)
@@ -327,4 +385,4 @@ def open_experts(
             layers.append(RawExperts(kernels, module, views, layer))
         else:
             layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), layer=layer))
-    return RoutedExperts(planes, layers, chains, level=level)
+    return RoutedExperts(planes, layers, chains, level=level, arena=arena.data_ptr())

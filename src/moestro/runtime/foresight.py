@@ -263,9 +263,9 @@ class LayerForesight:
                 self.awaited = target
             self._work_s += ((time.perf_counter() - start) / len(proposed) - self._work_s) / 32
 
-    def served(self, *, reading: bool) -> None:
-        """Planes of the layer are in memory; the last call is what counts."""
-        self._meter.served(time.perf_counter(), read=reading)
+    def served(self, *, reading: bool, at: float | None = None) -> None:
+        """Planes of the layer are in memory, since `at` by `time.perf_counter` (None: now); the last call counts."""
+        self._meter.served(time.perf_counter() if at is None else at, read=reading)
 
     def _slack(self, layer: int, *, reading: bool) -> Slack:
         """For experts of the layer, by what reads took of late."""

@@ -21,17 +21,18 @@ class Grouping:
 
     A place is a (row, k) pair: row of the batch times K plus k. Ids at or above the number of experts are the "no
     expert" marks of expert-parallel routers and have no group. Without `levels_TK` there is one level and a group is an
-    expert; with it, `levels_TK` are numbers that start with 1 for the first of `bits`, and 0 leaves an expert out.
+    expert (`of_experts`); with it, `levels_TK` are numbers that start with 1 for the first of `bits`, and 0 leaves an
+    expert out.
     """
 
-    __slots__ = ("_bits", "_counts_G", "_ends_G", "_per_row", "_places_P", "counts_E", "used")
+    __slots__ = ("_bits", "_counts_G", "_flat_P", "_per_row", "_sorted", "counts_E", "of_experts", "used")
 
     def __init__(
         self, index_TK: Ints, experts: int, *, bits: Sequence[int] = (0,), levels_TK: Ints | None = None
     ) -> None:
         flat_P = index_TK.ravel()
         self.counts_E = np.bincount(flat_P, minlength=experts)[:experts]
-        self._bits = tuple(bits)
+        self._bits, self.of_experts = tuple(bits), levels_TK is None
         if levels_TK is None:
             assert len(bits) == 1
             self._counts_G = self.counts_E
@@ -39,9 +40,8 @@ class Grouping:
             groups, level_P = experts * len(bits), levels_TK.ravel()
             flat_P = np.where((level_P > 0) & (flat_P < experts), flat_P * len(bits) + level_P - 1, groups)
             self._counts_G = np.bincount(flat_P, minlength=groups)[:groups]
-        self._per_row = index_TK.shape[1]
-        self._places_P = flat_P.argsort(kind="stable")
-        self._ends_G = self._counts_G.cumsum()
+        self._per_row, self._flat_P = index_TK.shape[1], flat_P
+        self._sorted: tuple[Ints, Ints] | None = None
         used_J = self._counts_G.nonzero()[0]
         if index_TK.shape[0] > 1:
             used_J = used_J[(-self._counts_G[used_J]).argsort(kind="stable")]
@@ -49,7 +49,13 @@ class Grouping:
 
     def covers(self, places: int) -> bool:
         """Whether every one of all `places` belongs to a group."""
-        return int(self._ends_G[-1]) == places
+        return int(self._counts_G.sum()) == places
+
+    def _by_group(self) -> tuple[Ints, Ints]:
+        """The places [P] by group, and where each group [G] ends among them. Not asked for in most small steps."""
+        if self._sorted is None:
+            self._sorted = self._flat_P.argsort(kind="stable"), self._counts_G.cumsum()
+        return self._sorted
 
     def expert_of(self, group: int) -> int:
         """The expert of a group."""
@@ -65,9 +71,9 @@ class Grouping:
 
     def places_of(self, group: int) -> Ints:
         """The places of one group, ascending."""
-        end = self._ends_G[group]
-        places: Ints = self._places_P[end - self._counts_G[group] : end]
-        return places
+        places_P, ends_G = self._by_group()
+        end = ends_G[group]
+        return places_P[end - self._counts_G[group] : end]
 
     def rows_of(self, group: int) -> Ints:
         """The rows of the batch that are in one group, ascending."""
@@ -82,13 +88,14 @@ class Grouping:
     def stretches(self, bounds: Ints) -> Iterator[tuple[int, int, int, int]]:
         """(group, number, first, end): rows `first` to `end` of a group are rows of the batch from `bounds[number]` to
         the next bound. Bounds ascend, and rows before the first of them are left out."""
-        total = int(self._ends_G[-1])
-        number_P = np.searchsorted(bounds, self._places_P[:total] // self._per_row, side="right") - 1
+        places_P, ends_G = self._by_group()
+        total = int(ends_G[-1])
+        number_P = np.searchsorted(bounds, places_P[:total] // self._per_row, side="right") - 1
         group_P = np.repeat(np.arange(len(self._counts_G)), self._counts_G)
         starts_S = np.flatnonzero(np.diff(group_P * (len(bounds) + 1) + number_P, prepend=-2))
         ends_S = np.append(starts_S[1:], total)
         group_S = group_P[starts_S]
-        before_S = (self._ends_G - self._counts_G)[group_S]
+        before_S = (ends_G - self._counts_G)[group_S]
         kept = number_P[starts_S] >= 0
         parts = (group_S, number_P[starts_S], starts_S - before_S, ends_S - before_S)
         return zip(*(part[kept].tolist() for part in parts), strict=True)
@@ -96,8 +103,8 @@ class Grouping:
     def jobs(self, groups: Sequence[int], planes_JP: Ints) -> ExpertJobs:
         """Jobs for these groups, whose experts' planes lie at the addresses `planes_JP`."""
         count = len(groups)
-        if count == self._per_row == len(self._places_P) and groups == self.used:  # one row and all its experts
-            places = self._places_P.astype(np.int32)
+        if count == self._per_row == len(self._flat_P) and groups == self.used:  # one row and all its experts
+            places = self._by_group()[0].astype(np.int32)
             starts = np.arange(count + 1, dtype=np.int32)
             rows = np.zeros(count, dtype=np.int32)
         else:

@@ -17,12 +17,12 @@ from moestro.policy.order.johnson import johnson
 
 
 class ReadOrder:
-    """Asked for each layer by `of`; told of computations by `computing` and `computed`."""
+    """Asked for each layer by `of`; told of computations by `computing` and `computed`, if it goes `by_time`."""
 
     def __init__(self, name: str, transfers: TransferEngine) -> None:
         """Raises RequestError for a name that does not exist."""
         self._order, self._transfers, self._costs = make_load_order(name), transfers, ComputeCosts()
-        self._by_time = self._order is johnson
+        self.by_time = self._order is johnson
         self._began = 0.0
 
     def of(self, chains: Sequence[Chain], counts_E: np.ndarray, *, rows: int) -> Arrange | None:
@@ -30,7 +30,7 @@ class ReadOrder:
 
         One row wants each of its experts once: then only times tell them apart.
         """
-        if rows == 1 and not self._by_time:
+        if rows == 1 and not self.by_time:
             return None
 
         def arrange(missing: Sequence[MissingChain]) -> list[int]:
@@ -51,9 +51,8 @@ class ReadOrder:
 
     def computed(self, experts: Sequence[int], counts_E: np.ndarray) -> None:
         """These experts have been."""
-        if self._by_time:
-            seconds = time.perf_counter() - self._began
-            self._costs.computed(len(experts), int(counts_E[list(experts)].sum()), seconds)
+        seconds = time.perf_counter() - self._began
+        self._costs.computed(len(experts), int(counts_E[list(experts)].sum()), seconds)
 
     def _load(self, chain: Chain, missing: MissingChain, counts_E: np.ndarray, per_byte_s: float) -> ChainLoad:
         expert = chain[0][1]
@@ -61,7 +60,7 @@ class ReadOrder:
         return ChainLoad(expert, len(chain), tokens, missing.nbytes * per_byte_s, self._costs.seconds(tokens))
 
     def _seconds_per_byte(self) -> float:
-        if not self._by_time:
+        if not self.by_time:
             return 0.0
         stats = self._transfers.stats
         return stats.busy_seconds / stats.bytes_read if stats.bytes_read else 0.0

@@ -1,0 +1,39 @@
+// Experts of a layer whose planes come while others are computed.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "packed.h"
+
+namespace moestro {
+
+struct Arrival {
+  int64_t expert;
+  int64_t planes[kPlanes]; // addresses; 0 where absent
+};
+
+// Readers say what has come, in threads of their own; the one that computes takes it.
+class Arrivals {
+public:
+  enum class News { none, some, failure };
+
+  // Forgets what was said before.
+  void clear();
+  void come(const Arrival &arrival);
+  // One will not come. What came before that is of no use any more.
+  void fail();
+  // Appends what has come since the last call; waits for it at most so long.
+  News take(std::vector<Arrival> &into, std::chrono::milliseconds at_most);
+
+private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Arrival> come_;
+  bool failed_ = false;
+};
+
+} // namespace moestro
