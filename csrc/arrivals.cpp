@@ -24,6 +24,11 @@ void Arrivals::fail() {
   changed_.notify_one();
 }
 
+size_t Arrivals::count() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return come_.size();
+}
+
 Arrivals::News Arrivals::take(std::vector<Arrival> &into, std::chrono::milliseconds at_most) {
   std::unique_lock<std::mutex> lock(mutex_);
   changed_.wait_for(lock, at_most, [this] { return failed_ || !come_.empty(); });

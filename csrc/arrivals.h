@@ -14,6 +14,7 @@ namespace moestro {
 struct Arrival {
   int64_t expert;
   int64_t planes[kPlanes]; // addresses; 0 where absent
+  double begun = 0;        // when its read began, in seconds of the steady clock; 0: not known
 };
 
 // Readers say what has come, in threads of their own; the one that computes takes it.
@@ -26,6 +27,8 @@ public:
   void come(const Arrival &arrival);
   // One will not come. What came before that is of no use any more.
   void fail();
+  // How many have come since the last call of `take`.
+  size_t count();
   // Appends what has come since the last call; waits for it at most so long.
   News take(std::vector<Arrival> &into, std::chrono::milliseconds at_most);
 

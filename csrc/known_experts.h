@@ -63,6 +63,7 @@ struct Course {
   struct Waited {
     double begun, ended;
     int64_t expert; // that ended the wait
+    double read;    // when its read began, in seconds of the steady clock; 0: not known
   };
   std::vector<Computed> computed;
   std::vector<Waited> waited;

@@ -14,6 +14,7 @@
 #include "module_lowest.h"
 #include "module_nets.h"
 #include "module_packed.h"
+#include "module_reads.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -206,6 +207,7 @@ NB_MODULE(_native, m) {
       nb::arg("value_dim"));
   m.def("scratch_bytes", [] { return pool().scratch_bytes(); }, release());
   m.def("sum_words", &sum_words, release(), nb::arg("address"), nb::arg("nbytes"));
+  add_reads(m);
   add_packed(m);
   add_decoder(m);
   add_lowest(m);

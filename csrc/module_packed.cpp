@@ -114,16 +114,10 @@ bool known_experts(const KnownExperts &known, uintptr_t hidden, uintptr_t ids, u
   return run_known(known, routed, pointer<float>(outputs), pointer<float>(sums));
 }
 
-void come(Arrivals &arrivals, int64_t expert, const Addresses &planes) {
-  if (planes.size() > kPlanes) throw std::invalid_argument("arrivals: a chain has too many planes");
-  Arrival arrival{expert, {}};
-  std::copy(planes.begin(), planes.end(), arrival.planes);
-  arrivals.come(arrival);
-}
+using Computed = std::vector<std::tuple<double, double, int64_t>>;
+using Waited = std::vector<std::tuple<double, double, int64_t, double>>;
 
-using Moments = std::vector<std::tuple<double, double, int64_t>>;
-
-std::optional<std::pair<Moments, Moments>> arriving_experts(KnownExperts &known, uintptr_t hidden, uintptr_t ids,
+std::optional<std::pair<Computed, Waited>> arriving_experts(KnownExperts &known, uintptr_t hidden, uintptr_t ids,
                                                             uintptr_t weights, int64_t rows, int64_t picks,
                                                             uintptr_t outputs, uintptr_t sums, Arrivals &arrivals) {
   const RoutedRows routed{pointer<const float>(hidden), pointer<const int64_t>(ids), pointer<const float>(weights),
@@ -139,9 +133,9 @@ std::optional<std::pair<Moments, Moments>> arriving_experts(KnownExperts &known,
         run_arriving(known, routed, arrivals, pointer<float>(outputs), pointer<float>(sums), course, look_up);
     if (!all) return {};
   }
-  std::pair<Moments, Moments> moments;
+  std::pair<Computed, Waited> moments;
   for (const auto &one : course.computed) moments.first.emplace_back(one.begun, one.ended, one.experts);
-  for (const auto &one : course.waited) moments.second.emplace_back(one.begun, one.ended, one.expert);
+  for (const auto &one : course.waited) moments.second.emplace_back(one.begun, one.ended, one.expert, one.read);
   return moments;
 }
 
@@ -195,11 +189,6 @@ void add_packed(nb::module_ &m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<MatrixShape>(m, "Matrix");
   nb::class_<ExpertShape>(m, "Experts");
-  nb::class_<Arrivals>(m, "Arrivals")
-      .def(nb::init<>())
-      .def("clear", &Arrivals::clear)
-      .def("come", &come, nb::arg("expert"), nb::arg("planes"))
-      .def("fail", &Arrivals::fail);
   nb::class_<KnownExperts>(m, "KnownExperts")
       .def("__init__",
            [](KnownExperts *self, const ExpertShape &shape, uintptr_t planes, int64_t count, int32_t level) {

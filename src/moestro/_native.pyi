@@ -205,6 +205,89 @@ class Arrivals:
     def fail(self) -> None:
         """One will not come."""
 
+    def count(self) -> int:
+        """How many have come that nobody has taken."""
+
+class ReadRequest:
+    """Reads that a thread has taken together."""
+
+    @property
+    def ids(self) -> list[int]: ...
+    @property
+    def filled(self) -> bool:
+        """Whether all of their bytes are where they belong."""
+
+    @property
+    def begun(self) -> float:
+        """When, in seconds of the system's steady clock; that of `time.perf_counter` on Linux."""
+
+    @property
+    def ended(self) -> float:
+        """Likewise."""
+
+class ReadStats:
+    """Of all requests so far."""
+
+    @property
+    def requests(self) -> int:
+        """Carried out in the queue, whole."""
+
+    @property
+    def busy(self) -> float:
+        """Seconds in which at least one was under way."""
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the longest."""
+
+    @property
+    def others(self) -> int:
+        """Reads that are not urgent and that nobody has taken, now."""
+
+class ReadQueue:
+    """Reads that wait for a thread: urgent ones before the others, first come first served among equals.
+
+    Those that lie one after another in a file, and are as urgent, share a request of up to `request_bytes`; of those
+    that nobody waits for there is one request at a time, of up to `piece_bytes`.
+    """
+
+    def __init__(self, request_bytes: int, piece_bytes: int) -> None: ...
+    def push(
+        self,
+        reads: Sequence[tuple[int, int, int, int, int, tuple[Arrivals, int, Sequence[int]] | None]],
+        urgent: bool,
+    ) -> None:
+        """Reads at once: id, descriptor of a file, offset, bytes, address; and whom to tell when the bytes are there,
+        if anybody: an expert comes, with planes at these addresses. Neighbours share requests."""
+
+    def promote(self, id: int) -> None:
+        """Make it urgent, behind those that are, unless it has been taken."""
+
+    def remove(self, id: int) -> bool:
+        """Take it back unless it has been taken; whether that was so."""
+
+    def start(self) -> None:
+        """Have one more thread read, without the interpreter."""
+
+    def tried(self) -> ReadRequest | None:
+        """Wait for a request that these threads have tried to carry out; None when it is closed and none is left.
+
+        Where it is not `filled` the caller has to read it, and then to say that it is `done`.
+        """
+
+    def next(self) -> ReadRequest | None:
+        """Wait for a request that has not begun, for the caller to read, and then to say that it is `done`. None after
+        `close`."""
+
+    def done(self, request: ReadRequest) -> None: ...
+    def close(self) -> list[int]:
+        """End all waiting. Returns the ids of reads that nobody has taken, and which leave."""
+
+    def join(self) -> None:
+        """Wait for the threads to end, after `close`."""
+
+    def stats(self) -> ReadStats: ...
+
 class KnownExperts:
     """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known."""
 
@@ -245,12 +328,13 @@ class KnownExperts:
         outputs: int,
         sums: int,
         arrivals: Arrivals,
-    ) -> tuple[list[tuple[float, float, int]], list[tuple[float, float, int]]] | None:
+    ) -> tuple[list[tuple[float, float, int]], list[tuple[float, float, int, float]]] | None:
         """As `run`, of the base's rows: experts are computed as they come, and `planes` hold where they are.
 
         Every expert that is picked has to come, those that were known before too. Returns (begin, end, experts) of what
-        was computed at once, and (begin, end, expert that came) of waits, in seconds since the call began; None when
-        one will not come. ValueError when an expert does not exist. Signals are handled while nothing comes.
+        was computed at once, and (begin, end, expert that came, begin of its read) of waits, in seconds since the call
+        began but for the last, which are of the system's steady clock, 0 where not known; None when one will not come.
+        ValueError when an expert does not exist. Signals are handled while nothing comes.
         """
 
 def packed_linear(

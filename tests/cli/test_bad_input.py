@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cli.damage import flip_bit, truncate
 from cli.running import MODEL, assert_user_error, run
 from moestro import LLM, SamplingParams
+from moestro.memory.direct import preadv
+from moestro.memory.transfer import TransferEngine
+from moestro.runtime import open as runtime_open
 
 PROMPT = "def main(argv):\n    "
 ARGUMENTS = ["--prompt", PROMPT, "--memory", "40MiB", "--context", "256", "--max-tokens", "8"]
@@ -97,14 +101,13 @@ def test_another_version_of_the_format(damaged: Path) -> None:
 def test_an_unreadable_block(store: Path, used_expert: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system refuses one block of the plane file, as it does when a disk has a bad one."""
     bad = used_expert * PLANE
-    read = os.preadv
 
-    def preadv(descriptor: int, buffers: list[memoryview], offset: int, *flags: int) -> int:
+    def read_at(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         if offset <= bad < offset + len(buffers[0]) and os.readlink(f"/proc/self/fd/{descriptor}").endswith(".planes"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(descriptor, buffers, offset, *flags)
+        return preadv(descriptor, buffers, offset)
 
-    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(runtime_open, "TransferEngine", partial(TransferEngine, read_at=read_at))
     assert_user_error(
         run("generate", store, *ARGUMENTS), "experts.planes", f"expert {used_expert}", os.strerror(errno.EIO)
     )

@@ -164,7 +164,7 @@ def test_of_what_nobody_waits_for_one_piece_is_read_at_a_time(
     uniform_planes: PlaneFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a thread is free for what is asked for meanwhile."""
-    monkeypatch.setattr("moestro.memory.tickets.PIECE_BYTES", 2 * SIZE)
+    monkeypatch.setattr("moestro.memory.transfer.PIECE_BYTES", 2 * SIZE)
     planes, buffer, held, begun = uniform_planes, HostBuffer(16 * SIZE), threading.Event(), threading.Semaphore(0)
     calls: list[list[int]] = []
 

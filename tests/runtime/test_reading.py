@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,11 @@ import torch
 from families import FAMILIES, random_model
 from moestro.config import PackOptions
 from moestro.errors import RequestError
+from moestro.memory.direct import preadv
 from moestro.memory.disk_profile import DiskProfile, device_of, save_profile
+from moestro.memory.transfer import TransferEngine
 from moestro.policy.order import LOAD_ORDERS
+from moestro.runtime import open as runtime_open
 from moestro.store.pack import pack
 from opening import Feed, logits_of, open_store
 
@@ -62,10 +65,9 @@ def test_a_measured_disk_is_read_as_it_likes(
     monkeypatch.setenv("MOESTRO_CACHE", str(tmp_path))
     profile = DiskProfile(device=device_of(store), threads=5, request_bytes=4096, bytes_per_s=1e9)
     save_profile(profile, tmp_path)
-    before = threading.active_count()
     with open_store(store, share=0.25) as opened:
         assert torch.equal(logits_of(opened, PROMPT + NEXT), reference)
-        assert threading.active_count() == before + 5
+        assert [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")].count("moestro-read") == 5
         stats = opened.transfers.stats
         assert stats.requests == stats.reads  # planes are larger than 4096 bytes: none shares a request
 
@@ -77,25 +79,31 @@ def test_planes_of_an_expert_share_requests(store: Path) -> None:
     assert stats.requests < stats.reads
 
 
-def ill(monkeypatch: pytest.MonkeyPatch, before_read: Callable[[int], None]) -> None:
-    """Put something before every read of the disk, which is told its number."""
-    really, lock, count = os.preadv, threading.Lock(), [0]
+class Disk:
+    """That of models opened from now on: once `ill`, does something before every read, which is told its number."""
 
-    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-        with lock:
-            count[0] += 1
-            number = count[0]
-        before_read(number)
-        return really(descriptor, buffers, offset)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._lock, self._count = threading.Lock(), 0
+        self._before_read: Callable[[int], None] = lambda _number: None
+        monkeypatch.setattr(runtime_open, "TransferEngine", partial(TransferEngine, read_at=self._read_at))
 
-    monkeypatch.setattr(os, "preadv", preadv)
+    def ill(self, before_read: Callable[[int], None]) -> None:
+        self._count, self._before_read = 0, before_read
+
+    def _read_at(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        with self._lock:
+            self._count += 1
+            number = self._count
+        self._before_read(number)
+        return preadv(descriptor, buffers, offset)
 
 
 def test_what_was_to_be_read_ahead_is_let_go_of_quietly(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    disk = Disk(monkeypatch)
     with open_store(store, share=0.5) as opened:
-        ill(monkeypatch, lambda _number: time.sleep(0.1))
+        disk.ill(lambda _number: time.sleep(0.1))
         planes = opened.runner.planes
         assert planes.prefetch([(0, expert, 0) for expert in range(4)]) == 4
     assert opened.transfers.stats.reads < 4
@@ -113,8 +121,9 @@ def test_a_disk_that_stalls_in_mid_run(
             stalled.append(number)
             time.sleep(STALL_S)
 
+    disk = Disk(monkeypatch)
     with open_store(store, share=0.1, order=order) as opened:
-        ill(monkeypatch, stall)
+        disk.ill(stall)
         assert torch.equal(logits_of(opened, PROMPT + NEXT, chunk=5), reference)
         stats, read = opened.runner.planes.stats, opened.transfers.stats
     assert stalled == [40, 90]
@@ -125,11 +134,12 @@ def test_a_disk_that_stalls_in_mid_run(
 def test_a_disk_that_becomes_much_slower_in_mid_run(
     store: Path, reference: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    disk = Disk(monkeypatch)
     with open_store(store, share=0.25) as opened:
         feed = Feed(opened)
         first = feed.step({0: PROMPT[:20]})[0]
         quick = opened.runner.planes.stats.stall_seconds
-        ill(monkeypatch, lambda _: time.sleep(0.005))
+        disk.ill(lambda _: time.sleep(0.005))
         rest = feed.step({0: PROMPT[20:] + NEXT})[0]
         slow = opened.runner.planes.stats.stall_seconds - quick
     assert torch.equal(torch.cat([first, rest]), reference)

@@ -72,6 +72,11 @@ def fill(
         filled += count
 
 
+def _leave_nothing(opened: _OpenFile, offset: int, nbytes: int) -> None:
+    if not opened.direct:
+        os.posix_fadvise(opened.descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 class FileReader:
     """Fills memory from files, which stay open until `close`. Safe to use from many threads."""
 
@@ -109,15 +114,27 @@ class FileReader:
         except Exception:
             return False
         wanted = sum(map(len, destinations))
-        if not opened.direct:
-            os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
+        _leave_nothing(opened, offset, wanted)
         return count == wanted
 
+    def descriptor(self, file: Path) -> int:
+        """By which the file is read at present; -1 where it cannot be opened, and `read` says why."""
+        try:
+            return self._open(file).descriptor
+        except OSError:
+            return -1
+
+    def was_read(self, file: Path, offset: int, nbytes: int) -> None:
+        """Somebody has read so much by the `descriptor`: nothing of it stays in the page cache."""
+        _leave_nothing(self._open(file), offset, nbytes)
+
     def is_due(self, file: Path, offset: int) -> bool:
-        """Whether what has just been read from there is to be checked: the first time, and one time in a few."""
-        unchecked = self._open(file).unchecked
-        since = unchecked[offset] = unchecked.get(offset, CHECK_EVERY) + 1
-        return since > CHECK_EVERY
+        """Whether what is read from there is to be checked: the first time, and one time in a few."""
+        return self._open(file).unchecked.get(offset, CHECK_EVERY) >= CHECK_EVERY
+
+    def was_trusted(self, file: Path, offset: int) -> None:
+        """What was read from there has not been checked."""
+        self._open(file).unchecked[offset] += 1
 
     def found_right(self, file: Path, offset: int) -> None:
         """What is read from there is not due for a while."""
@@ -156,8 +173,7 @@ class FileReader:
                 raise
             opened = self._fall_back(file, opened)
             self._fill(opened, offset, destination, wanted)
-        if not opened.direct:
-            os.posix_fadvise(opened.descriptor, offset, wanted, os.POSIX_FADV_DONTNEED)
+        _leave_nothing(opened, offset, wanted)
 
     def _fill(self, opened: _OpenFile, offset: int, destination: memoryview, wanted: int) -> None:
         fill(self._read_at, opened.descriptor, destination, offset, wanted, direct=opened.direct)

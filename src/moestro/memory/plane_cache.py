@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 
@@ -30,11 +29,12 @@ from moestro.memory.planes import (
     EvictableView,
     HeldPlane,
     Planes,
+    RecentLoads,
     Told,
     Watch,
     read_of,
 )
-from moestro.memory.tickets import Ticket, Transfers
+from moestro.memory.tickets import Notice, Ticket, Transfers
 from moestro.policy.base import EvictionPolicy, Need
 
 
@@ -74,7 +74,7 @@ class PlaneCache:
         """Is told, in a thread of the engine, of each plane that has arrived and was read ahead; must not block."""
         self.watch: Watch | None = None
         self._stats = CacheStats()
-        self._loaded: Counter[int] = Counter()  # bytes loaded of late, by slot class
+        self._loads = RecentLoads(arena)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
@@ -117,7 +117,7 @@ class PlaneCache:
             planes = [self._planes.by_key.get(key) for key in self.slots_of(chain)]
             if any(plane is None or plane.ticket is not None for plane in planes):
                 return None
-            return tuple(plane.slot.offset + inner for plane in planes if plane is not None for inner in plane.inner)
+            return tuple(offset for plane in planes if plane is not None for offset in plane.offsets())
 
     def used(self, first: int, counts_LE: np.ndarray) -> None:
         """Experts of layers from `first` on, those with a count, were used without asking, because nothing of them has
@@ -148,7 +148,7 @@ class PlaneCache:
             wanted = dict.fromkeys(self.slots_of(keys))
             keep = Either(wanted, spare) if spare else wanted
             issued = 0
-            with self._engine.together(hand_over=False):
+            with self._engine.together():
                 for key in wanted:
                     if key not in self._planes.by_key:
                         if self._issue(key, urgent=False, keep=keep) is None:
@@ -241,8 +241,7 @@ class PlaneCache:
         with self._lock:
             nbytes = self._arena.nbytes
             self._arena = Arena(self._arena.reserved_bytes, extent_bytes, slot_sizes)
-            self._planes = Planes(self._arena)
-            self._loaded.clear()
+            self._planes, self._loads = Planes(self._arena), RecentLoads(self._arena)
             self._arena.resize(nbytes)
 
     def resize(self, nbytes: int) -> None:
@@ -284,28 +283,36 @@ class PlaneCache:
         self.on_gone(plane.key)
 
     def _issue(
-        self, key: PlaneKey, *, urgent: bool, keep: Container[PlaneKey] = (), any_class: bool = False
+        self,
+        key: PlaneKey,
+        *,
+        urgent: bool,
+        keep: Container[PlaneKey] = (),
+        any_class: bool = False,
+        notice: Callable[[tuple[int, ...]], Notice] | None = None,
     ) -> HeldPlane | None:
         """Give the plane a slot and queue its read; None when no slot can be had now.
 
-        The planes of `keep` stay. Planes of other slot classes stay too, unless `any_class` is set or this class has
-        far less of the arena than its part of the recent loads.
+        The read gives the `notice` that belongs to where planes will lie. The planes of `keep` stay. Planes of other
+        slot classes stay too, unless `any_class` is set or this class has far less of the arena than its part of the
+        recent loads.
         """
         extents = self.extents(key)
         *inner, nbytes = itertools.accumulate([extent.nbytes for extent in extents], initial=0)
         need = Need(key, nbytes, urgent)
         slot = self._arena.alloc(nbytes)
         while slot is None:
-            if not self._make_room(need, keep, any_class=any_class or self._is_short(nbytes)):
+            if not self._make_room(need, keep, any_class=any_class or self._loads.is_short(nbytes)):
                 return None
             slot = self._arena.alloc(nbytes)
         plane = HeldPlane(key, slot, nbytes, self._step if urgent else NEVER, tuple(inner), ahead=not urgent)
-        read = read_of(key, extents, self._buffer.view(slot.offset, nbytes))
+        given = None if notice is None else notice(plane.offsets())
+        read = read_of(key, extents, self._buffer.view(slot.offset, nbytes), given)
         self._planes.add(plane)
         if not urgent:
             self._ahead.setdefault(key[0], {})[key] = plane
         self._policy.on_load(key, slot.nbytes)
-        self._count_load(slot.nbytes)
+        self._loads.count(slot.nbytes)
         try:
             plane.ticket = self._engine.submit(read, urgent=urgent, on_done=lambda ticket: self._arrived(plane, ticket))
         except BaseException:
@@ -337,18 +344,6 @@ class PlaneCache:
         for plane in tuple(self._planes.by_key.values()):
             if plane.evictable:
                 self._evict(plane)
-
-    def _is_short(self, nbytes: int) -> bool:
-        """Whether the class of planes of `nbytes` has less than half of what its part of the recent loads suggests."""
-        size = self._arena.slot_bytes(nbytes)
-        loaded = self._loaded[size] + size
-        return 2 * self._arena.used_by(size) * (self._loaded.total() + size) < loaded * self._arena.nbytes
-
-    def _count_load(self, size: int) -> None:
-        self._loaded[size] += size
-        if self._loaded.total() > 4 * self._arena.nbytes:
-            for each in self._loaded:
-                self._loaded[each] //= 2
 
     def _cancel_a_prefetch(self, keep: Container[PlaneKey] = ()) -> bool:
         """Take back a slot from a read that nobody waits for and that has not begun: the last one queued."""

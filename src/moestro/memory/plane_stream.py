@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -39,7 +40,7 @@ class PlaneStream:
         self._handed_out: list[WantedChain] = []
         self._error: PlaneReadError | None = None
         self._came: dict[int, tuple[Ticket, bool]] = {}  # by index: the read that made a chain whole, if it was ahead
-        self.last_arrival = 0.0
+        self.last_arrival = 0.0  # by the engine's clock; 0: nothing that had to be read has come
 
     def __enter__(self) -> PlaneStream:
         with self._cache._lock:
@@ -86,15 +87,23 @@ class PlaneStream:
             self._ready = []
             return [(chain.index, chain.offsets()) for chain in batch]
 
+    def settle(self) -> None:
+        """Wait until all that has come, of which who is told has heard from those that read, is put down as well."""
+        with self._cache._lock:
+            while self._under_way and self._error is None:
+                self._cache._changed.wait()
+
     def fail(self) -> NoReturn:
         """Raise what a chain could not be read for."""
         assert self._error is not None
         raise self._error
 
-    def waited(self, start: float, end: float, index: int) -> None:
-        """Who is told of chains waited from `start` to `end`, by the engine's clock, until the one at `index` came."""
+    def waited(self, start: float, end: float, index: int, begun: float) -> None:
+        """Who is told of chains waited from `start` to `end`, by the engine's clock, until the one at `index` came, the
+        read of which began at `begun` (0: not known)."""
         with self._cache._lock:
-            self._count_wait(start, end, index)
+            self.last_arrival = max(self.last_arrival, end)
+            self._count_wait(start, end, index, begun)
 
     def arrived(self, plane: HeldPlane, ticket: Ticket) -> None:
         """The read of a plane in `loading` ended. The cache's lock is held."""
@@ -190,19 +199,20 @@ class PlaneStream:
         with self._cache._engine.together():  # planes of an expert lie one after another on disk
             while len(chain.leased) < len(chain.keys):
                 key = chain.keys[len(chain.leased)]
-                plane = self._cache._planes.by_key.get(key) or self._issue(key)
+                plane = self._cache._planes.by_key.get(key) or self._issue(key, chain)
                 if plane is None:
                     return False
                 chain.leased.append(plane)
                 self._lease(chain, plane)
             return True
 
-    def _issue(self, key: PlaneKey) -> HeldPlane | None:
-        cache = self._cache
-        plane = cache._issue(key, urgent=True, keep=self._kept)
+    def _issue(self, key: PlaneKey, chain: WantedChain) -> HeldPlane | None:
+        cache, told = self._cache, self._told
+        notice = None if told is None or len(chain.keys) > 1 else partial(told.notice, chain.index)
+        plane = cache._issue(key, urgent=True, keep=self._kept, notice=notice)
         if plane is None and not (self._ready or self._under_way or self._handed_out):
             # Nothing to wait for: the planes that later chains could have used must go as well.
-            plane = cache._issue(key, urgent=True, any_class=True)
+            plane = cache._issue(key, urgent=True, any_class=True, notice=notice)
         return plane
 
     def _wait(self) -> None:
@@ -218,15 +228,17 @@ class PlaneStream:
                 self._issue_pending()
         self._count_wait(start, cache._engine.clock(), self._ready[-1].index if self._ready else -1)
 
-    def _count_wait(self, start: float, end: float, index: int) -> None:
+    def _count_wait(self, start: float, end: float, index: int, begun: float = 0.0) -> None:
         """It ended as the chain at `index` was whole (-1: for another reason)."""
         cache = self._cache
         ticket, late = self._came.get(index, (None, False))
+        if ticket is not None:
+            begun = ticket.begun
         cache._stats.stall_seconds += end - start
         if late:
             cache._stats.late_stall_seconds += end - start
         if cache.watch is not None:
-            cache.watch.waited(start, start if ticket is None else ticket.begun, end, late=late)
+            cache.watch.waited(start, begun or start, end, late=late)
 
     def _start_over(self) -> None:
         """Give the head chain an arena without anything else in it, its own planes included.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from moestro.keys import FIRST_DELTA, PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena, Slot
-from moestro.memory.tickets import Read, Ticket
+from moestro.memory.tickets import Notice, Read, Ticket
 
 Chain = tuple[PlaneKey, ...]
 """The planes of one expert that are needed together, base first."""
@@ -81,6 +82,9 @@ class Told(Protocol):
     def failed(self) -> None:
         """One cannot be read."""
 
+    def notice(self, index: int, offsets: tuple[int, ...], /) -> Notice:
+        """What a read gives that makes a chain whole by itself; `whole` may follow."""
+
 
 NEVER = -1
 """The step of a plane that was prefetched and that no stream has asked for."""
@@ -107,6 +111,11 @@ class HeldPlane:
     def evictable(self) -> bool:
         return self.leases == 0 and self.ticket is None
 
+    def offsets(self) -> tuple[int, ...]:
+        """Where the planes of the slot lie in the arena."""
+        offset = self.slot.offset
+        return tuple([offset + inner for inner in self.inner])
+
 
 @dataclass(slots=True, eq=False)
 class WantedChain:
@@ -119,7 +128,7 @@ class WantedChain:
 
     def offsets(self) -> tuple[int, ...]:
         """Where the planes lie in the arena."""
-        return tuple([plane.slot.offset + inner for plane in self.leased for inner in plane.inner])
+        return tuple([offset for plane in self.leased for offset in plane.offsets()])
 
 
 class Planes:
@@ -201,7 +210,30 @@ class EvictableView:
         return not leaving or any(other.key in self._keep for other in leaving)
 
 
-def read_of(key: PlaneKey, extents: Sequence[PlaneExtent], destination: memoryview) -> Read:
+class RecentLoads:
+    """Bytes loaded of late, by slot class."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._loaded: Counter[int] = Counter()
+
+    def is_short(self, nbytes: int) -> bool:
+        """Whether the class of planes of `nbytes` has less than half of what its part of the loads suggests."""
+        arena, size = self._arena, self._arena.slot_bytes(nbytes)
+        loaded = self._loaded[size] + size
+        return 2 * arena.used_by(size) * (self._loaded.total() + size) < loaded * arena.nbytes
+
+    def count(self, size: int) -> None:
+        """A slot of this size is being loaded."""
+        self._loaded[size] += size
+        if self._loaded.total() > 4 * self._arena.nbytes:
+            for each in self._loaded:
+                self._loaded[each] //= 2
+
+
+def read_of(
+    key: PlaneKey, extents: Sequence[PlaneExtent], destination: memoryview, notice: Notice | None = None
+) -> Read:
     """Of the planes in the slot of `key`, which lie one after another."""
     first, last, nbytes = extents[0], extents[-1], sum([extent.nbytes for extent in extents])
     layer, expert, plane = key
@@ -212,4 +244,4 @@ def read_of(key: PlaneKey, extents: Sequence[PlaneExtent], destination: memoryvi
         assert last.offset + last.nbytes - first.offset == nbytes, key
     label = f"{what} of expert {expert} of MoE layer {layer}"
     checksums = tuple([(extent.nbytes, extent.checksum) for extent in extents])
-    return Read(first.file, first.offset, nbytes, destination, checksums, label)
+    return Read(first.file, first.offset, nbytes, destination, checksums, label, notice)

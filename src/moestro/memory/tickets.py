@@ -1,9 +1,8 @@
-"""Reads on their way: what is to be read, what became of it, and the queue they wait in."""
+"""Reads on their way: what is to be read, and what became of it."""
 
 from __future__ import annotations
 
 import ctypes
-import enum
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from moestro import _native
 from moestro.errors import PlaneReadError
+
+Notice = tuple[_native.Arrivals, int, list[int]]
+"""Whom to tell that an expert has come, which one, and the addresses of its planes."""
 
 PIECE_BYTES = 2 << 20
 """What is read at once of what nobody waits for, unless a plane is larger."""
@@ -22,7 +25,7 @@ class Read:
     """Fill `destination` with `nbytes` from `offset` of `file`; offset, size and address are multiples of 4096.
 
     `checksums` are bytes and xxh3_64 of its planes, one after another (none: not checked); `label` begins errors:
-    "Plane 0 of ...".
+    "Plane 0 of ...". `notice`, if any, is given as soon as the bytes are there, unless they have to be checked first.
     """
 
     file: Path
@@ -31,6 +34,7 @@ class Read:
     destination: memoryview
     checksums: tuple[tuple[int, int], ...]
     label: str
+    notice: Notice | None = None
 
     def address(self) -> int:
         """Address of the first byte of the destination."""
@@ -44,30 +48,22 @@ class Read:
         )
 
 
-class State(enum.Enum):
-    """Of a ticket."""
-
-    QUEUED = 0
-    RUNNING = 1
-    DONE = 2
-
-
 class Ticket:
-    """A read that was submitted. `submitted`, `begun` and `ended` are when, by the engine's clock (0: not yet)."""
+    """A read that was submitted, as the engine's `number`. `submitted`, `begun` and `ended` are when, by the engine's
+    clock (0: not yet)."""
 
-    def __init__(self, read: Read, *, urgent: bool) -> None:
+    def __init__(self, read: Read, *, urgent: bool, number: int = 0) -> None:
         self.read = read
+        self.number = number
         self.urgent = urgent
         self.error: PlaneReadError | None = None
         self.submitted = self.begun = self.ended = 0.0
-        self.state = State.QUEUED
         self.callbacks: list[Callable[[Ticket], None]] = []
         self._unfinished = threading.Lock()  # an event would take as long to make as all the rest
         self._unfinished.acquire()
 
     def finish(self) -> None:
         """It was carried out, failed or was cancelled."""
-        self.state = State.DONE
         self._unfinished.release()
 
     def done(self) -> bool:
@@ -85,7 +81,7 @@ class Ticket:
 class Transfers(Protocol):
     """What carries out reads: `TransferEngine`, or a link of a simulator with its own clock."""
 
-    def together(self, *, hand_over: bool = True) -> AbstractContextManager[object]: ...
+    def together(self) -> AbstractContextManager[object]: ...
 
     def submit(self, read: Read, /, *, urgent: bool, on_done: Callable[[Ticket], None] | None) -> Ticket: ...
 
@@ -96,66 +92,3 @@ class Transfers(Protocol):
     def clock(self) -> float: ...
 
     def wait(self, changed: threading.Condition, /) -> None: ...
-
-
-class TicketQueue:
-    """Urgent tickets before the others, first come first served among equals. Not safe to use from several threads."""
-
-    def __init__(self) -> None:
-        # By where their bytes begin, in the order in which they came.
-        self._urgent: dict[tuple[Path, int], Ticket] = {}
-        self._speculative: dict[tuple[Path, int], Ticket] = {}
-
-    def __len__(self) -> int:
-        return len(self._urgent) + len(self._speculative)
-
-    def push(self, ticket: Ticket) -> None:
-        self._of(ticket)[_begin(ticket)] = ticket
-
-    def remove(self, ticket: Ticket) -> None:
-        del self._of(ticket)[_begin(ticket)]
-
-    def promote(self, ticket: Ticket) -> None:
-        """Make it urgent, behind those that are."""
-        if not ticket.urgent:
-            self.remove(ticket)
-            ticket.urgent = True
-            self.push(ticket)
-
-    @property
-    def urgent(self) -> bool:
-        """Whether a computation waits for one of them."""
-        return bool(self._urgent)
-
-    def take(self, most_bytes: int) -> list[Ticket]:
-        """The next ticket, and those after it on disk that are as urgent, as long as they have `most_bytes` together;
-        those that are not, a piece of `PIECE_BYTES` at most, so that what becomes urgent soon has its turn.
-
-        Only of equal urgency: a computation does not wait for the bytes of a neighbour that nobody has asked for.
-        """
-        queue = self._urgent or self._speculative
-        if queue is self._speculative:
-            most_bytes = min(most_bytes, PIECE_BYTES)
-        ticket: Ticket | None = next(iter(queue.values()))
-        taken: list[Ticket] = []
-        total = 0
-        while ticket is not None and (not taken or total + ticket.read.nbytes <= most_bytes):
-            del queue[_begin(ticket)]
-            taken.append(ticket)
-            total += ticket.read.nbytes
-            ticket = queue.get((ticket.read.file, ticket.read.offset + ticket.read.nbytes))
-        return taken
-
-    def clear(self) -> list[Ticket]:
-        """All of them, which leave."""
-        tickets = [*self._urgent.values(), *self._speculative.values()]
-        self._urgent.clear()
-        self._speculative.clear()
-        return tickets
-
-    def _of(self, ticket: Ticket) -> dict[tuple[Path, int], Ticket]:
-        return self._urgent if ticket.urgent else self._speculative
-
-
-def _begin(ticket: Ticket) -> tuple[Path, int]:
-    return ticket.read.file, ticket.read.offset

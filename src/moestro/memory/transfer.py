@@ -2,10 +2,9 @@
 
 Bytes go straight to their destination and are checked there: the first time that they are read, and then now and
 then, as checking what comes again and again takes the processor from computing. One or two reads at a time are enough
-for the disks we measured; a second thread also reads while the first one checks. Planes that lie one after another on
-disk and wait together are read in one request: small reads cost the disk and the processor as much as large ones. Of
-what nobody waits for there is one request at a time, and a small one: another thread is there for what is asked for
-meanwhile.
+for the disks we measured. Which reads share a request, and which come first, is decided where threads wait for them, in
+`csrc/read_queue.h`: they read without the interpreter, whose lock has who asked for the read, and another thread checks
+and puts down what they have read.
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from pathlib import Path
 
 import xxhash
 
+from moestro import _native
 from moestro.errors import PlaneReadError
 from moestro.memory.direct import FileReader, ReadAt, preadv
 from moestro.memory.pages import PAGE
-from moestro.memory.tickets import Read, State, Ticket, TicketQueue
+from moestro.memory.tickets import PIECE_BYTES, Notice, Read, Ticket
 
 THREADS = 2
 REQUEST_BYTES = 4 << 20
 """What serves the disks that we measured, where nothing is known of this one."""
-
-_HAND_OVER_S = 0.001
 
 
 @dataclass(slots=True)
@@ -53,8 +51,8 @@ class TransferStats:
 class TransferEngine:
     """`threads` threads, started by the first read; a request carries up to `request_bytes`, or one larger read.
 
-    `read_at` is the system call (tests make it slow or fail). `clock` tells seconds; waiting and the times of tickets
-    go by it.
+    `read_at` is called instead of the system (tests make it slow or fail). `clock` tells seconds; waiting and the times
+    of tickets go by it.
     """
 
     def __init__(
@@ -62,26 +60,27 @@ class TransferEngine:
         threads: int = THREADS,
         *,
         request_bytes: int = REQUEST_BYTES,
-        read_at: ReadAt = preadv,
+        read_at: ReadAt | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         assert threads > 0, threads
-        self._reader = FileReader(read_at)
+        self._reader = FileReader(preadv if read_at is None else read_at)
         self._clock = clock
-        self._thread_count, self._request_bytes = threads, request_bytes
+        # Times of what is read elsewhere are those of the system's clock.
+        self._queue_reads = read_at is None and clock is time.perf_counter
+        self._thread_count = threads
         self._threads: list[threading.Thread] = []
+        self._started = 0
         self._process = os.getpid()
-        lock = threading.RLock()
-        self._work_or_end, self._taken = threading.Condition(lock), threading.Condition(lock)
-        self._idle = 0  # threads that wait for work
-        self._held = 0  # callers within `together`: the lock's holder
-        self._queue = TicketQueue()
+        self._queue = _native.ReadQueue(request_bytes, PIECE_BYTES)
+        self._lock = threading.RLock()
+        self._tickets: dict[int, Ticket] = {}  # by number: those that have not ended
         self._in_flight: dict[tuple[Path, int, int], Ticket] = {}
+        self._submitted = 0
+        self._holding = 0  # `together` that are open, all in the thread that has the lock
+        self._held: list[Ticket] = []  # submitted in them
         self._closed = False
         self._stats = TransferStats()
-        self._running = 0  # requests
-        self._speculating: Ticket | None = None  # the first of the request that nobody waited for when it began
-        self._busy_since = 0.0
 
     @property
     def reader(self) -> FileReader:
@@ -96,28 +95,36 @@ class TransferEngine:
     @property
     def stats(self) -> TransferStats:
         """A copy of the counters."""
-        with self._work_or_end:
-            running = time.perf_counter() - self._busy_since if self._running else 0.0
-            return replace(self._stats, busy_seconds=self._stats.busy_seconds + running)
+        queue = self._queue.stats()
+        with self._lock:
+            requests = self._stats.requests + queue.requests
+            return replace(self._stats, requests=requests, busy_seconds=queue.busy, slowest_seconds=queue.slowest)
 
     @contextmanager
-    def together(self, *, hand_over: bool = True) -> Iterator[None]:
-        """While it is open nothing is taken from the queue, so that neighbours submitted meanwhile share a request.
-
-        With `hand_over`, a thread that has nothing to do begins the request before the caller goes on. It would have to
-        wait for the interpreter lock otherwise, up to 5 ms, while the caller asks for more and the disk does nothing
-        (measured: 1.6 ms a layer).
-        """
-        with self._work_or_end:
-            self._held += 1
+    def together(self) -> Iterator[None]:
+        """No read that is submitted while it is open begins before its end, so that neighbours share a request."""
+        with self._lock:
+            self._holding += 1
             try:
                 yield
             finally:
-                self._held -= 1
-            if self._idle and self._has_work() and not self._held:
-                self._work_or_end.notify()
-                if hand_over:
-                    self._taken.wait(_HAND_OVER_S)
+                self._holding -= 1
+                if not self._holding:
+                    self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Put what has been submitted into the queue."""
+        for urgent in (True, False):
+            reads = [self._entry(ticket) for ticket in self._held if ticket.urgent == urgent]
+            if reads:
+                self._queue.push(reads, urgent)
+        self._held.clear()
+
+    def _entry(self, ticket: Ticket) -> tuple[int, int, int, int, int, Notice | None]:
+        read, descriptor = ticket.read, self._reader.descriptor(ticket.read.file)
+        unchecked = not read.checksums or (descriptor >= 0 and not self._reader.is_due(read.file, read.offset))
+        notice = read.notice if unchecked else None
+        return ticket.number, descriptor, read.offset, read.nbytes, read.address(), notice
 
     def submit(self, read: Read, *, urgent: bool, on_done: Callable[[Ticket], None] | None = None) -> Ticket:
         """Queue a read: urgent ones before the others, first come first served among equals.
@@ -130,7 +137,7 @@ class TransferEngine:
         assert not (read.offset | read.nbytes | read.address()) % PAGE, f"not aligned to {PAGE} bytes: {read}"
         if self._process != os.getpid():
             raise RuntimeError("a TransferEngine does not survive a fork: make a new one in the child process")
-        with self._work_or_end:
+        with self._lock:
             if self._closed:
                 raise RuntimeError("the TransferEngine is closed")
             ticket = self._ticket_for(read, urgent)
@@ -140,17 +147,17 @@ class TransferEngine:
 
     def promote(self, ticket: Ticket) -> None:
         """Make a queued read urgent: a computation waits for it by now."""
-        with self._work_or_end:
-            if ticket.state is State.QUEUED:
-                self._queue.promote(ticket)
+        with self._lock:
             ticket.urgent = True
+            self._queue.promote(ticket.number)
 
     def cancel(self, ticket: Ticket) -> bool:
         """Drop a read that has not begun: True, and its `on_done` is never called. Else False and nothing changes."""
-        with self._work_or_end:
-            if ticket.state is not State.QUEUED:
+        with self._lock:
+            if ticket in self._held:
+                self._held.remove(ticket)
+            elif not self._queue.remove(ticket.number):
                 return False
-            self._queue.remove(ticket)
             ticket.error = ticket.read.failed("it was cancelled before its read began")
             self._leave(ticket)
             return True
@@ -166,14 +173,12 @@ class TransferEngine:
 
     def close(self) -> None:
         """Finish the reads that have begun, fail those that wait, and end the threads."""
-        with self._work_or_end:
+        with self._lock:
             self._closed = True
-            dropped = self._queue.clear()
-            for ticket in dropped:
-                ticket.state = State.DONE
-            self._work_or_end.notify_all()
+            dropped = [self._tickets[number] for number in self._queue.close()]
         for ticket in dropped:
             self._finish(ticket, ticket.read.failed("the transfer engine was closed before its read began"))
+        self._queue.join()
         for thread in self._threads:
             thread.join()
         self._reader.close()
@@ -186,73 +191,72 @@ class TransferEngine:
             if urgent:
                 self.promote(ticket)
             return ticket
-        ticket = self._in_flight[extent] = Ticket(read, urgent=urgent)
+        self._submitted = number = self._submitted + 1
+        ticket = self._in_flight[extent] = self._tickets[number] = Ticket(read, urgent=urgent, number=number)
         ticket.submitted = self._clock()
-        self._queue.push(ticket)
-        if len(self._threads) < self._thread_count:
+        if self._started < self._thread_count:
             self._start_thread()
-        if not self._held:
-            self._work_or_end.notify()
+        self._held.append(ticket)
+        if not self._holding:
+            self._hand_over()
         return ticket
 
     def _start_thread(self) -> None:
+        self._started += 1
+        if self._queue_reads:
+            self._queue.start()
+        if self._queue_reads and self._threads:
+            return  # one is enough to put down what the queue's threads have read
         # Daemons: a program that forgets `close` must still be able to end.
-        thread = threading.Thread(target=self._work, name=f"moestro-transfer-{len(self._threads)}", daemon=True)
+        work = self._put_down if self._queue_reads else self._work
+        thread = threading.Thread(target=work, name=f"moestro-transfer-{len(self._threads)}", daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _work(self) -> None:
-        while tickets := self._next():
-            unread = self._read(tickets)
-            for ticket, error in zip(tickets, unread, strict=True):
-                self._finish(ticket, error or self._check(ticket.read))
-
-    def _next(self) -> list[Ticket]:
-        """The tickets of the next request; none when all is over."""
-        with self._work_or_end:
-            while not self._has_work():
-                if self._closed:
-                    return []
-                self._idle += 1
-                self._work_or_end.wait()
-                self._idle -= 1
-            tickets = self._queue.take(self._request_bytes)
-            if not tickets[0].urgent:
-                self._speculating = tickets[0]
-            self._taken.notify()
-            if self._has_work():
-                self._work_or_end.notify()
+    def _put_down(self) -> None:
+        """See to what the queue's threads have read."""
+        while (request := self._queue.tried()) is not None:
+            tickets = self._tickets_of(request)
+            if not request.filled:
+                self._read_here(request, tickets)
+                continue
             for ticket in tickets:
-                ticket.state = State.RUNNING
-                ticket.begun = self._clock()
-            if self._running == 0:
-                self._busy_since = time.perf_counter()
-            self._running += 1
-            return tickets
+                ticket.begun, ticket.ended = request.begun, request.ended
+                self._reader.was_read(ticket.read.file, ticket.read.offset, ticket.read.nbytes)
+                self._carried_out(ticket, None)
 
-    def _has_work(self) -> bool:
-        """Whether a thread that is free may begin a request."""
-        return self._queue.urgent or (len(self._queue) > 0 and self._speculating is None)
+    def _work(self) -> None:
+        while (request := self._queue.next()) is not None:
+            self._read_here(request, self._tickets_of(request))
+
+    def _tickets_of(self, request: _native.ReadRequest) -> list[Ticket]:
+        with self._lock:
+            return [self._tickets[number] for number in request.ids]
+
+    def _read_here(self, request: _native.ReadRequest, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            ticket.begun = self._clock()
+        unread = self._read(tickets)
+        self._queue.done(request)
+        for ticket, error in zip(tickets, unread, strict=True):
+            ticket.ended = self._clock()
+            self._carried_out(ticket, error)
+
+    def _carried_out(self, ticket: Ticket, error: PlaneReadError | None) -> None:
+        error = error or self._check(ticket.read)
+        with self._lock:
+            self._stats.reads += 1
+            self._stats.bytes_read += 0 if error else ticket.read.nbytes
+        self._finish(ticket, error)
 
     def _read(self, tickets: Sequence[Ticket]) -> list[PlaneReadError | None]:
         """Fill the destinations, in one request if that works; of each ticket what went wrong."""
-        start = time.perf_counter()
         reads = [ticket.read for ticket in tickets]
         destinations = [read.destination for read in reads]
         together = len(reads) > 1 and self._reader.read_together(reads[0].file, reads[0].offset, destinations)
-        errors = [None if together else self._read_one(read) for read in reads]
-        end = time.perf_counter()
-        with self._work_or_end:
-            self._running -= 1
-            if self._running == 0:
-                self._stats.busy_seconds += end - self._busy_since
+        with self._lock:
             self._stats.requests += 1 if together else len(reads)
-            self._stats.slowest_seconds = max(self._stats.slowest_seconds, end - start)
-            if self._speculating is tickets[0]:
-                self._speculating = None
-                if self._queue:
-                    self._work_or_end.notify()
-        return errors
+        return [None if together else self._read_one(read) for read in reads]
 
     def _read_one(self, read: Read) -> PlaneReadError | None:
         try:
@@ -264,7 +268,10 @@ class TransferEngine:
         return None
 
     def _check(self, read: Read) -> PlaneReadError | None:
-        if not (read.checksums and self._reader.is_due(read.file, read.offset)):
+        if not read.checksums:
+            return None
+        if not self._reader.is_due(read.file, read.offset):
+            self._reader.was_trusted(read.file, read.offset)
             return None
         start, first, error = time.perf_counter(), 0, None
         for plane, (nbytes, expected) in enumerate(read.checksums):
@@ -274,18 +281,14 @@ class TransferEngine:
                 error = read.failed(f"{which} is {actual:016x}, expected {expected:016x}")
                 break
             first += nbytes
-        with self._work_or_end:
+        with self._lock:
             self._stats.check_seconds += time.perf_counter() - start
         if error is None:
             self._reader.found_right(read.file, read.offset)
         return error
 
     def _finish(self, ticket: Ticket, error: PlaneReadError | None) -> None:
-        with self._work_or_end:
-            ticket.ended = self._clock()
-            if ticket.state is State.RUNNING:
-                self._stats.reads += 1
-                self._stats.bytes_read += 0 if error else ticket.read.nbytes
+        with self._lock:
             self._stats.failed += error is not None
             ticket.error = error
             self._leave(ticket)
@@ -296,7 +299,7 @@ class TransferEngine:
                 logging.getLogger("moestro").exception("The callback of the read of %s failed.", ticket.read.label)
 
     def _leave(self, ticket: Ticket) -> None:
-        del self._in_flight[(ticket.read.file, ticket.read.offset, ticket.read.nbytes)]
+        del self._in_flight[(ticket.read.file, ticket.read.offset, ticket.read.nbytes)], self._tickets[ticket.number]
         ticket.finish()
 
 

@@ -1,7 +1,7 @@
 """A layer's experts in one compiled call: those in memory first, the others as their planes come.
 
-Handing each batch that has come back to the interpreter costs more than computing it does, as everything the interpreter
-touches has been washed out of the processor's caches by the weights.
+Coming back to the interpreter for each that has arrived costs about as much as computing it, as all that it touches has
+been washed out of the processor's caches by the weights.
 
 Shapes: T rows of the batch, K experts per row, P = T * K places of the output, H hidden.
 """
@@ -9,13 +9,22 @@ Shapes: T rows of the batch, K experts per row, P = T * K places of the output, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from moestro import _native
+from moestro.memory.tickets import Notice
 
-Moments = list[tuple[float, float, int]]
-"""(begin, end, number): seconds since a call began."""
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The weighted sum [T, H]; (begin, end, experts) of what was computed at once, and (begin, end, index of the chain
+    that came, begin of its read) of waits. Seconds since the call began, but for reads: as of `time.perf_counter`."""
+
+    sum_TH: torch.Tensor
+    computed: Sequence[tuple[float, float, int]]
+    waited: Sequence[tuple[float, float, int, float]]
 
 
 class Arriving:
@@ -36,19 +45,22 @@ class Arriving:
         self._experts = experts
 
     def whole(self, index: int, offsets: tuple[int, ...]) -> None:
+        self._arrivals.come(self._experts[index], self._addresses(offsets))
+
+    def notice(self, index: int, offsets: tuple[int, ...]) -> Notice:
+        return self._arrivals, self._experts[index], self._addresses(offsets)
+
+    def _addresses(self, offsets: tuple[int, ...]) -> list[int]:
         arena = self._arena
-        self._arrivals.come(self._experts[index], [arena + offset for offset in offsets])
+        return [arena + offset for offset in offsets]
 
     def failed(self) -> None:
         self._arrivals.fail()
 
     def compute(
         self, known: _native.KnownExperts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, Moments, Moments] | None:
-        """The weighted sum [T, H], once all have come; None when one could not be read.
-
-        The moments are when so many experts were computed, and when it was waited until the chain of an index came.
-        """
+    ) -> Found | None:
+        """What comes of it once all have come; None when one could not be read."""
         rows, picks = index_TK.shape
         sum_TH, out_PH = torch.empty_like(hidden_TH), torch.empty(rows * picks, hidden_TH.shape[1])
         inputs = (hidden_TH.data_ptr(), index_TK.data_ptr(), weights_TK.data_ptr())
@@ -56,4 +68,7 @@ class Arriving:
         if course is None:
             return None
         computed, waited = course
-        return sum_TH, computed, [(begun, ended, self._experts.index(expert)) for begun, ended, expert in waited]
+        place_of = self._experts.index
+        return Found(
+            sum_TH, computed, [(begun, ended, place_of(expert), read) for begun, ended, expert, read in waited]
+        )

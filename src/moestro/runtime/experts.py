@@ -248,10 +248,10 @@ class RoutedExperts:
                 if foresight is not None:
                     foresight.asked(layer, hidden_TH, reading=reading)
                 if known is not None and not batches.pending:
-                    found = self._as_they_come(layer, known, batches, hidden_TH, index_TK, weights_TK)
+                    sum_TH = self._as_they_come(layer, known, batches, hidden_TH, index_TK, weights_TK)
                     if foresight is not None:
-                        foresight.served(reading=reading, at=batches.last_arrival if reading else None)
-                    return found
+                        foresight.served(reading=reading, at=batches.last_arrival or None)
+                    return sum_TH
                 return self._in_batches(layer, batches, reading, rows, hidden_TH, weights_TK)
         except PlaneReadError as error:
             if error.key is not None:
@@ -281,13 +281,13 @@ class RoutedExperts:
         found = self._arriving.compute(known, hidden_TH, index_TK, weights_TK)
         if found is None:
             batches.fail()
-        sum_TH, computed, waited = found
-        for begun, ended, index in waited:
-            batches.waited(began + begun, began + ended, index)
-        for begun, ended, experts in computed:
+        batches.settle()
+        for begun, ended, index, read in found.waited:
+            batches.waited(began + begun, began + ended, index, read)
+        for begun, ended, experts in found.computed:
             spans.note(Event.EXPERTS, began + begun, began + ended, layer, experts)
         spans.end(Event.COMBINE, layer)
-        return sum_TH
+        return found.sum_TH
 
     def _in_batches(
         self,

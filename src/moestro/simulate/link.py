@@ -73,7 +73,7 @@ class VirtualLink:
         self._start()
         return transfer.ticket
 
-    def together(self, *, hand_over: bool = True) -> AbstractContextManager[object]:  # noqa: ARG002
+    def together(self) -> AbstractContextManager[object]:
         """Reads that are submitted together take as long as one after another."""
         return nullcontext()
 

@@ -1,0 +1,110 @@
+// Reads that wait for a thread, and the system calls that carry them out.
+//
+// Threads of the queue read without the interpreter: whoever asks for a read does not have to give way for it to begin,
+// nor whoever waits for it until it has been put down.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "arrivals.h"
+
+namespace moestro {
+
+struct QueuedRead {
+  int64_t id;
+  int file; // descriptor
+  int64_t offset, bytes;
+  uint64_t address;
+  Arrivals *arrivals = nullptr; // if there are any: told of `arrival` when the bytes are there
+  Arrival arrival = {};
+};
+
+// Urgent reads before the others, first come first served among equals. Reads that lie one after another in a file, and
+// are as urgent, share a request of up to `request_bytes`; of those that nobody waits for there is one request at a
+// time, of up to `piece_bytes`, so that a thread is free for what becomes urgent. Safe to use from many threads.
+class ReadQueue {
+public:
+  // What a thread has taken. Times are seconds of the steady clock.
+  struct Request {
+    std::vector<int64_t> ids;
+    bool filled = false; // all of their bytes are where they belong
+    double begun = 0, ended = 0;
+  };
+  struct Stats {
+    int64_t requests = 0; // carried out here, whole
+    double busy = 0;      // seconds in which at least one was under way
+    double slowest = 0;
+    int64_t others = 0; // reads that are not urgent and that nobody has taken
+  };
+
+  ReadQueue(int64_t request_bytes, int64_t piece_bytes);
+  ~ReadQueue();
+  ReadQueue(const ReadQueue &) = delete;
+  ReadQueue &operator=(const ReadQueue &) = delete;
+
+  // All at once: neighbours among them share requests.
+  void push(const std::vector<QueuedRead> &reads, bool urgent);
+  // Makes a read urgent, behind those that are, if it has not been taken.
+  void promote(int64_t id);
+  // Takes back a read that has not been taken; whether that was so.
+  bool remove(int64_t id);
+  // Has one more thread read.
+  void start();
+  // Waits for a request that the queue's threads have tried to carry out. Nothing when it is closed and all have been
+  // handed out.
+  std::optional<Request> tried();
+  // Waits for a request that is not begun, for a thread of the caller's. Nothing after `close`.
+  std::optional<Request> next();
+  // The caller has read what was not `filled`.
+  void done(const Request &request);
+  // Ends all waiting. Returns the reads that nobody has taken, which leave.
+  std::vector<int64_t> close();
+  // Waits for the queue's threads to end, after `close`.
+  void join();
+  Stats stats();
+
+private:
+  using Place = std::pair<int, int64_t>; // file and offset
+  using Line = std::map<int64_t, QueuedRead>; // by when they came
+
+  struct Waiting {
+    Line line;
+    std::map<Place, int64_t> places; // of reads in the line
+  };
+  struct Where {
+    bool urgent;
+    int64_t turn;
+  };
+
+  bool has_work() const;
+  void enter(const QueuedRead &read, bool urgent);
+  QueuedRead leave(Where where);
+  std::vector<QueuedRead> take();
+  std::optional<std::vector<QueuedRead>> take_next(Request &request);
+  void work();
+
+  std::mutex mutex_;
+  std::condition_variable changed_, tried_one_;
+  std::vector<std::thread> threads_;
+  const int process_; // in a forked child there are no threads
+  std::deque<Request> tried_;
+  const int64_t request_bytes_, piece_bytes_;
+  Waiting urgent_, others_;
+  std::map<int64_t, Where> where_; // by id
+  int64_t turns_ = 0;
+  int under_way_ = 0, at_work_ = 0; // requests; threads of the queue that have not ended
+  int64_t ahead_ = -1; // first read of the request that nobody waited for; -1: there is none
+  bool closed_ = false;
+  double busy_since_ = 0;
+  Stats stats_;
+};
+
+} // namespace moestro
