@@ -2,15 +2,17 @@
 
 namespace moestro {
 
-void Arrivals::clear() {
+int64_t Arrivals::begin() {
   const std::lock_guard<std::mutex> lock(mutex_);
   come_.clear();
   failed_ = false;
+  return ++turn_;
 }
 
 void Arrivals::come(const Arrival &arrival) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (arrival.turn != turn_) return;
     come_.push_back(arrival);
   }
   changed_.notify_one();

@@ -12,6 +12,7 @@
 namespace moestro {
 
 struct Arrival {
+  int64_t turn; // of `Arrivals`
   int64_t expert;
   int64_t planes[kPlanes]; // addresses; 0 where absent
   double begun = 0;        // when its read began, in seconds of the steady clock; 0: not known
@@ -22,8 +23,9 @@ class Arrivals {
 public:
   enum class News { none, some, failure };
 
-  // Forgets what was said before.
-  void clear();
+  // Forgets what was said before, and does not hear from now on what was meant for earlier turns: reads may still be
+  // under way that an error has made useless. Returns the number of the turn that begins.
+  int64_t begin();
   void come(const Arrival &arrival);
   // One will not come. What came before that is of no use any more.
   void fail();
@@ -36,6 +38,7 @@ private:
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Arrival> come_;
+  int64_t turn_ = 0;
   bool failed_ = false;
 };
 

@@ -17,15 +17,15 @@ namespace nb = nanobind;
 namespace moestro {
 namespace {
 
-Arrival arrival_of(int64_t expert, const std::vector<int64_t> &planes) {
+Arrival arrival_of(int64_t turn, int64_t expert, const std::vector<int64_t> &planes) {
   if (planes.size() > kPlanes) throw std::invalid_argument("arrivals: a chain has too many planes");
-  Arrival arrival{expert, {}};
+  Arrival arrival{turn, expert, {}};
   std::copy(planes.begin(), planes.end(), arrival.planes);
   return arrival;
 }
 
-// Whom to tell: an expert of `arrivals` comes with the read.
-using Notice = std::tuple<Arrivals *, int64_t, std::vector<int64_t>>;
+// Whom to tell, in which of its turns: an expert comes with the read, its planes at these addresses.
+using Notice = std::tuple<Arrivals *, int64_t, int64_t, std::vector<int64_t>>;
 using Read = std::tuple<int64_t, int, int64_t, int64_t, uint64_t, std::optional<Notice>>;
 
 void push(ReadQueue &queue, const std::vector<Read> &reads, bool urgent) {
@@ -34,7 +34,7 @@ void push(ReadQueue &queue, const std::vector<Read> &reads, bool urgent) {
     QueuedRead read{id, file, offset, bytes, address};
     if (notice) {
       read.arrivals = std::get<0>(*notice);
-      read.arrival = arrival_of(std::get<1>(*notice), std::get<2>(*notice));
+      read.arrival = arrival_of(std::get<1>(*notice), std::get<2>(*notice), std::get<3>(*notice));
     }
     queued.push_back(read);
   }
@@ -46,13 +46,13 @@ void push(ReadQueue &queue, const std::vector<Read> &reads, bool urgent) {
 void add_reads(nb::module_ &m) {
   nb::class_<Arrivals>(m, "Arrivals")
       .def(nb::init<>())
-      .def("clear", &Arrivals::clear)
+      .def("begin", &Arrivals::begin)
       .def(
           "come",
-          [](Arrivals &arrivals, int64_t expert, const std::vector<int64_t> &planes) {
-            arrivals.come(arrival_of(expert, planes));
+          [](Arrivals &arrivals, int64_t turn, int64_t expert, const std::vector<int64_t> &planes) {
+            arrivals.come(arrival_of(turn, expert, planes));
           },
-          nb::arg("expert"), nb::arg("planes"))
+          nb::arg("turn"), nb::arg("expert"), nb::arg("planes"))
       .def("fail", &Arrivals::fail)
       .def("count", &Arrivals::count);
   nb::class_<ReadQueue::Request>(m, "ReadRequest")

@@ -196,10 +196,10 @@ class Arrivals:
     """Experts whose planes come while others are computed, told by threads that read."""
 
     def __init__(self) -> None: ...
-    def clear(self) -> None:
-        """Forget what was told before."""
+    def begin(self) -> int:
+        """Forget what was told before, and do not hear what is meant for earlier turns; the number of the new turn."""
 
-    def come(self, expert: int, planes: Sequence[int]) -> None:
+    def come(self, turn: int, expert: int, planes: Sequence[int]) -> None:
         """An expert is in memory, its planes at these addresses. ValueError when there are more than four."""
 
     def fail(self) -> None:
@@ -254,11 +254,11 @@ class ReadQueue:
     def __init__(self, request_bytes: int, piece_bytes: int) -> None: ...
     def push(
         self,
-        reads: Sequence[tuple[int, int, int, int, int, tuple[Arrivals, int, Sequence[int]] | None]],
+        reads: Sequence[tuple[int, int, int, int, int, tuple[Arrivals, int, int, Sequence[int]] | None]],
         urgent: bool,
     ) -> None:
         """Reads at once: id, descriptor of a file, offset, bytes, address; and whom to tell when the bytes are there,
-        if anybody: an expert comes, with planes at these addresses. Neighbours share requests."""
+        if anybody: in this turn, an expert comes, with planes at these addresses. Neighbours share requests."""
 
     def promote(self, id: int) -> None:
         """Make it urgent, behind those that are, unless it has been taken."""

@@ -30,6 +30,7 @@ class Layer:
         self.known_EP = np.ascontiguousarray(known_EP)
         self.known = CpuKernels(threads=2).known_experts(EXPERTS.spec, self.known_EP, LEVEL)
         self.arrivals = _native.Arrivals()
+        self.turn = self.arrivals.begin()
         self.ids_TK = torch.tensor(ids_TK)
         generator = torch.Generator().manual_seed(seed)
         self.hidden_TH = torch.randn(len(ids_TK), HIDDEN, generator=generator) / 100
@@ -42,7 +43,7 @@ class Layer:
 
     def come(self, *experts: int) -> None:
         for expert in experts:
-            self.arrivals.come(expert, PLANES_EP[expert].tolist())
+            self.arrivals.come(self.turn, expert, PLANES_EP[expert].tolist())
 
     def run_arriving(self) -> tuple[list[tuple[float, float, int]], list[tuple[float, float, int, float]]] | None:
         return self.known.run_arriving(*self._arguments, *self._results, self.arrivals)
@@ -106,7 +107,8 @@ def test_one_that_fails_ends_it_and_the_next_begins_anew() -> None:
     layer.come(0)
     threading.Timer(0.02, layer.arrivals.fail).start()
     assert layer.run_arriving() is None
-    layer.arrivals.clear()
+    late, layer.turn = layer.turn, layer.arrivals.begin()
+    layer.arrivals.come(late, 0, PLANES_EP[5].tolist())  # of a read that the failure has made useless
     layer.come(0, 2)
     assert layer.run_arriving() is not None
     assert torch.equal(layer.sum_TH, layer.all_at_once())
@@ -124,8 +126,8 @@ def test_what_does_not_exist_is_refused(expert: int) -> None:
     with pytest.raises(ValueError, match=f"expert {expert} does not exist"):
         Layer(PLANES_EP, [[0, expert]]).run_arriving()
     layer = Layer(PLANES_EP, [[0, 2]])
-    layer.arrivals.come(expert, [1])
+    layer.arrivals.come(layer.turn, expert, [1])
     with pytest.raises(ValueError, match=f"expert {expert} came"):
         layer.run_arriving()
     with pytest.raises(ValueError, match="too many planes"):
-        layer.arrivals.come(0, [1, 2, 3, 4, 5])
+        layer.arrivals.come(layer.turn, 0, [1, 2, 3, 4, 5])

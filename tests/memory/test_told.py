@@ -27,6 +27,7 @@ class Told:
         self.failures = 0
         self.noticed: dict[int, tuple[int, ...]] = {}
         self.arrivals = _native.Arrivals()
+        self.turn = self.arrivals.begin()
         self.change = threading.Event()
 
     def whole(self, index: int, offsets: tuple[int, ...]) -> None:
@@ -40,7 +41,7 @@ class Told:
 
     def notice(self, index: int, offsets: tuple[int, ...]) -> Notice:
         self.noticed[index] = offsets
-        return self.arrivals, index, list(offsets)
+        return self.arrivals, self.turn, index, list(offsets)
 
     def wait(self, chains: int) -> None:
         while len(self.offsets) < chains and not self.failures:

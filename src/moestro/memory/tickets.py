@@ -13,8 +13,8 @@ from typing import Protocol
 from moestro import _native
 from moestro.errors import PlaneReadError
 
-Notice = tuple[_native.Arrivals, int, list[int]]
-"""Whom to tell that an expert has come, which one, and the addresses of its planes."""
+Notice = tuple[_native.Arrivals, int, int, list[int]]
+"""Whom to tell that an expert has come, for which of its turns, which one, and the addresses of its planes."""
 
 PIECE_BYTES = 2 << 20
 """What is read at once of what nobody waits for, unless a plane is larger."""

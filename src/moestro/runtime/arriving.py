@@ -38,17 +38,17 @@ class Arriving:
         self._arena = arena
         self._arrivals = _native.Arrivals()
         self._experts: Sequence[int] = ()
+        self._turn = 0
 
     def begin(self, experts: Sequence[int]) -> None:
         """The chains of the next stream are those of these experts."""
-        self._arrivals.clear()
-        self._experts = experts
+        self._turn, self._experts = self._arrivals.begin(), experts
 
     def whole(self, index: int, offsets: tuple[int, ...]) -> None:
-        self._arrivals.come(self._experts[index], self._addresses(offsets))
+        self._arrivals.come(self._turn, self._experts[index], self._addresses(offsets))
 
     def notice(self, index: int, offsets: tuple[int, ...]) -> Notice:
-        return self._arrivals, self._experts[index], self._addresses(offsets)
+        return self._arrivals, self._turn, self._experts[index], self._addresses(offsets)
 
     def _addresses(self, offsets: tuple[int, ...]) -> list[int]:
         arena = self._arena
