@@ -53,7 +53,7 @@ struct Jobs {
       if (i > 0 && ids[places[i]] == ids[places[i - 1]]) continue;
       const int64_t *from = experts.planes + ids[places[i]] * kPlanes;
       planes.insert(planes.end(), from, from + kPlanes);
-      levels.push_back(experts.level);
+      levels.push_back(experts.levels[static_cast<size_t>(ids[places[i]]) % experts.levels.size()]);
       starts.push_back(static_cast<int32_t>(i));
     }
     starts.push_back(static_cast<int32_t>(places.size()));
@@ -120,12 +120,22 @@ private:
   Clock::time_point start_ = Clock::now();
 };
 
+constexpr int64_t kLeftOut = -1;
+
 void check_ids(const KnownExperts &experts, const RoutedRows &routed) {
   for (int64_t place = 0; place < routed.rows * routed.picks; ++place) {
     const int64_t id = routed.ids[place];
-    if (id >= 0 && id < experts.count) continue;
+    if (id == kLeftOut || (id >= 0 && id < experts.count)) continue;
     throw std::invalid_argument("known experts: expert " + std::to_string(id) + " does not exist");
   }
+}
+
+// Takes places that are left out from the beginning of the list; nothing is added for them.
+void leave_out(const KnownExperts &experts, const RoutedRows &routed, std::vector<int32_t> &places, float *outputs) {
+  const auto kept = std::find_if(places.begin(), places.end(), [&](int32_t place) { return routed.ids[place] != kLeftOut; });
+  const int64_t width = experts.shape.down.rows;
+  std::for_each(places.begin(), kept, [&](int32_t place) { std::fill_n(outputs + place * width, width, 0.0F); });
+  places.erase(places.begin(), kept);
 }
 
 // `here` of each expert: whether it has come.
@@ -173,6 +183,7 @@ bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arr
   check_ids(experts, routed);
   const Seconds seconds;
   std::vector<int32_t> left = places_by_expert(routed);
+  leave_out(experts, routed, left, outputs);
   std::vector<char> here(static_cast<size_t>(experts.count), 0);
   std::vector<Arrival> arrived;
   while (!left.empty()) {

@@ -22,7 +22,7 @@ struct KnownExperts {
   ExpertShape shape;
   int64_t *planes; // [count, kPlanes], addresses; 0 in front of an expert of which they are not known
   int64_t count;
-  int32_t level;
+  std::vector<int32_t> levels; // expert e is applied at levels[e % levels.size()]: it may be there once for each
   std::map<int32_t, KnownDeltas> deltas = {}; // by the slot of the fine-tune
 };
 
@@ -70,8 +70,9 @@ struct Course {
 };
 
 // As `run_known`, of the base's rows: computes experts as they come, notes where they are, and returns when every one
-// that is picked has come, those that were known before as well. `look_up` is called now and then while nothing comes,
-// and may throw. Returns false when one will not come. Throws std::invalid_argument where an expert does not exist.
+// that is picked has come, those that were known before as well. An id of -1 is left out. `look_up` is called now and
+// then while nothing comes, and may throw. Returns false when one will not come. Throws std::invalid_argument where an
+// expert does not exist.
 bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arrivals, float *outputs, float *sums,
                   Course &course, const std::function<void()> &look_up);
 

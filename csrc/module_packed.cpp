@@ -191,10 +191,12 @@ void add_packed(nb::module_ &m) {
   nb::class_<ExpertShape>(m, "Experts");
   nb::class_<KnownExperts>(m, "KnownExperts")
       .def("__init__",
-           [](KnownExperts *self, const ExpertShape &shape, uintptr_t planes, int64_t count, int32_t level) {
-             new (self) KnownExperts{shape, pointer<int64_t>(planes), count, level, {}};
+           [](KnownExperts *self, const ExpertShape &shape, uintptr_t planes, int64_t count,
+              const std::vector<int32_t> &levels) {
+             if (levels.empty()) throw std::invalid_argument("known experts: there are no levels");
+             new (self) KnownExperts{shape, pointer<int64_t>(planes), count, levels, {}};
            },
-           nb::arg("experts"), nb::arg("planes"), nb::arg("count"), nb::arg("level"))
+           nb::arg("experts"), nb::arg("planes"), nb::arg("count"), nb::arg("levels"))
       .def("set_deltas", &set_deltas, nb::arg("slot"), nb::arg("shape").none(), nb::arg("planes"))
       .def("covers", &covers, nb::arg("ids"), nb::arg("rows"), nb::arg("picks"), nb::arg("runs") = nb::list())
       .def("run", &known_experts, nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("rows"),

@@ -289,9 +289,12 @@ class ReadQueue:
     def stats(self) -> ReadStats: ...
 
 class KnownExperts:
-    """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known."""
+    """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known.
 
-    def __init__(self, experts: Experts, planes: int, count: int, level: int) -> None: ...
+    Number e is applied at the level in place e modulo their number. ValueError when there are no levels.
+    """
+
+    def __init__(self, experts: Experts, planes: int, count: int, levels: Sequence[int]) -> None: ...
     def set_deltas(self, slot: int, shape: ExpertDelta | None, planes: int) -> None:
         """What the fine-tune in a slot adds: planes at the addresses `planes`, int64 [count], which outlives this.
 
@@ -331,10 +334,10 @@ class KnownExperts:
     ) -> tuple[list[tuple[float, float, int]], list[tuple[float, float, int, float]]] | None:
         """As `run`, of the base's rows: experts are computed as they come, and `planes` hold where they are.
 
-        Every expert that is picked has to come, those that were known before too. Returns (begin, end, experts) of what
-        was computed at once, and (begin, end, expert that came, begin of its read) of waits, in seconds since the call
-        began but for the last, which are of the system's steady clock, 0 where not known; None when one will not come.
-        ValueError when an expert does not exist. Signals are handled while nothing comes.
+        Every expert that is picked has to come, those that were known before too; -1 is left out. Returns (begin, end,
+        experts) of what was computed at once, and (begin, end, expert that came, begin of its read) of waits, in
+        seconds since the call began but for the last, which are of the system's steady clock, 0 where not known; None
+        when one will not come. ValueError when an expert does not exist. Signals are handled while nothing comes.
         """
 
 def packed_linear(

@@ -26,9 +26,11 @@ PLANES_EP = EXPERTS.addresses([LEVEL] * COUNT)
 class Layer:
     """A layer whose experts are known as far as `known_EP` says."""
 
-    def __init__(self, known_EP: np.ndarray, ids_TK: Sequence[Sequence[int]], seed: int = 0) -> None:
+    def __init__(
+        self, known_EP: np.ndarray, ids_TK: Sequence[Sequence[int]], seed: int = 0, levels: Sequence[int] = (LEVEL,)
+    ) -> None:
         self.known_EP = np.ascontiguousarray(known_EP)
-        self.known = CpuKernels(threads=2).known_experts(EXPERTS.spec, self.known_EP, LEVEL)
+        self.known = CpuKernels(threads=2).known_experts(EXPERTS.spec, self.known_EP, levels)
         self.arrivals = _native.Arrivals()
         self.turn = self.arrivals.begin()
         self.ids_TK = torch.tensor(ids_TK)
@@ -92,6 +94,32 @@ def test_the_bits_are_those_of_experts_that_are_all_there(
     assert (layer.known_EP[used] == PLANES_EP[used]).all(), "where they are is known from now on"
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    picks=st.lists(st.lists(st.integers(0, 3 * COUNT), min_size=3, max_size=3), min_size=1, max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_an_expert_may_come_at_several_levels_and_be_left_out(picks: list[list[int]], seed: int) -> None:
+    """Numbers of experts at three levels, -1 for none: as if each were computed by itself."""
+    bits = (2, 3, 4)
+    ids_TK = [[number - 1 for number in row] for row in picks]
+    layer = Layer(np.zeros((COUNT * len(bits), 4), dtype=np.int64), ids_TK, seed, bits)
+    for number in {number for row in ids_TK for number in row if number >= 0}:
+        expert, level = divmod(number, len(bits))
+        layer.arrivals.come(layer.turn, number, EXPERTS.addresses([bits[level]] * COUNT)[expert].tolist())
+    assert layer.run_arriving() is not None
+    for row, numbers in enumerate(ids_TK):
+        expected_H = torch.zeros(HIDDEN)
+        for k, number in enumerate(numbers):
+            if number >= 0:
+                expert, level = divmod(number, len(bits))
+                jobs = EXPERTS.jobs([bits[level]] * (expert + 1), [[]] * expert + [[row]], [0])
+                alone_1H = torch.empty(1, HIDDEN)
+                CpuKernels(threads=2).experts(EXPERTS.spec, jobs, layer.hidden_TH, alone_1H)
+                expected_H += layer.weights_TK[row, k] * alone_1H[0]
+        assert torch.allclose(layer.sum_TH[row], expected_H, atol=1e-6 * float(expected_H.abs().max()) + 1e-30)
+
+
 def test_where_an_expert_was_before_does_not_count() -> None:
     """It may be there no more: what was known is not computed before it comes."""
     stale_EP = PLANES_EP.copy()
@@ -121,7 +149,7 @@ def test_who_waits_can_be_interrupted() -> None:
         layer.run_arriving()
 
 
-@pytest.mark.parametrize("expert", [-1, COUNT])
+@pytest.mark.parametrize("expert", [-2, COUNT])
 def test_what_does_not_exist_is_refused(expert: int) -> None:
     with pytest.raises(ValueError, match=f"expert {expert} does not exist"):
         Layer(PLANES_EP, [[0, expert]]).run_arriving()

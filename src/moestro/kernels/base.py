@@ -115,11 +115,13 @@ class Kernels(Protocol):
         """
         ...
 
-    def known_experts(self, spec: ExpertSpec, planes_EP: NDArray[np.int64], level: int) -> _native.KnownExperts | None:
+    def known_experts(
+        self, spec: ExpertSpec, planes_EP: NDArray[np.int64], levels: Sequence[int]
+    ) -> _native.KnownExperts | None:
         """A layer's experts for compiled code to compute by itself; None where these kernels are not compiled.
 
         `planes_EP` are addresses as in jobs, 0 where they are not known; the array is looked at whenever the experts
-        are used, and has to outlive them.
+        are used, and has to outlive them. With several levels each expert has a row for each of them.
         """
         ...
 

@@ -149,9 +149,11 @@ class CpuKernels:
             _NO_DELTAS if deltas is None else _deltas(deltas),
         )
 
-    def known_experts(self, spec: ExpertSpec, planes_EP: NDArray[np.int64], level: int) -> _native.KnownExperts:
+    def known_experts(
+        self, spec: ExpertSpec, planes_EP: NDArray[np.int64], levels: Sequence[int]
+    ) -> _native.KnownExperts:
         assert planes_EP.flags.c_contiguous
-        return _native.KnownExperts(native_experts(spec), planes_EP.ctypes.data, len(planes_EP), level)
+        return _native.KnownExperts(native_experts(spec), planes_EP.ctypes.data, len(planes_EP), levels)
 
     def packed_linear(
         self,

@@ -89,7 +89,7 @@ class ReferenceKernels:
                     self.add_delta(width_RI[own], delta.down, plane + delta.down_at, output_RH[own])
             out_PH[places] = output_RH
 
-    def known_experts(self, _spec: ExpertSpec, _planes_EP: NDArray[np.int64], _level: int) -> None:
+    def known_experts(self, _spec: ExpertSpec, _planes_EP: NDArray[np.int64], _levels: Sequence[int]) -> None:
         return None
 
     def packed_linear(

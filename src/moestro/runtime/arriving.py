@@ -41,7 +41,7 @@ class Arriving:
         self._turn = 0
 
     def begin(self, experts: Sequence[int]) -> None:
-        """The chains of the next stream are those of these experts."""
+        """The chains of the next stream are those of these experts, or groups of rows by expert and level."""
         self._turn, self._experts = self._arrivals.begin(), experts
 
     def whole(self, index: int, offsets: tuple[int, ...]) -> None:
@@ -58,12 +58,12 @@ class Arriving:
         self._arrivals.fail()
 
     def compute(
-        self, known: _native.KnownExperts, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+        self, known: _native.KnownExperts, hidden_TH: torch.Tensor, groups_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Found | None:
         """What comes of it once all have come; None when one could not be read."""
-        rows, picks = index_TK.shape
+        rows, picks = groups_TK.shape
         sum_TH, out_PH = torch.empty_like(hidden_TH), torch.empty(rows * picks, hidden_TH.shape[1])
-        inputs = (hidden_TH.data_ptr(), index_TK.data_ptr(), weights_TK.data_ptr())
+        inputs = (hidden_TH.data_ptr(), groups_TK.data_ptr(), weights_TK.data_ptr())
         course = known.run_arriving(*inputs, rows, picks, out_PH.data_ptr(), sum_TH.data_ptr(), self._arrivals)
         if course is None:
             return None

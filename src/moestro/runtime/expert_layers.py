@@ -37,6 +37,10 @@ class LayerExperts(Protocol):
         """Those that can be computed from where their planes last arrived; None where that is never so."""
         ...
 
+    def levelled(self, bits: Sequence[int]) -> _native.KnownExperts | None:
+        """Groups of a `Grouping` by these levels, for a call that is told where their planes lie; None as above."""
+        ...
+
     def compute(
         self,
         arrived: Arrived,
@@ -74,6 +78,9 @@ class StreamedExperts:
     """Those that are asked for anew at every step."""
 
     known: None = None
+
+    def levelled(self, bits: Sequence[int]) -> None:
+        pass
 
     def learn(self, expert: int, offsets: tuple[int, ...]) -> None:
         pass
@@ -132,7 +139,15 @@ class PackedExperts:
         self._deltas: dict[int, np.ndarray] = {}  # of each variant: addresses [E], 0: not known, -1: there is none
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
-        self.known = kernels.known_experts(spec, self._known_EP, level)
+        self.known = kernels.known_experts(spec, self._known_EP, [level])
+        self._levelled: _native.KnownExperts | None = None
+        self._levelled_EP = self._known_EP
+
+    def levelled(self, bits: Sequence[int]) -> _native.KnownExperts | None:
+        if self._levelled is None:
+            self._levelled_EP = np.zeros((len(bits) * len(self._known_EP), _CHAIN_PLANES), dtype=np.int64)
+            self._levelled = self._kernels.known_experts(self._spec, self._levelled_EP, bits)
+        return self._levelled
 
     def compute(
         self,

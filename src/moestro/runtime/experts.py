@@ -238,7 +238,7 @@ class RoutedExperts:
             wanted = deltas.chains(layer, rows, wanted)
         spans.begin(Part.POLICY)
         arrange = None if order is None else order.of(wanted, rows.counts_E, rows=len(index_TK))
-        known, told = self._taken_as_known(layer, rows, index_TK), None
+        known, told = self._taken_as_known(layer, rows, len(index_TK)), None
         if known is not None:
             told = self._arriving
             told.begin(rows.used)
@@ -248,7 +248,8 @@ class RoutedExperts:
                 if foresight is not None:
                     foresight.asked(layer, hidden_TH, reading=reading)
                 if known is not None and not batches.pending:
-                    sum_TH = self._as_they_come(layer, known, batches, hidden_TH, index_TK, weights_TK)
+                    groups_TK = torch.from_numpy(rows.by_place())
+                    sum_TH = self._as_they_come(layer, known, batches, hidden_TH, groups_TK, weights_TK)
                     if foresight is not None:
                         foresight.served(reading=reading, at=batches.last_arrival or None)
                     return sum_TH
@@ -258,11 +259,14 @@ class RoutedExperts:
                 error.requests = owners(self._rows_that_need(error.key, rows))
             raise
 
-    def _taken_as_known(self, layer: int, rows: Grouping, index_TK: torch.Tensor) -> _native.KnownExperts | None:
-        """What computes the layer in one call, where it can: few rows of the base alone, at the exact level."""
-        plain_rows = self.deltas is None and self._exact and rows.of_experts and len(index_TK) <= KNOWN_ROWS
+    def _taken_as_known(self, layer: int, rows: Grouping, count: int) -> _native.KnownExperts | None:
+        """What computes the groups of a layer's rows in one call, where something can: for few rows of the base."""
         by_time = self.order is not None and self.order.by_time
-        return self.known[layer] if plain_rows and not by_time and rows.covers(index_TK.numel()) else None
+        if self.deltas is not None or by_time or count > KNOWN_ROWS:
+            return None
+        if rows.of_experts:
+            return self.known[layer] if self._exact else None
+        return self._layers[layer].levelled(rows.bits)
 
     def _as_they_come(
         self,
@@ -270,15 +274,15 @@ class RoutedExperts:
         known: _native.KnownExperts,
         batches: PlaneStream,
         hidden_TH: torch.Tensor,
-        index_TK: torch.Tensor,
+        groups_TK: torch.Tensor,
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """The weighted sum, in one call that waits for what is on its way. The span of asking is open, and ends."""
         spans = self.spans
-        spans.end(Event.ASK, layer, index_TK.shape[1])
+        spans.end(Event.ASK, layer, groups_TK.shape[1])
         spans.begin(Part.EXPERTS)
         began = spans.clock()
-        found = self._arriving.compute(known, hidden_TH, index_TK, weights_TK)
+        found = self._arriving.compute(known, hidden_TH, groups_TK, weights_TK)
         if found is None:
             batches.fail()
         batches.settle()

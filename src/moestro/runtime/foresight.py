@@ -298,5 +298,5 @@ its id, in all the places where it is compared."""
 _PER_EXPERT = 64
 """Bytes that a policy keeps of each expert, and of each expert for each request: a dozen small numbers at most."""
 
-_LEVELS_PER_EXPERT = 192
-"""What is kept of an expert's levels: a few numbers for each of at most five."""
+_LEVELS_PER_EXPERT = 320
+"""What is kept of an expert's levels: a few numbers for each of at most five, and where its planes lie."""

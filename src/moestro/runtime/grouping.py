@@ -25,14 +25,15 @@ class Grouping:
     expert out.
     """
 
-    __slots__ = ("_bits", "_counts_G", "_flat_P", "_per_row", "_sorted", "counts_E", "of_experts", "used")
+    __slots__ = ("_counts_G", "_flat_P", "_per_row", "_sorted", "bits", "counts_E", "of_experts", "used")
 
     def __init__(
         self, index_TK: Ints, experts: int, *, bits: Sequence[int] = (0,), levels_TK: Ints | None = None
     ) -> None:
         flat_P = index_TK.ravel()
         self.counts_E = np.bincount(flat_P, minlength=experts)[:experts]
-        self._bits, self.of_experts = tuple(bits), levels_TK is None
+        self.of_experts = levels_TK is None
+        self.bits = tuple(bits)
         if levels_TK is None:
             assert len(bits) == 1
             self._counts_G = self.counts_E
@@ -51,6 +52,11 @@ class Grouping:
         """Whether every one of all `places` belongs to a group."""
         return int(self._counts_G.sum()) == places
 
+    def by_place(self) -> Ints:
+        """The group of each place [T, K], -1 of those that have none."""
+        groups_P = np.where(self._flat_P < len(self._counts_G), self._flat_P, -1)
+        return groups_P.reshape(-1, self._per_row)
+
     def _by_group(self) -> tuple[Ints, Ints]:
         """The places [P] by group, and where each group [G] ends among them. Not asked for in most small steps."""
         if self._sorted is None:
@@ -59,15 +65,15 @@ class Grouping:
 
     def expert_of(self, group: int) -> int:
         """The expert of a group."""
-        return group // len(self._bits)
+        return group // len(self.bits)
 
     def level_of(self, group: int) -> int:
         """The number of a group's level, from 1."""
-        return group % len(self._bits) + 1
+        return group % len(self.bits) + 1
 
     def bits_of(self, group: int) -> int:
         """The level of a group, in bits."""
-        return self._bits[group % len(self._bits)]
+        return self.bits[group % len(self.bits)]
 
     def places_of(self, group: int) -> Ints:
         """The places of one group, ascending."""
@@ -82,8 +88,8 @@ class Grouping:
 
     def rows_of_expert(self, expert: int) -> Ints:
         """The rows of the batch that are computed with one expert, at whatever level."""
-        first = expert * len(self._bits)
-        return np.concatenate([self.rows_of(group) for group in range(first, first + len(self._bits))])
+        first = expert * len(self.bits)
+        return np.concatenate([self.rows_of(group) for group in range(first, first + len(self.bits))])
 
     def stretches(self, bounds: Ints) -> Iterator[tuple[int, int, int, int]]:
         """(group, number, first, end): rows `first` to `end` of a group are rows of the batch from `bounds[number]` to

@@ -126,7 +126,7 @@ class Model:
             self.decoder.add(self._layer(dense, layer))
         self.planes_LEP = [experts.addresses([4] * EXPERTS) for _ in range(LAYERS)]
         self._experts_known = [
-            CpuKernels(threads=2).known_experts(experts.spec, planes_EP, 4) for planes_EP in self.planes_LEP
+            CpuKernels(threads=2).known_experts(experts.spec, planes_EP, [4]) for planes_EP in self.planes_LEP
         ]
         for layer, one in enumerate(self._experts_known):
             if known:

@@ -161,7 +161,7 @@ def test_a_layer_or_a_row_that_is_not_there_is_refused() -> None:
 
 def test_experts_that_do_not_fit_are_refused() -> None:
     up, down = make_matrix(0, 64, WIDTH, 32, [0]), make_matrix(0, WIDTH + 1, 32, 32, [0])
-    known = KnownExperts(make_experts(up, down, -1, -1, 1, 0, 0.0, 0.0), 0, 0, 2)
+    known = KnownExperts(make_experts(up, down, -1, -1, 1, 0, 0.0, 0.0), 0, 0, [2])
     parts = Parts()
     with pytest.raises(ValueError, match="no such MoE layer"):
         parts.decoder.know(0, known)
