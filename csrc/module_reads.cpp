@@ -26,19 +26,19 @@ Arrival arrival_of(int64_t turn, int64_t expert, const std::vector<int64_t> &pla
 
 // Whom to tell, in which of its turns: an expert comes with the read, its planes at these addresses.
 using Notice = std::tuple<Arrivals *, int64_t, int64_t, std::vector<int64_t>>;
-using Read = std::tuple<int64_t, int, int64_t, int64_t, uint64_t, std::optional<Notice>>;
+using Read = std::tuple<int64_t, int, int64_t, int64_t, uint64_t, bool, std::optional<Notice>>;
 
-void push(ReadQueue &queue, const std::vector<Read> &reads, bool urgent) {
+void push(ReadQueue &queue, const std::vector<Read> &reads) {
   std::vector<QueuedRead> queued;
-  for (const auto &[id, file, offset, bytes, address, notice] : reads) {
-    QueuedRead read{id, file, offset, bytes, address};
+  for (const auto &[id, file, offset, bytes, address, urgent, notice] : reads) {
+    QueuedRead read{id, file, offset, bytes, address, urgent};
     if (notice) {
       read.arrivals = std::get<0>(*notice);
       read.arrival = arrival_of(std::get<1>(*notice), std::get<2>(*notice), std::get<3>(*notice));
     }
     queued.push_back(read);
   }
-  queue.push(queued, urgent);
+  queue.push(queued);
 }
 
 } // namespace
@@ -67,7 +67,8 @@ void add_reads(nb::module_ &m) {
       .def_ro("others", &ReadQueue::Stats::others);
   nb::class_<ReadQueue>(m, "ReadQueue")
       .def(nb::init<int64_t, int64_t>(), nb::arg("request_bytes"), nb::arg("piece_bytes"))
-      .def("push", &push, nb::arg("reads"), nb::arg("urgent"))
+      .def("push", &push, nb::arg("reads"))
+      .def("newest", &ReadQueue::newest)
       .def("promote", &ReadQueue::promote, nb::arg("id"))
       .def("remove", &ReadQueue::remove, nb::arg("id"))
       .def("start", &ReadQueue::start)

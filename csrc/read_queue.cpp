@@ -64,14 +64,24 @@ QueuedRead ReadQueue::leave(Where where) {
   return read;
 }
 
-void ReadQueue::push(const std::vector<QueuedRead> &reads, bool urgent) {
+void ReadQueue::push(const std::vector<QueuedRead> &reads) {
   bool work;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const QueuedRead &read : reads) enter(read, urgent);
+    if (closed_) return;
+    for (const QueuedRead &read : reads) {
+      if (read.id <= newest_) continue;
+      newest_ = read.id;
+      enter(read, read.urgent);
+    }
     work = has_work();
   }
   if (work) changed_.notify_one();
+}
+
+int64_t ReadQueue::newest() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return newest_;
 }
 
 void ReadQueue::promote(int64_t id) {
@@ -102,6 +112,7 @@ std::vector<QueuedRead> ReadQueue::take() {
   int64_t bytes = taken[0].bytes;
   for (;;) {
     const QueuedRead &last = taken.back();
+    if (last.file < 0) return taken;
     const auto next = waiting.places.find({last.file, last.offset + last.bytes});
     if (next == waiting.places.end()) return taken;
     bytes += waiting.line.at(next->second).bytes;
@@ -138,8 +149,8 @@ std::optional<ReadQueue::Request> ReadQueue::next() {
 void ReadQueue::start() {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return;
+  threads_.emplace_back(&ReadQueue::work, this); // which waits for the lock before anything else
   ++at_work_;
-  threads_.emplace_back(&ReadQueue::work, this);
 }
 
 void ReadQueue::work() {

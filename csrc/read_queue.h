@@ -20,9 +20,10 @@ namespace moestro {
 
 struct QueuedRead {
   int64_t id;
-  int file; // descriptor
+  int file; // descriptor; negative: who takes it has to open it
   int64_t offset, bytes;
   uint64_t address;
+  bool urgent;
   Arrivals *arrivals = nullptr; // if there are any: told of `arrival` when the bytes are there
   Arrival arrival = {};
 };
@@ -50,8 +51,11 @@ public:
   ReadQueue(const ReadQueue &) = delete;
   ReadQueue &operator=(const ReadQueue &) = delete;
 
-  // All at once: neighbours among them share requests.
-  void push(const std::vector<QueuedRead> &reads, bool urgent);
+  // All at once: neighbours among them share requests. Ids ascend from call to call; what has been pushed before, or
+  // after `close`, is passed over.
+  void push(const std::vector<QueuedRead> &reads);
+  // The greatest id that has been pushed; -1: none.
+  int64_t newest();
   // Makes a read urgent, behind those that are, if it has not been taken.
   void promote(int64_t id);
   // Takes back a read that has not been taken; whether that was so.
@@ -99,7 +103,7 @@ private:
   const int64_t request_bytes_, piece_bytes_;
   Waiting urgent_, others_;
   std::map<int64_t, Where> where_; // by id
-  int64_t turns_ = 0;
+  int64_t turns_ = 0, newest_ = -1;
   int under_way_ = 0, at_work_ = 0; // requests; threads of the queue that have not ended
   int64_t ahead_ = -1; // first read of the request that nobody waited for; -1: there is none
   bool closed_ = false;

@@ -253,12 +253,16 @@ class ReadQueue:
 
     def __init__(self, request_bytes: int, piece_bytes: int) -> None: ...
     def push(
-        self,
-        reads: Sequence[tuple[int, int, int, int, int, tuple[Arrivals, int, int, Sequence[int]] | None]],
-        urgent: bool,
+        self, reads: Sequence[tuple[int, int, int, int, int, bool, tuple[Arrivals, int, int, Sequence[int]] | None]]
     ) -> None:
-        """Reads at once: id, descriptor of a file, offset, bytes, address; and whom to tell when the bytes are there,
-        if anybody: in this turn, an expert comes, with planes at these addresses. Neighbours share requests."""
+        """Reads at once: id, descriptor of a file, offset, bytes, address, whether it is urgent; and whom to tell when
+        the bytes are there, if anybody: in this turn, an expert comes, with planes at these addresses.
+
+        Neighbours share requests. Ids ascend; what has been pushed before, or after `close`, is passed over.
+        """
+
+    def newest(self) -> int:
+        """The greatest id that has been pushed; -1: none."""
 
     def promote(self, id: int) -> None:
         """Make it urgent, behind those that are, unless it has been taken."""

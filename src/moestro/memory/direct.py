@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PosixPath
 
 from moestro.memory.pages import PAGE
@@ -214,6 +214,6 @@ class FileReader:
         """The file opened for direct reads, but a read was refused: read it through the page cache from now on."""
         with self._lock:
             if self._files[file] is refused:
-                self._files[file] = self._open_buffered(file)
+                self._files[file] = replace(self._open_buffered(file), unchecked=refused.unchecked)
                 self._replaced.append(refused.descriptor)  # other threads may be reading from it
             return self._files[file]

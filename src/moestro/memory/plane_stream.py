@@ -88,10 +88,15 @@ class PlaneStream:
             return [(chain.index, chain.offsets()) for chain in batch]
 
     def settle(self) -> None:
-        """Wait until all that has come, of which who is told has heard from those that read, is put down as well."""
+        """Wait until all that has come, of which who is told has heard from those that read, is put down as well.
+
+        Raises PlaneReadError as the iteration.
+        """
         with self._cache._lock:
             while self._under_way and self._error is None:
                 self._cache._changed.wait()
+            if self._error is not None:
+                raise self._error
 
     def fail(self) -> NoReturn:
         """Raise what a chain could not be read for."""

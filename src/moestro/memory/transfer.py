@@ -9,6 +9,7 @@ and puts down what they have read.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakSet
 
 import xxhash
 
@@ -29,6 +31,8 @@ from moestro.memory.tickets import PIECE_BYTES, Notice, Read, Ticket
 THREADS = 2
 REQUEST_BYTES = 4 << 20
 """What serves the disks that we measured, where nothing is known of this one."""
+
+_LAST_WAIT_S = 1.0
 
 
 @dataclass(slots=True)
@@ -81,6 +85,7 @@ class TransferEngine:
         self._held: list[Ticket] = []  # submitted in them
         self._closed = False
         self._stats = TransferStats()
+        _ENGINES.add(self)
 
     @property
     def reader(self) -> FileReader:
@@ -113,18 +118,15 @@ class TransferEngine:
                     self._hand_over()
 
     def _hand_over(self) -> None:
-        """Put what has been submitted into the queue."""
-        for urgent in (True, False):
-            reads = [self._entry(ticket) for ticket in self._held if ticket.urgent == urgent]
-            if reads:
-                self._queue.push(reads, urgent)
+        """Put what has been submitted into the queue. Interrupted anywhere, it can be done again."""
+        self._queue.push([self._entry(ticket) for ticket in self._held])
         self._held.clear()
 
-    def _entry(self, ticket: Ticket) -> tuple[int, int, int, int, int, Notice | None]:
+    def _entry(self, ticket: Ticket) -> tuple[int, int, int, int, int, bool, Notice | None]:
         read, descriptor = ticket.read, self._reader.descriptor(ticket.read.file)
         unchecked = not read.checksums or (descriptor >= 0 and not self._reader.is_due(read.file, read.offset))
         notice = read.notice if unchecked else None
-        return ticket.number, descriptor, read.offset, read.nbytes, read.address(), notice
+        return ticket.number, descriptor, read.offset, read.nbytes, read.address(), ticket.urgent, notice
 
     def submit(self, read: Read, *, urgent: bool, on_done: Callable[[Ticket], None] | None = None) -> Ticket:
         """Queue a read: urgent ones before the others, first come first served among equals.
@@ -150,11 +152,13 @@ class TransferEngine:
         with self._lock:
             ticket.urgent = True
             self._queue.promote(ticket.number)
+            if self._held and not self._holding:  # left by an interrupt
+                self._hand_over()
 
     def cancel(self, ticket: Ticket) -> bool:
         """Drop a read that has not begun: True, and its `on_done` is never called. Else False and nothing changes."""
         with self._lock:
-            if ticket in self._held:
+            if ticket.number > self._queue.newest() and ticket in self._held:
                 self._held.remove(ticket)
             elif not self._queue.remove(ticket.number):
                 return False
@@ -173,15 +177,30 @@ class TransferEngine:
 
     def close(self) -> None:
         """Finish the reads that have begun, fail those that wait, and end the threads."""
+        self._end_waiting()
+        for thread in self._threads:  # these end after those of the queue, and can be interrupted
+            thread.join()
+        self._queue.join()
+        self._reader.close()
+
+    def _end_waiting(self) -> None:
+        """Nothing more begins; what has not begun fails."""
         with self._lock:
             self._closed = True
             dropped = [self._tickets[number] for number in self._queue.close()]
+            dropped += [ticket for ticket in self._held if ticket.number > self._queue.newest()]
+            self._held.clear()
         for ticket in dropped:
+            ticket.ended = self._clock()
             self._finish(ticket, ticket.read.failed("the transfer engine was closed before its read began"))
-        self._queue.join()
+
+    def leave(self) -> None:
+        """The program ends, and nobody has called `close`: a thread that came back to it later would abort it."""
+        if self._process != os.getpid():
+            return
+        self._end_waiting()
         for thread in self._threads:
-            thread.join()
-        self._reader.close()
+            thread.join(_LAST_WAIT_S)
 
     def _ticket_for(self, read: Read, urgent: bool) -> Ticket:
         extent = (read.file, read.offset, read.nbytes)
@@ -191,27 +210,26 @@ class TransferEngine:
             if urgent:
                 self.promote(ticket)
             return ticket
+        if self._started < self._thread_count:
+            self._start_thread()
         self._submitted = number = self._submitted + 1
         ticket = self._in_flight[extent] = self._tickets[number] = Ticket(read, urgent=urgent, number=number)
         ticket.submitted = self._clock()
-        if self._started < self._thread_count:
-            self._start_thread()
         self._held.append(ticket)
         if not self._holding:
             self._hand_over()
         return ticket
 
     def _start_thread(self) -> None:
-        self._started += 1
+        if not (self._queue_reads and self._threads):  # one puts down what all threads of the queue have read
+            # Daemons: a program that forgets `close` must still be able to end.
+            work = self._put_down if self._queue_reads else self._work
+            thread = threading.Thread(target=work, name=f"moestro-transfer-{len(self._threads)}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         if self._queue_reads:
             self._queue.start()
-        if self._queue_reads and self._threads:
-            return  # one is enough to put down what the queue's threads have read
-        # Daemons: a program that forgets `close` must still be able to end.
-        work = self._put_down if self._queue_reads else self._work
-        thread = threading.Thread(target=work, name=f"moestro-transfer-{len(self._threads)}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._started += 1
 
     def _put_down(self) -> None:
         """See to what the queue's threads have read."""
@@ -222,7 +240,6 @@ class TransferEngine:
                 continue
             for ticket in tickets:
                 ticket.begun, ticket.ended = request.begun, request.ended
-                self._reader.was_read(ticket.read.file, ticket.read.offset, ticket.read.nbytes)
                 self._carried_out(ticket, None)
 
     def _work(self) -> None:
@@ -243,7 +260,12 @@ class TransferEngine:
             self._carried_out(ticket, error)
 
     def _carried_out(self, ticket: Ticket, error: PlaneReadError | None) -> None:
-        error = error or self._check(ticket.read)
+        read = ticket.read
+        try:
+            self._reader.was_read(read.file, read.offset, read.nbytes)
+            error = error or self._check(read)
+        except BaseException as unforeseen:  # whatever happens, who waits for the ticket must hear of it
+            error = error or _because(read, f"{type(unforeseen).__name__}: {unforeseen}", unforeseen)
         with self._lock:
             self._stats.reads += 1
             self._stats.bytes_read += 0 if error else ticket.read.nbytes
@@ -301,6 +323,15 @@ class TransferEngine:
     def _leave(self, ticket: Ticket) -> None:
         del self._in_flight[(ticket.read.file, ticket.read.offset, ticket.read.nbytes)], self._tickets[ticket.number]
         ticket.finish()
+
+
+_ENGINES: WeakSet[TransferEngine] = WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for engine in tuple(_ENGINES):
+        engine.leave()
 
 
 def _because(read: Read, reason: str, cause: BaseException) -> PlaneReadError:

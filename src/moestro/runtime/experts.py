@@ -266,7 +266,8 @@ class RoutedExperts:
             return None
         if rows.of_experts:
             return self.known[layer] if self._exact else None
-        return self._layers[layer].levelled(rows.bits)
+        apart = self.levels is not None and self.levels.apart
+        return self._layers[layer].levelled(rows.bits) if apart else None
 
     def _as_they_come(
         self,

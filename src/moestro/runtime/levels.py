@@ -31,6 +31,7 @@ class LayerLevels:
         bits: of each level but 0.
         applied_D: so many (row, expert) pairs of rows that need not be exact were computed at each level.
         everywhere: whether levels are chosen for experts in memory, too: those of a bit router.
+        apart: whether each level has a chain of its own, in every layer.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LayerLevels:
         self._scores = scores
         self._policy, self._chains, self._planes, self._eviction = policy, chains, planes, eviction
         self._depths_LD = np.array([depths(layout, bits) for layout in layouts])
+        self.apart = all(len(set(depths(layout, bits))) == len(self.bits) + 1 for layout in layouts)
         self._budget_T = np.zeros(0)
         self._experts = max(len(one) for one in chains)
         self._gains_LEP: np.ndarray | None = None
