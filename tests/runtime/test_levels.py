@@ -47,8 +47,8 @@ def _run(opened: OpenModel, qualities: list[str], policy: str) -> list[Sequence]
     return sequences
 
 
-def _open(folder: Path, policy: str, share: float = 0.4) -> OpenModel:
-    return open_store(folder, share=share, max_sequences=3, level_policy=policy)
+def _open(folder: Path, policy: str, share: float = 0.4, *, prefetch: str = "on") -> OpenModel:
+    return open_store(folder, share=share, max_sequences=3, level_policy=policy, prefetch=prefetch)
 
 
 @pytest.mark.parametrize("policy", ["ledger", "gate", "sensitivity"])
@@ -67,10 +67,10 @@ def test_an_exact_request_among_others_is_exact(folder: Path, policy: str) -> No
 def test_less_is_read_where_something_may_be_lost(folder: Path, policy: str) -> None:
     read = {}
     for quality in ("exact", "high", "fast"):
-        with _open(folder, policy) as opened:
+        with _open(folder, policy, prefetch="off") as opened:  # what is read ahead differs from run to run
             _run(opened, [quality] * 3, policy)
             read[quality] = opened.runner.planes.stats.bytes_read
-    assert read["fast"] < read["high"] < 1.02 * read["exact"]  # what is read ahead differs from run to run
+    assert read["fast"] < read["high"] <= read["exact"]
     assert read["fast"] < 0.8 * read["exact"]
 
 

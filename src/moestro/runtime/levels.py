@@ -51,7 +51,7 @@ class LayerLevels:
         self._scores = scores
         self._policy, self._chains, self._planes, self._eviction = policy, chains, planes, eviction
         self._depths_LD = np.array([depths(layout, bits) for layout in layouts])
-        self.apart = all(len(set(depths(layout, bits))) == len(self.bits) + 1 for layout in layouts)
+        self.apart = all(len(set(depths_D)) == len(depths_D) for depths_D in self._depths_LD.tolist())
         self._budget_T = np.zeros(0)
         self._experts = max(len(one) for one in chains)
         self._gains_LEP: np.ndarray | None = None
