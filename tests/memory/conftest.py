@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from memory.cache_bench import Bench
-from memory.plane_file import PlaneFile, write_plane_file
+from memory.gated import Gate
+from memory.plane_file import PAGE, PlaneFile, write_plane_file
+from moestro.memory.pages import HostBuffer
+from moestro.memory.transfer import TransferEngine
 from moestro.policy import LRU
 
 CHAINS = ((2, 1, 1), (3,), (1, 2, 1, 3))
@@ -44,3 +47,21 @@ def make(uniform_planes: PlaneFile) -> Iterator[Callable[..., Bench]]:
     for one in made:
         one.disk.open.set()
         one.engine.close()
+
+
+@pytest.fixture
+def buffer() -> HostBuffer:
+    return HostBuffer(64 * PAGE)
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def gated(gate: Gate) -> Iterator[TransferEngine]:
+    engine = TransferEngine(threads=1, request_bytes=2 * PAGE, read_at=gate.read_at)
+    yield engine
+    gate.open.set()
+    engine.close()

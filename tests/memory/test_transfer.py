@@ -2,62 +2,19 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from memory.gated import Gate, read_of
 from memory.plane_file import PAGE, PlaneFile
 from moestro.errors import PlaneReadError
 from moestro.memory.direct import CHECK_EVERY, preadv
 from moestro.memory.pages import HostBuffer
-from moestro.memory.planes import read_of as planes_read
 from moestro.memory.tickets import Read, Ticket
 from moestro.memory.transfer import TransferEngine
-
-
-class Gate:
-    """A disk that waits until it is opened, and notes which offsets are read in which order."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.offsets: list[int] = []
-        self.reading = threading.Semaphore(0)
-
-    def read_at(self, descriptor: int, destinations: Sequence[memoryview], offset: int) -> int:
-        self.offsets.append(offset)
-        self.reading.release()
-        self.open.wait()
-        return preadv(descriptor, destinations, offset)
-
-
-@pytest.fixture
-def buffer() -> HostBuffer:
-    return HostBuffer(64 * PAGE)
-
-
-@pytest.fixture
-def gate() -> Gate:
-    return Gate()
-
-
-@pytest.fixture
-def gated(gate: Gate) -> Iterator[TransferEngine]:
-    engine = TransferEngine(threads=1, request_bytes=2 * PAGE, read_at=gate.read_at)
-    yield engine
-    gate.open.set()
-    engine.close()
-
-
-def read_of(planes: PlaneFile, expert: int, buffer: HostBuffer, slot: int | None = None) -> Read:
-    extent = planes.extents[(0, expert, 0)]
-    offset = (expert if slot is None else slot) * 3 * PAGE
-    view = buffer.view(offset, extent.nbytes)
-    return planes_read((0, expert, 0), [extent], view)
 
 
 def test_bytes_arrive_in_place_and_are_counted(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
@@ -267,45 +224,6 @@ def test_a_failing_callback_is_logged_and_harms_nothing(
     assert "expert 0" in caplog.text
 
 
-def test_close_lets_begun_reads_finish_and_fails_the_others(
-    gate: Gate, gated: TransferEngine, uniform_planes: PlaneFile, buffer: HostBuffer
-) -> None:
-    ended: list[Ticket] = []
-    begun = gated.submit(read_of(uniform_planes, 0, buffer), urgent=True, on_done=ended.append)
-    gate.reading.acquire()
-    queued = [
-        gated.submit(read_of(uniform_planes, expert, buffer), urgent=expert == 1, on_done=ended.append)
-        for expert in (1, 2)
-    ]
-    closing = threading.Thread(target=gated.close)
-    closing.start()
-    for ticket in queued:
-        with pytest.raises(PlaneReadError, match="closed before its read began"):
-            ticket.wait()
-    assert not begun.done()
-    gate.open.set()
-    closing.join()
-    begun.wait()
-    assert sorted(ended, key=id) == sorted([begun, *queued], key=id)
-    assert not gated.cancel(queued[0])
-    with pytest.raises(RuntimeError, match="closed"):
-        gated.submit(read_of(uniform_planes, 3, buffer), urgent=True)
-
-
-def test_a_read_that_close_drops_can_no_longer_be_cancelled(
-    gate: Gate, gated: TransferEngine, uniform_planes: PlaneFile, buffer: HostBuffer
-) -> None:
-    cancelled: list[bool] = []
-    tickets = [gated.submit(read_of(uniform_planes, 0, buffer), urgent=True)]
-    gate.reading.acquire()
-    for expert in (1, 2):
-        read = read_of(uniform_planes, expert, buffer)
-        tickets.append(gated.submit(read, urgent=True, on_done=lambda _: cancelled.append(gated.cancel(tickets[2]))))
-    threading.Timer(0.05, gate.open.set).start()
-    gated.close()
-    assert cancelled == [False, False]
-
-
 def test_what_is_not_aligned_is_a_bug(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
     engine = TransferEngine()
     for offset, start, nbytes in ((512, 0, PAGE), (0, 512, PAGE), (0, 0, 512)):
@@ -329,82 +247,3 @@ def test_busy_seconds_are_wall_time_not_thread_time(uniform_planes: PlaneFile, b
         ticket.wait()
     engine.close()
     assert 0.1 <= engine.stats.busy_seconds <= time.perf_counter() - start
-
-
-def test_a_forked_child_is_told(uniform_planes: PlaneFile, buffer: HostBuffer) -> None:
-    engine = TransferEngine()
-    engine.submit(read_of(uniform_planes, 0, buffer), urgent=True).wait()
-    child = os.fork()
-    if child == 0:  # pragma: no cover - runs in the child
-        try:
-            engine.submit(read_of(uniform_planes, 1, buffer), urgent=True)
-        except RuntimeError as error:
-            os._exit(7 if "fork" in str(error) else 8)
-        os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    engine.close()
-
-
-class InterruptedOnce(list[Ticket]):
-    """As if the user pressed Ctrl-C just before the list is cleared."""
-
-    interrupted = False
-
-    def clear(self) -> None:
-        if not self.interrupted:
-            self.interrupted = True
-            raise KeyboardInterrupt
-        super().clear()
-
-
-def test_an_interrupt_while_reads_are_handed_over_leaves_nothing_behind(
-    gate: Gate, gated: TransferEngine, uniform_planes: PlaneFile, buffer: HostBuffer
-) -> None:
-    gated.submit(read_of(uniform_planes, 0, buffer), urgent=True)
-    gate.reading.acquire()
-    gated._held = InterruptedOnce()
-    with pytest.raises(KeyboardInterrupt):
-        gated.submit(read_of(uniform_planes, 1, buffer), urgent=True)
-    lost = gated._tickets[max(gated._tickets)]
-    assert gated.cancel(lost)
-    assert not gated.cancel(lost)
-    again = gated.submit(read_of(uniform_planes, 1, buffer, slot=5), urgent=True)
-    gate.open.set()
-    again.wait()
-    assert bytes(again.read.destination) == uniform_planes.contents[(0, 1, 0)]
-    assert [offset // (2 * PAGE) for offset in gate.offsets] == [0, 1]
-
-
-def test_what_an_interrupt_kept_back_is_read_when_somebody_waits(
-    uniform_planes: PlaneFile, buffer: HostBuffer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = TransferEngine()
-
-    def interrupted(_ticket: Ticket) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine, "_entry", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        engine.submit(read_of(uniform_planes, 1, buffer), urgent=False)
-    monkeypatch.undo()
-    ticket = engine.submit(read_of(uniform_planes, 1, buffer), urgent=True)
-    ticket.wait()
-    assert bytes(ticket.read.destination) == uniform_planes.contents[(0, 1, 0)]
-    engine.close()
-
-
-def test_a_program_may_end_while_it_reads(uniform_planes: PlaneFile) -> None:
-    extent = uniform_planes.extents[(0, 1, 0)]
-    program = f"""
-from pathlib import Path
-from moestro.memory.pages import HostBuffer
-from moestro.memory.tickets import Read
-from moestro.memory.transfer import TransferEngine
-size, file = {extent.nbytes}, Path({str(extent.file)!r})
-engine, buffer = TransferEngine(), HostBuffer(16 * size)
-for number in range(16):
-    engine.submit(Read(file, number * size, size, buffer.view(number * size, size), (), "A plane"), urgent=True)
-"""
-    for _ in range(3):
-        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        assert (ended.returncode, ended.stderr) == (0, "")
