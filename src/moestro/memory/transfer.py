@@ -240,7 +240,7 @@ class TransferEngine:
                 continue
             for ticket in tickets:
                 ticket.begun, ticket.ended = request.begun, request.ended
-                self._carried_out(ticket, None)
+                self._carried_out(ticket, None, by_queue=True)
 
     def _work(self) -> None:
         while (request := self._queue.next()) is not None:
@@ -257,12 +257,13 @@ class TransferEngine:
         self._queue.done(request)
         for ticket, error in zip(tickets, unread, strict=True):
             ticket.ended = self._clock()
-            self._carried_out(ticket, error)
+            self._carried_out(ticket, error, by_queue=False)
 
-    def _carried_out(self, ticket: Ticket, error: PlaneReadError | None) -> None:
+    def _carried_out(self, ticket: Ticket, error: PlaneReadError | None, *, by_queue: bool) -> None:
         read = ticket.read
         try:
-            self._reader.was_read(read.file, read.offset, read.nbytes)
+            if by_queue:
+                self._reader.was_read(read.file, read.offset, read.nbytes)
             error = error or self._check(read)
         except BaseException as unforeseen:  # whatever happens, who waits for the ticket must hear of it
             error = error or _because(read, f"{type(unforeseen).__name__}: {unforeseen}", unforeseen)
