@@ -289,7 +289,7 @@ size_t Decoder::next_routed() const {
   return next;
 }
 
-// Looks ahead from MoE layer `moe`; whether one of the likeliest experts is not known.
+// Looks ahead from MoE layer `moe`; whether one of the experts that tell is not known.
 bool Decoder::lacks_ahead(int64_t moe) {
   seen_rows_ = 0;
   const size_t next = next_routed();
@@ -308,7 +308,7 @@ bool Decoder::lacks_ahead(int64_t moe) {
   if (known == nullptr) return false;
   for (int64_t row = 0; row < step_.rows; ++row) {
     const int64_t *ids = ahead_ids_ + row * ahead_candidates_;
-    if (!picks_known(*known, ids, workspace_.picks)) return true;
+    if (!picks_known(*known, ids, ahead_telling_)) return true;
   }
   return false;
 }

@@ -70,9 +70,9 @@ public:
 
   // Has every layer of steps with few rows ask the router of the next MoE layer what it would pick if the hidden state
   // stayed as it is: `candidates` ids for each row, in falling order, in `ids` [known_rows, candidates], which outlives
-  // the decoder; null: nobody is asked. run() then comes back at layers where one of a row's first `picks` of these is
-  // not known.
-  void look_ahead(int64_t *ids, int64_t candidates);
+  // the decoder; null: nobody is asked. run() then comes back at layers where one of a row's first `telling` of these
+  // (at most as many as it picks) is not known.
+  void look_ahead(int64_t *ids, int64_t candidates, int64_t telling);
 
   // Rows of `ids` that hold what was looked ahead at the layer that run() has come back at; 0: nothing was.
   int64_t seen_rows() const { return seen_rows_; }
@@ -144,7 +144,7 @@ private:
   int64_t next_moe_ = 0;
   const float *delta_ = nullptr; // what the last layer has left to be added
   int64_t *ahead_ids_ = nullptr; // where what is looked ahead goes; null: nothing is
-  int64_t ahead_candidates_ = 0, seen_rows_ = 0;
+  int64_t ahead_candidates_ = 0, ahead_telling_ = 0, seen_rows_ = 0;
   double kernel_seconds_ = 0, experts_seconds_ = 0;
 };
 

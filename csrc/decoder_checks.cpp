@@ -77,14 +77,16 @@ void Decoder::know(int64_t moe, const KnownExperts &experts) {
   known_[static_cast<size_t>(moe)] = &experts;
 }
 
-void Decoder::look_ahead(int64_t *ids, int64_t candidates) {
+void Decoder::look_ahead(int64_t *ids, int64_t candidates, int64_t telling) {
   for (const Layer &layer : layers_) {
     require(!there(layer.router) || (workspace_.picks <= candidates && candidates <= layer.router.outputs),
             "fewer candidates than picks, or more than there are experts");
   }
   require(candidates <= workspace_.picks * width_, "the workspace is too small for candidates");
+  require(telling >= 0 && telling <= workspace_.picks, "more candidates that tell than picks");
   ahead_ids_ = ids;
   ahead_candidates_ = candidates;
+  ahead_telling_ = telling;
 }
 
 void Decoder::set_variant(int32_t slot, const Variant *variant) {

@@ -169,10 +169,10 @@ void add_decoder(nb::module_ &m) {
       .def("know", &Decoder::know, arg("moe_layer"), arg("experts"), nb::keep_alive<1, 3>())
       .def(
           "look_ahead",
-          [](Decoder &decoder, uintptr_t ids, int64_t candidates) {
-            decoder.look_ahead(pointer<int64_t>(ids), candidates);
+          [](Decoder &decoder, uintptr_t ids, int64_t candidates, int64_t telling) {
+            decoder.look_ahead(pointer<int64_t>(ids), candidates, telling);
           },
-          arg("ids"), arg("candidates"))
+          arg("ids"), arg("candidates"), arg("telling"))
       .def_prop_ro("seen_rows", &Decoder::seen_rows)
       .def("set_variant", &Decoder::set_variant, arg("slot"), arg("variant").none())
       .def("begin", &begin, arg("token_ids"), arg("rows"), arg("block_table"), arg("sequences"), arg("max_blocks"),

@@ -529,10 +529,10 @@ class Decoder:
     def know(self, moe_layer: int, experts: KnownExperts) -> None:
         """Compute these experts where their planes are known; ValueError when they do not fit the model."""
 
-    def look_ahead(self, ids: int, candidates: int) -> None:
+    def look_ahead(self, ids: int, candidates: int, telling: int) -> None:
         """Ask the next MoE layer's router early, in steps of few rows: the best `candidates` of each row come to `ids`,
-        int64 [known_rows, candidates] (0: ask no longer). `run` then comes back where one of a row's likeliest is not
-        known."""
+        int64 [known_rows, candidates] (0: ask no longer). `run` then comes back where one of a row's first `telling` is
+        not known."""
 
     @property
     def seen_rows(self) -> int:

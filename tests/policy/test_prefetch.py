@@ -109,3 +109,32 @@ def test_a_gate_names_absent_experts_by_how_often_such_were_used() -> None:
             if layer < SHAPE.layers - 1:
                 proposed = prefetcher.propose(layer, absent_E, slack)
     assert proposed == [(2, 2)]
+
+
+def test_ranks_that_would_not_pay_need_not_be_told_of() -> None:
+    gate = Gate(SHAPE)
+    prefetcher = Prefetcher(SHAPE, gate)
+    assert prefetcher.telling(2) == 2, "nothing has been asked for: all may pay"
+    gate.begin(0)
+    absent_E = np.ones(4, dtype=bool)
+    used, counts_E = np.array([[3, 2]]), np.array([0, 0, 1, 1])
+
+    def visit(idle_s: float) -> None:
+        for layer in range(SHAPE.layers):
+            gate.observe(Routing(layer, used, np.ones((1, 2), np.float32), (), counts_E))
+            # Of what the gate names, the first and the third are used.
+            gate.lookahead(layer, 1, np.array([[3, 0, 2, 1]]))
+            if layer < SHAPE.layers - 1:
+                prefetcher.propose(layer, absent_E, Slack(1.0, idle_s))
+
+    for _ in range(200):
+        visit(5.0)
+    assert prefetcher.telling(1) == 1
+    assert prefetcher.telling(2) == 1, "the second is never used"
+    assert prefetcher.telling(4) == 3, "the third is, though the second is not"
+    visit(1e-6)
+    assert prefetcher.telling(4) == 1, "so little time is worth nothing, and one is looked at all the same"
+
+
+def test_a_predictor_that_names_nobody_is_told_of_all() -> None:
+    assert Prefetcher(SHAPE, Says(0.9, 0.1, 0, 0)).telling(4) == 4

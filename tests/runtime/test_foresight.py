@@ -22,6 +22,7 @@ from moestro.policy.foresight import Foresight
 from moestro.policy.observation import Shape
 from moestro.policy.prefetch import Slack, SlackMeter
 from moestro.runtime.foresight import Chosen
+from moestro.runtime.native.forward import AskedEarly
 from moestro.runtime.open import OpenModel, layouts_of
 from moestro.simulate.timed import Machine, TimedReplay, TimedResult
 from moestro.store.pack import pack
@@ -119,6 +120,23 @@ def test_gates_see_what_a_trace_with_lookahead_has(folder: Path, monkeypatch: py
         same = [ids_TC == expected_NLC[:, layer] for layer, _, ids_TC in told]
         # Paths differ by roundings, which may turn a draw.
         assert np.mean(same) > 0.95
+
+
+def test_the_decoder_comes_back_for_what_may_pay_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(
+        AskedEarly, "ask", lambda self, telling, ask=AskedEarly.ask: told.append(telling) or ask(self, telling)
+    )
+    with open_store(folder, share=0.4, max_sequences=2, predictor="gate", learn="off") as opened:
+        picks = int(opened.skeleton.config.num_experts_per_tok)
+        _decode(opened)
+        # Two prompts, then both requests, then one.
+        assert told[:14] == [picks] * 14, "several rows"
+        assert all(1 <= one <= picks for one in told[14:])
+        foresight = opened.runner._experts.foresight
+        assert foresight is not None
+        foresight.reads_ahead = False
+        assert [foresight.telling(rows) for rows in (1, 2)] == [0, 0]
 
 
 def test_gates_that_are_not_found_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

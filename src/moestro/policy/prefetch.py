@@ -58,6 +58,7 @@ class Prefetcher:
         self._gates = predictor if isinstance(predictor, LooksAhead) else None
         self._names = predictor if isinstance(predictor, NamesFew) else None
         self._bets: dict[int, dict[int, _Bet]] = {}
+        self._least = 0.0  # the probability from which on the last ones asked for might have paid
         self._outcome = 0.0  # mean gain of late proposals, as a share of what they hoped for or risked
         self._rested = 0
 
@@ -65,6 +66,11 @@ class Prefetcher:
         """See `Gate.lookahead`; for predictors that take it."""
         if self._gates is not None:
             self._gates.lookahead(layer, ahead, ids_TC)
+
+    def telling(self, ranks: int) -> int:
+        """How many of a gate's first `ranks`, one at least, would have been worth reading of late: where only others
+        are absent, one row's next layer need not be looked at."""
+        return ranks if self._names is None else max(1, self._names.likelier(self._least, ranks))
 
     def target(self, layer: int) -> int:
         """The layer that prefetches are for once `layer` has routed."""
@@ -84,7 +90,7 @@ class Prefetcher:
         bets: dict[int, _Bet] = {}
         # A later place asks for more certainty, so nobody else pays.
         first = _bet(slack, 0)
-        least = first.loss_s / (first.gain_s + first.loss_s)
+        least = self._least = first.loss_s / (first.gain_s + first.loss_s)
         for place, (expert, likely) in enumerate(self._likeliest(target, absent_E, least)):
             bet = _bet(slack, place) if place else first
             if likely * bet.gain_s <= (1 - likely) * bet.loss_s:

@@ -165,7 +165,8 @@ class LayerForesight:
     `gates` are asked for the next layers' candidates, if there are any, so many as `candidates` says; `levels`, if any,
     say which planes of an expert are worth reading ahead, and `also` which planes of variants go with it. `awaited` is
     the layer of which planes have been asked for ahead, until that has routed; -1: none. `reads_ahead` says whether the
-    step under way asks for any: where that was not worth it for long, it is tried now and then only.
+    step under way asks for any: where that was not worth it for long, it is tried now and then only. A read keeps one
+    of so many `cores` from computing, and asking keeps all.
     """
 
     def __init__(
@@ -178,8 +179,9 @@ class LayerForesight:
         gates: Looks | None = None,
         *,
         picks: int,
+        cores: int = 2,
     ) -> None:
-        self._picks = picks
+        self._picks, self._beside = picks, 1 / cores
         self.candidates = min(2 * picks, *(len(one) for one in chains))
         self._foresight, self._planes, self._chains, self._transfers = foresight, planes, chains, transfers
         self._chain_bytes = [sum(plane.nbytes for plane in layout.planes) for layout in layouts]
@@ -195,7 +197,7 @@ class LayerForesight:
         self._piece_share = [_piece_share(layout) for layout in layouts]
         self._measured = 0.0, 0  # seconds and bytes of reads, when they were looked at last
         self._seconds_per_byte = 0.0
-        self._work_s = 0.0  # of asking for an expert ahead
+        self._work_s = 0.0  # of asking for an expert ahead, all that goes with it included
         self._asked = 0
 
     @property
@@ -213,6 +215,14 @@ class LayerForesight:
             if rows.request not in self._begun:
                 self._begun.add(rows.request)
                 self._foresight.begin(rows.request)
+
+    def telling(self, rows: int) -> int:
+        """Where one of so many first candidates of the next layer's gate is absent, a step of so many rows has to be
+        told of it; 0: nothing is asked for ahead."""
+        prefetcher = self._foresight.prefetcher
+        if not self.reads_ahead or prefetcher is None:
+            return 0
+        return prefetcher.telling(self._picks) if rows == 1 else self._picks
 
     def end(self, request: int) -> None:
         """Nothing more comes of a request, whether it ever came this far or not."""
@@ -239,6 +249,7 @@ class LayerForesight:
         self.awaited = -1
         if not self.reads_ahead:
             return
+        start = time.perf_counter()
         target = (layer + 1) % len(self._chains)
         spared = Spared({} if used_E is None else {layer: used_E})
         if self.gates is not None:
@@ -258,7 +269,6 @@ class LayerForesight:
         if self.also is not None:
             proposed = [(*chain, *self.also(target, chain[0][1])) for chain in proposed]
         if proposed:
-            start = time.perf_counter()
             if self._planes.prefetch([key for chain in proposed for key in chain], spare=spared):
                 self.awaited = target
             self._work_s += ((time.perf_counter() - start) / len(proposed) - self._work_s) / 32
@@ -271,7 +281,8 @@ class LayerForesight:
         """For experts of the layer, by what reads took of late."""
         read_s = self._read_seconds(layer)
         piece_s = read_s * (1.0 if self._planes.joined else self._piece_share[layer])
-        return self._meter.slack(read_s, reading=reading, piece_s=piece_s, work_s=self._work_s)
+        work_s = self._work_s + self._beside * read_s
+        return self._meter.slack(read_s, reading=reading, piece_s=piece_s, work_s=work_s)
 
     def _read_seconds(self, layer: int) -> float:
         """Of an expert of the layer; 0 before any was read."""

@@ -44,7 +44,7 @@ from moestro.runtime.lookahead import Gates, has_gates
 from moestro.runtime.lookup import RowsOnDisk
 from moestro.runtime.model_shape import ModelShape, Sizes
 from moestro.runtime.native import Blueprint, NativeForward, describe
-from moestro.runtime.plan import Plan, compute_threads, make_plan, probe_for
+from moestro.runtime.plan import Plan, available_cores, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner
@@ -263,7 +263,14 @@ def _assemble(
         if needs_gates(chosen.ahead):
             gates = Gates(skeleton.model, picks=max(probed.experts_per_token))
         experts.foresight = LayerForesight(
-            foresight, planes, experts.chains, layouts, transfers, gates, picks=max(probed.experts_per_token)
+            foresight,
+            planes,
+            experts.chains,
+            layouts,
+            transfers,
+            gates,
+            picks=max(probed.experts_per_token),
+            cores=available_cores(),
         )
     bits = levels_up_to(store, plan.level)
     prices = None if router is None else {QUALITIES[name]: price for name, price in router.prices.items()}

@@ -187,8 +187,12 @@ def compute_threads(options: RuntimeOptions) -> int:
     """Threads that compute: as asked, else one per core that this process may run on."""
     if not 0 <= options.threads <= 1024:
         raise BudgetError(f"threads is {options.threads}, expected 1 to 1024 (0: one per available core).")
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return options.threads or available or 1
+    return options.threads or available_cores()
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
 
 
 def make_plan(

@@ -191,7 +191,7 @@ class TestLookingAhead:
         dense, experts = random_dense(source), random_expert_set(source)
         model = Model(dense, experts)
         rows, ids = 3, torch.full((8, PICKED), -1)
-        model.decoder.look_ahead(ids.data_ptr(), PICKED)
+        model.decoder.look_ahead(ids.data_ptr(), PICKED, PICKED)
         whole = model.step([[1, 2, 3]], [None])
         assert model.decoder.seen_rows == 0, "nothing can be lacking"
         base, model.planes_LEP[1][1, 0] = model.planes_LEP[1][1, 0], 0
@@ -203,6 +203,23 @@ class TestLookingAhead:
         assert (ids[rows:] == -1).all()
         model.planes_LEP[1][1, 0] = base
         assert torch.equal(model.finish(rows, 0), whole)
+
+    def test_it_comes_back_only_for_candidates_that_tell(self) -> None:
+        model, ids = Model(random_dense(Source(6)), random_expert_set(Source(6))), torch.full((8, PICKED), -1)
+
+        def reached(without: int, telling: int) -> int:
+            base, model.planes_LEP[1][without, 0] = int(model.planes_LEP[1][without, 0]), 0
+            model.decoder.look_ahead(ids.data_ptr(), PICKED, telling)
+            model.begin([[1]], [None])
+            number: int = model.decoder.run(0)
+            model.planes_LEP[1][without, 0] = base
+            return number
+
+        assert reached(0, PICKED) == 0
+        likeliest: list[int] = ids[0].tolist()
+        for place, expert in enumerate(likeliest):
+            for telling in range(PICKED + 1):
+                assert reached(expert, telling) == (0 if place < telling else 1), "the next layer needs all of them"
 
     def test_it_stops_where_it_is_told_to_and_can_go_on(self) -> None:
         source = Source(4)
@@ -217,4 +234,6 @@ class TestLookingAhead:
         model = Model(random_dense(Source(5)), random_expert_set(Source(5)))
         for candidates in (3, 5):
             with pytest.raises(ValueError, match="fewer candidates than picks, or more than there are experts"):
-                model.decoder.look_ahead(0, candidates)
+                model.decoder.look_ahead(0, candidates, 1)
+        with pytest.raises(ValueError, match="more candidates that tell than picks"):
+            model.decoder.look_ahead(0, PICKED, PICKED + 1)

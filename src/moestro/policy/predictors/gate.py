@@ -30,6 +30,10 @@ class NamesFew(Protocol):
         for by `forecast`."""
         ...
 
+    def likelier(self, least: float, ranks: int, /) -> int:
+        """How many of the first `ranks` experts that a gate names for one row are used more often, being absent."""
+        ...
+
 
 @runtime_checkable
 class LooksAhead(Protocol):
@@ -167,6 +171,11 @@ class Gate:
                 if absent[expert]:
                     spared[expert] = spared.get(expert, 1.0) * (1 - rate(rank))
         return [(expert, 1 - chance) for expert, chance in spared.items()]
+
+    def likelier(self, least: float, ranks: int, /) -> int:
+        """The last of them counts: chance may have put a better rank below."""
+        rates = [self._absent_ranks.rate(rank) for rank in range(min(ranks, self._candidates))]
+        return max((rank + 1 for rank, rate in enumerate(rates) if rate > least), default=0)
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32. Visits after the next one are forecast by popularity."""

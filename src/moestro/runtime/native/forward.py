@@ -102,7 +102,7 @@ class NativeForward:
         foresight = experts.foresight
         experts.learn()
         if self._early is not None and foresight is not None:
-            self._early.ask(foresight.reads_ahead)
+            self._early.ask(foresight.telling(batch.rows))
         self._begin(batch)
         ids_LTK, weights_LTK = self.routing
         done, address, delta_TH = 0, 0, None
@@ -209,13 +209,13 @@ class AskedEarly:
         self._decoder = decoder
         self._ids = np.empty(rows * candidates, dtype=np.int64)
         self._candidates = candidates
-        self._asking = False
+        self._telling = 0
 
-    def ask(self, asking: bool) -> None:
-        """Whether steps from now on ask at all."""
-        if asking != self._asking:
-            self._asking = asking
-            self._decoder.look_ahead(self._ids.ctypes.data if asking else 0, self._candidates)
+    def ask(self, telling: int) -> None:
+        """Have steps from now on come back where one of so many first candidates is not in memory; 0: do not ask."""
+        if telling != self._telling:
+            self._telling = telling
+            self._decoder.look_ahead(self._ids.ctypes.data if telling else 0, self._candidates, telling)
 
     def candidates(self, _layer: int, _hidden_TH: torch.Tensor) -> Iterator[tuple[int, np.ndarray]]:
         """Of the layer that the decoder has come back at: (1, ids [T, C]), or nothing."""
