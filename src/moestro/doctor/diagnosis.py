@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from moestro import _native
+from moestro.cores import available_cores
 from moestro.doctor.reads import DiskReadings, choose, measure_reads
 from moestro.doctor.sample import planes_file, temporary_file
 from moestro.kernels import make_kernels
@@ -101,7 +101,7 @@ def examine(path: Path, *, store: Path | None = None) -> Diagnosis:
     with _file(where, store) as file:
         readings, device = measure_reads(file), device_of(file)
     best = choose(readings.grid)
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     chain_bytes, token_bytes = (0, 0) if store is None else _expert_bytes(store)
     return Diagnosis(
         path=str(where),

@@ -68,8 +68,8 @@ class Prefetcher:
             self._gates.lookahead(layer, ahead, ids_TC)
 
     def telling(self, ranks: int) -> int:
-        """How many of a gate's first `ranks`, one at least, would have been worth reading of late: where only others
-        are absent, one row's next layer need not be looked at."""
+        """Up to which of a gate's first `ranks`, one at least, experts would have been worth reading of late: where
+        only later ones are absent, one row's next layer need not be looked at."""
         return ranks if self._names is None else max(1, self._names.likelier(self._least, ranks))
 
     def target(self, layer: int) -> int:

@@ -179,7 +179,7 @@ class LayerForesight:
         gates: Looks | None = None,
         *,
         picks: int,
-        cores: int = 2,
+        cores: int,
     ) -> None:
         self._picks, self._beside = picks, 1 / cores
         self.candidates = min(2 * picks, *(len(one) for one in chains))

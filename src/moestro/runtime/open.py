@@ -13,6 +13,7 @@ import torch
 
 from moestro.bit_router import BitRouter, stored_bit_router_bytes
 from moestro.config import RuntimeOptions
+from moestro.cores import available_cores
 from moestro.errors import StoreError
 from moestro.hf.linears import lookup_names
 from moestro.hf.skeleton import Skeleton, build_skeleton, config_from_dict
@@ -44,7 +45,7 @@ from moestro.runtime.lookahead import Gates, has_gates
 from moestro.runtime.lookup import RowsOnDisk
 from moestro.runtime.model_shape import ModelShape, Sizes
 from moestro.runtime.native import Blueprint, NativeForward, describe
-from moestro.runtime.plan import Plan, available_cores, compute_threads, make_plan, probe_for
+from moestro.runtime.plan import Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
 from moestro.runtime.runner import ModelRunner

@@ -6,7 +6,6 @@ A plan needs a model's shapes only, so it can be made before anything is packed,
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from moestro.config import RuntimeOptions
+from moestro.cores import available_cores
 from moestro.errors import BudgetError
 from moestro.hf.skeleton import Skeleton
 from moestro.kernels.cpu import scratch_bytes
@@ -188,11 +188,6 @@ def compute_threads(options: RuntimeOptions) -> int:
     if not 0 <= options.threads <= 1024:
         raise BudgetError(f"threads is {options.threads}, expected 1 to 1024 (0: one per available core).")
     return options.threads or available_cores()
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
 
 
 def make_plan(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +10,14 @@ from typing import TypeVar
 
 import torch
 
+from moestro.cores import available_cores
+
 Result = TypeVar("Result")
 
 
 def worker_count() -> int:
     """One for each core that this process may use."""
-    return max(1, len(os.sched_getaffinity(0)))
+    return available_cores()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class NamesFew(Protocol):
         ...
 
     def likelier(self, least: float, ranks: int, /) -> int:
-        """How many of the first `ranks` experts that a gate names for one row are used more often, being absent."""
+        """Up to which of a gate's first `ranks` for one row absent experts are used more often than that; 0: none."""
         ...
 
 
@@ -173,9 +173,9 @@ class Gate:
         return [(expert, 1 - chance) for expert, chance in spared.items()]
 
     def likelier(self, least: float, ranks: int, /) -> int:
-        """The last of them counts: chance may have put a better rank below."""
-        rates = [self._absent_ranks.rate(rank) for rank in range(min(ranks, self._candidates))]
-        return max((rank + 1 for rank, rate in enumerate(rates) if rate > least), default=0)
+        """Those before the last such rank may by chance be below."""
+        rate = self._absent_ranks.rate
+        return max((rank + 1 for rank in range(min(ranks, self._candidates)) if rate(rank) > least), default=0)
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32. Visits after the next one are forecast by popularity."""
