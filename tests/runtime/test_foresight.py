@@ -74,11 +74,15 @@ def test_no_policy_changes_a_bit(policy: str, folder: Path) -> None:
         assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
 
 
+def _idle_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is absent and at all likely is worth reading ahead, however long anything takes here."""
+    monkeypatch.setattr(SlackMeter, "slack", lambda _self, _read_s, *, reading, **_: Slack(1.0, 2.0 + reading))
+
+
 def test_prefetches_are_made_and_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(folder, share=1.0) as opened:
         whole = _decode(opened, rows=40)
-    # Prefetch whatever is absent and at all likely, as on a link that is idle for long.
-    monkeypatch.setattr("moestro.runtime.foresight.LayerForesight._read_seconds", lambda _self, _layer: 1e-7)
+    _idle_link(monkeypatch)
     with open_store(folder, share=0.5, max_sequences=2, policy="value", predictor="ensemble") as opened:
         found = _decode(opened, rows=40)
         assert opened.runner.planes.stats.prefetches > 2
@@ -92,7 +96,7 @@ def test_gates_and_history_change_no_bit(
 ) -> None:
     with open_store(folder, share=1.0, native=native) as opened:
         whole = _decode(opened, rows=40)
-    monkeypatch.setattr("moestro.runtime.foresight.LayerForesight._read_seconds", lambda _self, _layer: 1e-7)
+    _idle_link(monkeypatch)
     options = {"policy": "lru", "predictor": predictor, "learn": "off"}
     with open_store(folder, share=0.4, native=native, max_sequences=2, **options) as opened:
         found = _decode(opened, rows=40)
@@ -194,7 +198,7 @@ def test_the_simulator_counts_what_the_runtime_counted(policy: str, folder: Path
 @pytest.mark.parametrize("policy", ["lru", "lrfu", "value"])
 def test_both_count_prefetches_alike(policy: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every read has ended before the next layer routes, prefetches are the same on both sides."""
-    monkeypatch.setattr(SlackMeter, "slack", lambda _self, _read_s, *, reading, **_: Slack(1.0, 2.0 + reading))
+    _idle_link(monkeypatch)
     prefetch = PlaneCache.prefetch
 
     def prefetch_and_wait(cache: PlaneCache, keys: Sequence[PlaneKey], *, spare: Container[PlaneKey] = ()) -> int:
