@@ -15,7 +15,7 @@ struct Arrival {
   int64_t turn; // of `Arrivals`
   int64_t expert;
   int64_t planes[kPlanes]; // addresses; 0 where absent
-  double begun = 0;        // when its read began, in seconds of the steady clock; 0: not known
+  double begun = 0, ended = 0; // its read, in seconds of the steady clock; 0: not known
 };
 
 // Readers say what has come, in threads of their own; the one that computes takes it.

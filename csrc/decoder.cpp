@@ -276,10 +276,35 @@ bool Decoder::run_experts(int64_t moe) {
   const KnownExperts *known = known_[static_cast<size_t>(moe)];
   if (known == nullptr || step_.rows > workspace_.known_rows) return false;
   const Timer timer(experts_seconds_);
+  return run_known(*known, routed_rows(moe), workspace_.outputs, workspace_.hidden);
+}
+
+RoutedRows Decoder::routed_rows(int64_t moe) const {
   const int64_t place = moe * step_.rows * workspace_.picks;
-  const RoutedRows routed{workspace_.hidden, workspace_.ids + place, workspace_.weights + place, step_.rows,
-                          workspace_.picks, step_.runs.data(), static_cast<int64_t>(step_.runs.size())};
-  return run_known(*known, routed, workspace_.outputs, workspace_.hidden);
+  return {workspace_.hidden,  workspace_.ids + place,  workspace_.weights + place,             step_.rows,
+          workspace_.picks, step_.runs.data(), static_cast<int64_t>(step_.runs.size())};
+}
+
+bool Decoder::fetches() const {
+  return fetching_ != nullptr && fetching_->lends() && step_.rows == 1 && step_.runs.empty();
+}
+
+// As `run_experts`, reading what is not known.
+bool Decoder::fetch_experts(int64_t moe) {
+  const RoutedRows routed = routed_rows(moe);
+  if (!fetching_->ask(moe, known_, routed)) return false;
+  const size_t next = next_routed();
+  const int64_t candidates = fetching_->candidates();
+  if (candidates > 0 && next < layers_.size() && !every_known(*known_[static_cast<size_t>(moe) + 1])) {
+    looked_.resize(static_cast<size_t>(candidates));
+    ask_router(next, looked_.data(), candidates);
+    fetching_->look(moe + 1, known_, looked_.data());
+  }
+  const Timer timer(experts_seconds_);
+  const double waited = fetching_->waited();
+  const bool done = fetching_->compute(known_, routed, workspace_.outputs, workspace_.hidden, look_up_);
+  experts_seconds_ -= fetching_->waited() - waited;
+  return done;
 }
 
 // The next layer that has a router; the number of layers where there is none.
@@ -296,14 +321,7 @@ bool Decoder::lacks_ahead(int64_t moe) {
   if (ahead_ids_ == nullptr || step_.rows > workspace_.known_rows || next == layers_.size()) return false;
   const KnownExperts *known = known_[static_cast<size_t>(moe) + 1];
   if (known != nullptr && every_known(*known)) return false;
-  const Weight &router = layers_[next].router;
-  const size_t here = layer_;
-  layer_ = next; // whose changes by fine-tunes count
-  project(workspace_.hidden, {{router, workspace_.scratch, &VariantLayer::router}});
-  layer_ = here;
-  // The weights are of no use; outputs are not in use yet.
-  kernels().rows->route({workspace_.scratch, step_.rows, router.outputs, ahead_candidates_, Routing::pick_then_softmax,
-                         ahead_ids_, workspace_.outputs});
+  ask_router(next, ahead_ids_, ahead_candidates_);
   seen_rows_ = step_.rows;
   if (known == nullptr) return false;
   for (int64_t row = 0; row < step_.rows; ++row) {
@@ -313,7 +331,32 @@ bool Decoder::lacks_ahead(int64_t moe) {
   return false;
 }
 
+// What the router of a layer would pick if the hidden state stayed as it is.
+void Decoder::ask_router(size_t layer, int64_t *ids, int64_t candidates) {
+  const Weight &router = layers_[layer].router;
+  const size_t here = layer_;
+  layer_ = layer; // whose changes by fine-tunes count
+  project(workspace_.hidden, {{router, workspace_.scratch, &VariantLayer::router}});
+  layer_ = here;
+  // The weights are of no use; outputs are not in use yet.
+  kernels().rows->route({workspace_.scratch, step_.rows, router.outputs, candidates, Routing::pick_then_softmax, ids,
+                         workspace_.outputs});
+}
+
 int64_t Decoder::run(const float *delta, int64_t stop) {
+  if (!fetches()) return run_on(delta, stop);
+  try {
+    const int64_t reached = run_on(delta, stop);
+    fetching_->stop(known_);
+    return reached;
+  } catch (...) {
+    fetching_->stop(known_);
+    throw;
+  }
+}
+
+int64_t Decoder::run_on(const float *delta, int64_t stop) {
+  const bool fetch = fetches();
   delta_ = delta;
   while (next_layer_ < layers_.size()) {
     layer_ = next_layer_++;
@@ -323,7 +366,7 @@ int64_t Decoder::run(const float *delta, int64_t stop) {
     if (!there(layer.router)) continue;
     const int64_t moe = next_moe_++;
     route(layer, moe);
-    if (lacks_ahead(moe) || moe == stop || !run_experts(moe)) return moe;
+    if (fetch ? moe == stop || !fetch_experts(moe) : lacks_ahead(moe) || moe == stop || !run_experts(moe)) return moe;
     delta_ = workspace_.hidden;
   }
   return next_moe_;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "fetching.h"
 #include "known_experts.h"
 #include "layers.h"
 #include "variants.h"
@@ -57,7 +58,11 @@ public:
   void add(const Layer &layer);
 
   // Where experts of MoE layer `moe` lie, as the caller finds out; it outlives the decoder.
-  void know(int64_t moe, const KnownExperts &experts);
+  void know(int64_t moe, KnownExperts &experts);
+
+  // Has steps of a single row of the base read experts that are not known, where `fetching` can, which outlives the
+  // decoder; null: no step does. `look_up` is called now and then while nothing comes, and may throw.
+  void fetch(Fetching *fetching, std::function<void()> look_up);
 
   // What the fine-tune in a slot changes; null empties the slot. Ends the step. Layers are added before.
   // Throws std::invalid_argument when a change does not fit the decoder; the slot is as it was then.
@@ -86,7 +91,7 @@ public:
   // out [count, vocabulary]: logits of some of the step's rows, in any order, after all layers.
   void logits(const int64_t *rows, int64_t count, float *out);
 
-  // Seconds so far in matrix products and attention, and in experts.
+  // Seconds so far in matrix products and attention, and in experts (waits of `fetch` are left out).
   double kernel_seconds() const { return kernel_seconds_; }
   double experts_seconds() const { return experts_seconds_; }
 
@@ -122,7 +127,12 @@ private:
   void run_mlp(const Mlp &mlp);
   void run_layer(const Layer &layer, const float *delta);
   void route(const Layer &layer, int64_t moe);
+  int64_t run_on(const float *delta, int64_t stop);
   bool run_experts(int64_t moe);
+  RoutedRows routed_rows(int64_t moe) const;
+  bool fetches() const;
+  bool fetch_experts(int64_t moe);
+  void ask_router(size_t layer, int64_t *ids, int64_t candidates);
   size_t next_routed() const;
   bool lacks_ahead(int64_t moe);
   void add_norm(const float *delta, Norm VariantLayer::*part, const Norm &norm);
@@ -135,7 +145,10 @@ private:
   Workspace workspace_;
   int64_t width_, blocks_, block_size_;
   std::vector<Layer> layers_;
-  std::vector<const KnownExperts *> known_; // by MoE layer; null: none
+  std::vector<KnownExperts *> known_; // by MoE layer; null: none
+  Fetching *fetching_ = nullptr;
+  std::function<void()> look_up_;
+  std::vector<int64_t> looked_; // of the next router, while fetching
   std::map<int32_t, std::unique_ptr<const Variant>> variants_; // by slot
   std::vector<Window> windows_; // of the step: one entry for each window that layers have
   Step step_{};

@@ -1,6 +1,8 @@
 // What the decoder is given: refused where it would read or write outside its memory.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "decoder.h"
 
@@ -71,10 +73,17 @@ void Decoder::add(const Layer &layer) {
   layers_.push_back(layer);
 }
 
-void Decoder::know(int64_t moe, const KnownExperts &experts) {
+void Decoder::know(int64_t moe, KnownExperts &experts) {
   require(moe >= 0 && moe < static_cast<int64_t>(known_.size()), "there is no such MoE layer");
   require(experts.shape.up.columns == width_ && experts.shape.down.rows == width_, "experts have another width");
   known_[static_cast<size_t>(moe)] = &experts;
+}
+
+void Decoder::fetch(Fetching *fetching, std::function<void()> look_up) {
+  require(fetching == nullptr || std::none_of(known_.begin(), known_.end(), [](const KnownExperts *each) { return each == nullptr; }),
+          "experts are fetched for layers of which all are known");
+  fetching_ = fetching;
+  look_up_ = std::move(look_up);
 }
 
 void Decoder::look_ahead(int64_t *ids, int64_t candidates, int64_t telling) {

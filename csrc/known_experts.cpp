@@ -198,7 +198,10 @@ bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arr
     if (news == Arrivals::News::failure) return false;
     const double begun = seconds.now();
     if (waits) course.waited.push_back({idle_since, begun, arrived.back().expert, arrived.back().begun});
-    for (const Arrival &arrival : arrived) note(experts, arrival, here);
+    for (const Arrival &arrival : arrived) {
+      note(experts, arrival, here);
+      if (arrival.begun > 0) course.came.push_back({arrival.expert, arrival.begun, arrival.ended});
+    }
     const auto still = std::stable_partition(left.begin(), left.end(), [&](int32_t place) {
       return here[static_cast<size_t>(routed.ids[place])] != 0;
     });

@@ -65,8 +65,13 @@ struct Course {
     int64_t expert; // that ended the wait
     double read;    // when its read began, in seconds of the steady clock; 0: not known
   };
+  struct Came {
+    int64_t expert;
+    double begun, ended; // its read, in seconds of the steady clock
+  };
   std::vector<Computed> computed;
   std::vector<Waited> waited;
+  std::vector<Came> came; // those of which the read is known
 };
 
 // As `run_known`, of the base's rows: computes experts as they come, notes where they are, and returns when every one

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "decoder.h"
+#include "signals.h"
 
 namespace nb = nanobind;
 
@@ -167,6 +168,9 @@ void add_decoder(nb::module_ &m) {
            arg("known_rows"), arg("blocks"), arg("block_size"))
       .def("add", &Decoder::add, arg("layer"))
       .def("know", &Decoder::know, arg("moe_layer"), arg("experts"), nb::keep_alive<1, 3>())
+      .def(
+          "fetch", [](Decoder &decoder, Fetching *fetching) { decoder.fetch(fetching, handle_signals); },
+          arg("fetching").none(), nb::keep_alive<1, 2>())
       .def(
           "look_ahead",
           [](Decoder &decoder, uintptr_t ids, int64_t candidates, int64_t telling) {

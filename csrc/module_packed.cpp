@@ -15,6 +15,7 @@
 
 #include "dispatch.h"
 #include "known_experts.h"
+#include "signals.h"
 #include "thread_pool.h"
 #include "unpack.h"
 
@@ -122,15 +123,11 @@ std::optional<std::pair<Computed, Waited>> arriving_experts(KnownExperts &known,
                                                             uintptr_t outputs, uintptr_t sums, Arrivals &arrivals) {
   const RoutedRows routed{pointer<const float>(hidden), pointer<const int64_t>(ids), pointer<const float>(weights),
                           rows, picks};
-  const auto look_up = [] {
-    const nb::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();
-  };
   Course course;
   {
     const nb::gil_scoped_release release;
     const bool all =
-        run_arriving(known, routed, arrivals, pointer<float>(outputs), pointer<float>(sums), course, look_up);
+        run_arriving(known, routed, arrivals, pointer<float>(outputs), pointer<float>(sums), course, handle_signals);
     if (!all) return {};
   }
   std::pair<Computed, Waited> moments;

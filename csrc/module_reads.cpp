@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "fetching.h"
 #include "read_queue.h"
 
 namespace nb = nanobind;
@@ -39,6 +40,63 @@ void push(ReadQueue &queue, const std::vector<Read> &reads) {
     queued.push_back(read);
   }
   queue.push(queued);
+}
+
+Shelf shelf_of(int file, int64_t bytes, const std::vector<int64_t> &offsets, const std::vector<int64_t> &inner) {
+  if (inner.size() > kPlanes) throw std::invalid_argument("fetching: a chain has too many planes");
+  Shelf shelf{file, bytes, offsets, {}};
+  shelf.inner.fill(-1);
+  std::copy(inner.begin(), inner.end(), shelf.inner.begin());
+  return shelf;
+}
+
+void lend(Fetching &fetching, const std::vector<std::tuple<int64_t, int64_t, int64_t>> &slots,
+          const std::vector<int> &idle, const std::vector<int> &reading) {
+  if (idle.size() != reading.size()) throw std::invalid_argument("fetching: limits differ in candidates");
+  std::vector<LentSlot> lent;
+  for (const auto &[address, moe, expert] : slots) lent.push_back({address, moe, expert});
+  fetching.lend(std::move(lent), idle, reading);
+}
+
+void add_fetching(nb::module_ &m) {
+  nb::enum_<Fetched::Kind>(m, "FetchKind")
+      .value("DEMAND", Fetched::Kind::demand)
+      .value("AHEAD", Fetched::Kind::ahead)
+      .value("IN_TIME", Fetched::Kind::ahead_in_time)
+      .value("LATE", Fetched::Kind::ahead_late)
+      .value("TAKEN_BACK", Fetched::Kind::taken_back);
+  nb::class_<Fetching>(m, "Fetching")
+      .def("__init__",
+           [](Fetching *self, ReadQueue &queue, uintptr_t unread, int64_t layers, int64_t experts) {
+             new (self) Fetching(queue, reinterpret_cast<uint8_t *>(unread), layers, experts);
+           },
+           nb::arg("queue"), nb::arg("unread"), nb::arg("layers"), nb::arg("experts"), nb::keep_alive<1, 2>())
+      .def(
+          "shelve",
+          [](Fetching &fetching, int64_t moe, int file, int64_t bytes, const std::vector<int64_t> &offsets,
+             const std::vector<int64_t> &inner) { fetching.shelve(moe, shelf_of(file, bytes, offsets, inner)); },
+          nb::arg("moe_layer"), nb::arg("file"), nb::arg("bytes"), nb::arg("offsets"), nb::arg("inner"))
+      .def("lend", &lend, nb::arg("slots"), nb::arg("idle") = nb::list(), nb::arg("reading") = nb::list())
+      .def_prop_ro("fetched",
+                   [](const Fetching &fetching) {
+                     std::vector<std::tuple<int64_t, int64_t, int64_t, Fetched::Kind, double, double, double>> all;
+                     for (const Fetched &one : fetching.fetched()) {
+                       all.emplace_back(one.moe, one.expert, one.slot, one.kind, one.asked, one.begun, one.ended);
+                     }
+                     return all;
+                   })
+      .def_prop_ro("waits", [](const Fetching &fetching) {
+        std::vector<std::tuple<double, double, double, bool>> all;
+        for (const FetchWait &one : fetching.waits()) all.emplace_back(one.begun, one.ended, one.read, one.late);
+        return all;
+      })
+      .def_prop_ro("visits", [](const Fetching &fetching) {
+        std::vector<std::tuple<int64_t, double, bool, std::vector<int64_t>>> all;
+        for (const FetchVisit &one : fetching.visits()) {
+          all.emplace_back(one.moe, one.routed, one.reading, one.candidates);
+        }
+        return all;
+      });
 }
 
 } // namespace
@@ -86,6 +144,7 @@ void add_reads(nb::module_ &m) {
       .def("close", &ReadQueue::close)
       .def("join", &ReadQueue::join, nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &ReadQueue::stats);
+  add_fetching(m);
 }
 
 } // namespace moestro

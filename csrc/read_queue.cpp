@@ -44,7 +44,7 @@ ReadQueue::~ReadQueue() {
 }
 
 bool ReadQueue::has_work() const {
-  return !urgent_.line.empty() || (!others_.line.empty() && ahead_ < 0);
+  return !urgent_.line.empty() || (!others_.line.empty() && ahead_ == kNone);
 }
 
 void ReadQueue::enter(const QueuedRead &read, bool urgent) {
@@ -68,10 +68,13 @@ void ReadQueue::push(const std::vector<QueuedRead> &reads) {
   bool work;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (closed_) return;
     for (const QueuedRead &read : reads) {
-      if (read.id <= newest_) continue;
-      newest_ = read.id;
+      const bool nobodys = is_nobodys(read);
+      const bool ended = closed_ || getpid() != process_;
+      if (nobodys && ended) read.arrivals->fail();
+      if (ended || (!nobodys && read.id <= newest_)) continue;
+      if (nobodys) ++nobodys_;
+      if (!nobodys) newest_ = read.id;
       enter(read, read.urgent);
     }
     work = has_work();
@@ -100,7 +103,7 @@ bool ReadQueue::remove(int64_t id) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = where_.find(id);
   if (found == where_.end()) return false;
-  leave(found->second);
+  if (is_nobodys(leave(found->second)) && --nobodys_ == 0) settled_.notify_all();
   return true;
 }
 
@@ -115,8 +118,9 @@ std::vector<QueuedRead> ReadQueue::take() {
     if (last.file < 0) return taken;
     const auto next = waiting.places.find({last.file, last.offset + last.bytes});
     if (next == waiting.places.end()) return taken;
-    bytes += waiting.line.at(next->second).bytes;
-    if (bytes > most) return taken;
+    const QueuedRead &found = waiting.line.at(next->second);
+    bytes += found.bytes;
+    if (bytes > most || is_nobodys(found) != is_nobodys(last)) return taken;
     taken.push_back(leave({urgent, next->second}));
   }
 }
@@ -163,11 +167,13 @@ void ReadQueue::work() {
     if (taken) {
       request.filled = fill(*taken);
       request.ended = now();
-      for (QueuedRead &read : *taken) {
-        read.arrival.begun = request.begun;
-        if (request.filled && read.arrivals != nullptr) read.arrivals->come(read.arrival);
+      tell(*taken, request);
+      const bool nobodys = is_nobodys(taken->front());
+      if (request.filled || nobodys) done(request);
+      if (nobodys) {
+        put_down(static_cast<int64_t>(taken->size()));
+        continue;
       }
-      if (request.filled) done(request);
     }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -177,6 +183,27 @@ void ReadQueue::work() {
     tried_one_.notify_one();
     if (!taken) return;
   }
+}
+
+void ReadQueue::tell(std::vector<QueuedRead> &reads, const Request &request) {
+  for (QueuedRead &read : reads) {
+    read.arrival.begun = request.begun;
+    read.arrival.ended = request.ended;
+    if (request.filled && read.arrivals != nullptr) read.arrivals->come(read.arrival);
+    if (!request.filled && is_nobodys(read)) read.arrivals->fail();
+  }
+}
+
+// So many of nobody's reads have been carried out.
+void ReadQueue::put_down(int64_t reads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if ((nobodys_ -= reads) == 0) settled_.notify_all();
+}
+
+void ReadQueue::settle() {
+  if (getpid() != process_) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  settled_.wait(lock, [this] { return nobodys_ == 0; });
 }
 
 std::optional<ReadQueue::Request> ReadQueue::tried() {
@@ -194,7 +221,7 @@ void ReadQueue::done(const Request &request) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (--under_way_ == 0) stats_.busy += ended - busy_since_;
-    if (ahead_ == request.ids[0]) ahead_ = -1;
+    if (ahead_ == request.ids[0]) ahead_ = kNone;
     stats_.requests += request.filled ? 1 : 0;
     stats_.slowest = std::max(stats_.slowest, ended - request.begun);
     work = has_work();
@@ -207,12 +234,20 @@ std::vector<int64_t> ReadQueue::close() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     closed_ = true;
-    for (const auto &[id, where] : where_) left.push_back(id);
+    for (const Waiting *waiting : {&urgent_, &others_}) {
+      for (const auto &[turn, read] : waiting->line) {
+        if (!is_nobodys(read)) left.push_back(read.id);
+        if (!is_nobodys(read)) continue;
+        read.arrivals->fail();
+        --nobodys_;
+      }
+    }
     urgent_ = others_ = {};
     where_.clear();
   }
   changed_.notify_all();
   tried_one_.notify_all();
+  settled_.notify_all();
   return left;
 }
 

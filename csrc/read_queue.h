@@ -19,7 +19,7 @@
 namespace moestro {
 
 struct QueuedRead {
-  int64_t id;
+  int64_t id; // up to `ReadQueue::kNobodys`: nobody puts it down
   int file; // descriptor; negative: who takes it has to open it
   int64_t offset, bytes;
   uint64_t address;
@@ -46,13 +46,17 @@ public:
     int64_t others = 0; // reads that are not urgent and that nobody has taken
   };
 
+  // From this id downwards reads are nobody's who waits for `tried`: `arrivals` hear of them also when they fail, and
+  // they share requests with their like only.
+  static constexpr int64_t kNobodys = -2;
+
   ReadQueue(int64_t request_bytes, int64_t piece_bytes);
   ~ReadQueue();
   ReadQueue(const ReadQueue &) = delete;
   ReadQueue &operator=(const ReadQueue &) = delete;
 
-  // All at once: neighbours among them share requests. Ids ascend from call to call; what has been pushed before, or
-  // after `close`, is passed over.
+  // All at once: neighbours among them share requests. Ids ascend from call to call but for those of nobody, which are
+  // not used twice; what has been pushed before, or after `close`, is passed over (nobody's fail).
   void push(const std::vector<QueuedRead> &reads);
   // The greatest id that has been pushed; -1: none.
   int64_t newest();
@@ -69,6 +73,8 @@ public:
   std::optional<Request> next();
   // The caller has read what was not `filled`.
   void done(const Request &request);
+  // Waits until nobody's reads have all been carried out, or taken back.
+  void settle();
   // Ends all waiting. Returns the reads that nobody has taken, which leave.
   std::vector<int64_t> close();
   // Waits for the queue's threads to end, after `close`.
@@ -89,14 +95,17 @@ private:
   };
 
   bool has_work() const;
+  static bool is_nobodys(const QueuedRead &read) { return read.id <= kNobodys; }
   void enter(const QueuedRead &read, bool urgent);
   QueuedRead leave(Where where);
   std::vector<QueuedRead> take();
   std::optional<std::vector<QueuedRead>> take_next(Request &request);
   void work();
+  static void tell(std::vector<QueuedRead> &reads, const Request &request);
+  void put_down(int64_t reads);
 
   std::mutex mutex_;
-  std::condition_variable changed_, tried_one_;
+  std::condition_variable changed_, tried_one_, settled_;
   std::vector<std::thread> threads_;
   const int process_; // in a forked child there are no threads
   std::deque<Request> tried_;
@@ -104,8 +113,10 @@ private:
   Waiting urgent_, others_;
   std::map<int64_t, Where> where_; // by id
   int64_t turns_ = 0, newest_ = -1;
+  int64_t nobodys_ = 0; // reads that wait, or are under way
   int under_way_ = 0, at_work_ = 0; // requests; threads of the queue that have not ended
-  int64_t ahead_ = -1; // first read of the request that nobody waited for; -1: there is none
+  static constexpr int64_t kNone = -1; // no read has this id
+  int64_t ahead_ = kNone;              // first read of the request that nobody waits for, if there is one
   bool closed_ = false;
   double busy_since_ = 0;
   Stats stats_;

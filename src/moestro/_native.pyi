@@ -1,5 +1,6 @@
 """Compiled CPU kernels (csrc/). Addresses and strides are not checked here: `moestro.kernels.cpu` does that."""
 
+import enum
 from collections.abc import Sequence
 from enum import Enum
 from typing import overload
@@ -292,6 +293,51 @@ class ReadQueue:
 
     def stats(self) -> ReadStats: ...
 
+class FetchKind(enum.Enum):
+    """Why an expert was asked for, and what became of it: lacked by its layer; read ahead and not picked, there when it
+    was, or still on its way; taken back before its read began."""
+
+    DEMAND = ...
+    AHEAD = ...
+    IN_TIME = ...
+    LATE = ...
+    TAKEN_BACK = ...
+
+class Fetching:
+    """Reads what steps of a decoder lack into slots that are lent (csrc/fetching.h).
+
+    `unread`: address of uint8 [layers, experts], not 0 where an expert is nowhere in memory and may be read without
+    being checked. Times are seconds of the system's steady clock.
+    """
+
+    def __init__(self, queue: ReadQueue, unread: int, layers: int, experts: int) -> None: ...
+    def shelve(self, moe_layer: int, file: int, bytes: int, offsets: Sequence[int], inner: Sequence[int]) -> None:
+        """Where a layer's experts lie: descriptor (negative: nothing is read), size and offsets of the experts, and
+        where planes begin in one. ValueError when there is no such layer, too many experts or planes."""
+
+    def lend(
+        self, slots: Sequence[tuple[int, int, int]], idle: Sequence[int] = ..., reading: Sequence[int] = ...
+    ) -> None:
+        """Slots as (address, layer and expert of what lies there, -1: nothing), preferably filled in this order.
+
+        Of a router's candidates for the next layer, that at a rank is read ahead where fewer than `idle[rank]` were
+        before it, `reading[rank]` after a layer that reads; empty: routers are not asked. What was fetched before is
+        forgotten.
+        """
+
+    @property
+    def fetched(self) -> list[tuple[int, int, int, FetchKind, float, float, float]]:
+        """(layer, expert, number of the slot, kind, when it was asked for, begin and end of its read: 0 where it was
+        taken back or has failed), in the order in which they were asked for."""
+
+    @property
+    def waits(self) -> list[tuple[float, float, float, bool]]:
+        """(begin, end, begin of the read that ended it, whether that was late) of waits."""
+
+    @property
+    def visits(self) -> list[tuple[int, float, bool, list[int]]]:
+        """(layer, when it routed, whether it waited, what the next router named, if asked) of layers computed."""
+
 class KnownExperts:
     """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known.
 
@@ -528,6 +574,10 @@ class Decoder:
 
     def know(self, moe_layer: int, experts: KnownExperts) -> None:
         """Compute these experts where their planes are known; ValueError when they do not fit the model."""
+
+    def fetch(self, fetching: Fetching | None) -> None:
+        """Have steps of one row of the base read experts that are not known, where slots are lent. ValueError when
+        experts of some layer never are. Signals are handled while nothing comes."""
 
     def look_ahead(self, ids: int, candidates: int, telling: int) -> None:
         """Ask the next MoE layer's router early, in steps of few rows: the best `candidates` of each row come to `ids`,

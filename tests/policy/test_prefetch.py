@@ -7,7 +7,7 @@ import pytest
 
 from moestro.policy.observation import Routing, Shape
 from moestro.policy.predictors import Gate
-from moestro.policy.prefetch import Prefetcher, Slack, SlackMeter
+from moestro.policy.prefetch import Prefetcher, Slack, SlackMeter, Strain
 
 
 class Says:
@@ -88,12 +88,56 @@ def test_the_meter_learns_idle_time_apart_for_layers_that_read() -> None:
 
 @pytest.mark.parametrize(
     ("piece_s", "work_s", "least"),
-    [(9.0, 0.0, 0.6 / 1.1), (0.2, 0.0, 0.3 / 0.8), (0.2, 0.3, 0.6 / 1.1)],
+    [(9.0, 0.0, 0.6 / 1.1), (0.2, 0.0, 0.3 / 0.8), (0.2, 0.3, 0.6 / 0.8)],
 )
 def test_what_is_lost_is_a_piece_and_the_work_of_asking(piece_s: float, work_s: float, least: float) -> None:
     slack = Slack(1.0, 0.5, piece_s, work_s)
     for likely, proposed in ((least - 0.01, []), (least + 0.01, [(1, 0)])):
         assert Prefetcher(SHAPE, Says(likely, 0, 0, 0)).propose(0, NONE_HELD, slack) == proposed
+
+
+def test_who_reads_ahead_by_rank_reads_what_would_have_been_proposed() -> None:
+    gate = Gate(SHAPE)
+    prefetcher, slack = Prefetcher(SHAPE, gate), Slack(1.0, 1.6, 0.5)
+    absent_E, ids = np.array([True, True, True, False]), [2, 0, 1, 3]
+    gate.begin(0)
+    for _ in range(40):
+        gate.lookahead(0, 1, np.array([ids]))
+        prefetcher.made(0, absent_E, [], slack)
+        gate.observe(Routing(1, np.array([[2, 0]]), np.ones((1, 2), np.float32), (), np.array([1, 0, 1, 0])))
+    (nothing, places) = prefetcher.places(4, [Slack(1.0, 0.0), slack])
+    assert nothing == [0] * 4
+    gate.lookahead(0, 1, np.array([ids]))
+    proposed = prefetcher.propose(0, absent_E, slack)
+    read: list[int] = []
+    for rank, expert in enumerate(ids):
+        if absent_E[expert] and len(read) < places[rank]:
+            read.append(expert)
+    assert [expert for _, expert in proposed] == read == [2, 0]
+    assert places[2] == 0, "was never used"
+
+
+def test_what_was_read_by_rank_is_judged_like_a_proposal() -> None:
+    prefetcher = Prefetcher(SHAPE, Gate(SHAPE))
+    for _ in range(100):
+        prefetcher.made(0, np.ones(4, dtype=bool), [1], Slack(1.0, 2.0))
+        prefetcher.judge(1, np.array([1, 0, 0, 0]))
+    tried = [any(prefetcher.places(4, [Slack(1.0, 2.0)])[0]) for _ in range(128)]
+    assert 0 < sum(tried) < 8, "it did not pay, and is tried now and then"
+    assert not Prefetcher(SHAPE, Says(0.9, 0, 0, 0)).by_rank
+
+
+def test_strain_is_learned_from_how_much_longer_layers_take() -> None:
+    strain = Strain(0.5)
+    strain.layer(2.0, 1.0)
+    assert strain.part == 0.5, "nothing to compare with"
+    for _ in range(400):
+        strain.layer(2.0, 0.0)
+        strain.layer(2.0 + 0.2 * 1.5, 1.5)
+    assert strain.part == pytest.approx(0.2, abs=0.02)
+    for _ in range(1 << 16):
+        strain.layer(2.0, 0.0)
+    assert strain.part == pytest.approx(0.5, abs=0.02), "what was long ago says little"
 
 
 def test_a_gate_names_absent_experts_by_how_often_such_were_used() -> None:

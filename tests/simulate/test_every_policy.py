@@ -91,6 +91,12 @@ class Books:
         assert key is None or key in evictable
         return key
 
+    def victims(self, count: int, evictable: Evictable) -> list[PlaneKey]:
+        keys = self._watched.eviction.victims(count, evictable)
+        assert len(keys) == len(set(keys)) <= count
+        assert all(key in evictable for key in keys)
+        return keys
+
 
 def _replay(trace: Trace, watched: Watched, *, memory: int, concurrency: int = 1) -> TimedReplay:
     replay = TimedReplay(
@@ -122,9 +128,9 @@ def test_nothing_in_use_leaves_and_nothing_comes_twice(
     with pytest.MonkeyPatch.context() as patch:
         drop = PlaneCache._drop
 
-        def check_and_drop(cache: PlaneCache, plane: Any) -> None:
+        def check_and_drop(cache: PlaneCache, plane: Any, **how: bool) -> None:
             assert plane.leases == 0, "a plane in use lost its slot"
-            drop(cache, plane)
+            drop(cache, plane, **how)
 
         patch.setattr(PlaneCache, "_drop", check_and_drop)
         replay = _replay(trace, watched, memory=experts * LARGEST, concurrency=concurrency)

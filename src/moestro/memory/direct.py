@@ -132,6 +132,11 @@ class FileReader:
         """Whether what is read from there is to be checked: the first time, and one time in a few."""
         return self._open(file).unchecked.get(offset, CHECK_EVERY) >= CHECK_EVERY
 
+    def is_known(self, file: Path, offset: int) -> bool:
+        """Whether what is read from there has ever been found right."""
+        opened = self._files.get(file)
+        return opened is not None and offset in opened.unchecked
+
     def was_trusted(self, file: Path, offset: int) -> None:
         """What was read from there has not been checked."""
         self._open(file).unchecked[offset] += 1

@@ -13,11 +13,14 @@ import logging
 import threading
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moestro.keys import FIRST_DELTA, PlaneExtent, PlaneKey
 from moestro.memory.arena import Arena
+from moestro.memory.given_up import GivenUp
+from moestro.memory.moves import resize
 from moestro.memory.plane_stream import PlaneStream
 from moestro.memory.planes import (
     NEVER,
@@ -36,6 +39,9 @@ from moestro.memory.planes import (
 )
 from moestro.memory.tickets import Notice, Ticket, Transfers
 from moestro.policy.base import EvictionPolicy, Need
+
+if TYPE_CHECKING:
+    from moestro.memory.lending import Lending
 
 
 class PlaneCache:
@@ -75,6 +81,9 @@ class PlaneCache:
         self.watch: Watch | None = None
         self._stats = CacheStats()
         self._loads = RecentLoads(arena)
+        self.given_up = GivenUp()
+        self.lending: Lending | None = None
+        """Whoever reads into slots of its own accord; not once planes have a slot each."""
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
 
@@ -119,14 +128,16 @@ class PlaneCache:
                 return None
             return tuple(offset for plane in planes if plane is not None for offset in plane.offsets())
 
-    def used(self, first: int, counts_LE: np.ndarray) -> None:
+    def used(self, first: int, counts_LE: np.ndarray, *, fetched: int = 0) -> None:
         """Experts of layers from `first` on, those with a count, were used without asking, because nothing of them has
-        been dropped since it came.
+        been dropped since it came; or, so many, because they were fetched into slots that were lent.
 
         What is queued for others of these layers, that nobody has asked for, is not wanted any more.
         """
         with self._lock:
-            self._stats.hits += int(np.count_nonzero(counts_LE))
+            self._stats.hits += int(np.count_nonzero(counts_LE)) - fetched
+            self._stats.misses += fetched
+            self.given_up.used(first, counts_LE)
             for layer in [layer for layer, planes in self._ahead.items() if planes]:
                 if not first <= layer < first + len(counts_LE):
                     continue
@@ -156,6 +167,19 @@ class PlaneCache:
                         issued += 1
             self._stats.prefetches += issued
             return issued
+
+    def give_up(self, nbytes: int) -> None:
+        """A forward pass begins that may take slots for planes of so many bytes without asking for each."""
+        with self._lock:
+            self.given_up.renew(self._policy, EvictableView(self._planes, nbytes, (), any_class=False))
+
+    def count_wait(self, start: float, begun: float, end: float, *, late: bool) -> None:
+        """A consumer waited for a read that began at `begun` (0: not known). The lock is held."""
+        self._stats.stall_seconds += end - start
+        if late:
+            self._stats.late_stall_seconds += end - start
+        if self.watch is not None:
+            self.watch.waited(start, begun or start, end, late=late)
 
     def settle(self) -> None:
         """Wait until no read is queued or under way."""
@@ -211,6 +235,10 @@ class PlaneCache:
         """Whether planes of an expert share a slot."""
         return bool(self._joined)
 
+    def slot_bytes(self, nbytes: int) -> int:
+        """The size of the slot that planes of so many bytes get."""
+        return self._arena.slot_bytes(nbytes)
+
     def slots_of(self, chain: Sequence[PlaneKey]) -> Chain:
         """The planes of a chain that stand for a slot: all of them, where none share one."""
         return tuple([key for key in chain if not 0 < key[2] < FIRST_DELTA]) if self._joined else tuple(chain)
@@ -218,7 +246,7 @@ class PlaneCache:
     def part(self, extent_bytes: int, slot_sizes: Sequence[int]) -> None:
         """Have a slot for each plane from now on. As `recut`, whose arguments these are."""
         self.recut(extent_bytes, slot_sizes)
-        self._joined = ()
+        self._joined, self.lending = (), None
 
     def extents(self, key: PlaneKey) -> list[PlaneExtent]:
         """What is read into the slot of a plane."""
@@ -251,36 +279,7 @@ class PlaneCache:
         """
         with self._lock:
             assert not self._streams, "resize() within a stream"
-            self._arena.resize(nbytes)
-            for plane in tuple(self._loading.values()):
-                if not self._arena.is_open(plane.slot) and self._cancel(plane):
-                    self._stats.cancelled_prefetches += 1
-            while not all(self._arena.is_open(plane.slot) for plane in self._loading.values()):
-                self._changed.wait()
-            for plane in tuple(self._planes.by_key.values()):
-                if not self._arena.is_open(plane.slot) and plane.key in self._planes.by_key:
-                    self._bring_in(plane)
-
-    def _bring_in(self, plane: HeldPlane) -> None:
-        """Move a plane into an extent that is open, or evict it if all others are worth more."""
-        slot = self._arena.alloc(plane.nbytes)
-        while slot is None:
-            need = Need(plane.key, plane.nbytes, urgent=True)
-            key = self._policy.victim(need, EvictableView(self._planes, plane.nbytes, ()))
-            if key is None or key == plane.key:
-                self._evict(plane)
-                return
-            victim = self._planes.by_key[key]
-            stays = self._arena.is_open(victim.slot)
-            for one in self._planes.to_evict_for(plane.nbytes, victim) if stays else [victim]:
-                self._evict(one)
-            slot = self._arena.alloc(plane.nbytes)
-        self._buffer.view(slot.offset, plane.nbytes)[:] = self._buffer.view(plane.slot.offset, plane.nbytes)
-        self._planes.remove(plane)
-        self._arena.free(plane.slot)
-        plane.slot = slot
-        self._planes.add(plane)
-        self.on_gone(plane.key)
+            resize(self, nbytes)
 
     def _issue(
         self,
@@ -308,11 +307,9 @@ class PlaneCache:
         plane = HeldPlane(key, slot, nbytes, self._step if urgent else NEVER, tuple(inner), ahead=not urgent)
         given = None if notice is None else notice(plane.offsets())
         read = read_of(key, extents, self._buffer.view(slot.offset, nbytes), given)
-        self._planes.add(plane)
         if not urgent:
             self._ahead.setdefault(key[0], {})[key] = plane
-        self._policy.on_load(key, slot.nbytes)
-        self._loads.count(slot.nbytes)
+        self._hold(plane)
         try:
             plane.ticket = self._engine.submit(read, urgent=urgent, on_done=lambda ticket: self._arrived(plane, ticket))
         except BaseException:
@@ -321,10 +318,20 @@ class PlaneCache:
         self._loading[key] = plane
         return plane
 
+    def _hold(self, plane: HeldPlane) -> None:
+        """It has a slot from now on."""
+        self._planes.add(plane)
+        if self.lending is not None:
+            self.lending.held(plane.key)
+        self._policy.on_load(plane.key, plane.slot.nbytes)
+        self._loads.count(plane.slot.nbytes)
+        self.given_up.loads += 1
+
     def _make_room(self, need: Need, keep: Container[PlaneKey], *, any_class: bool) -> bool:
         """Evict what the policy gives up for this need; False when nothing can go now."""
         evictable = EvictableView(self._planes, need.nbytes, keep, any_class=any_class)
-        key = self._policy.victim(need, evictable)
+        key = self.given_up.take(evictable) if need.urgent else None
+        key = key or self._policy.victim(need, evictable)
         if key is None:
             return need.urgent and self._cancel_a_prefetch(keep)
         assert key in evictable, f"the policy gave up {key}, which may not leave"
@@ -332,8 +339,8 @@ class PlaneCache:
             self._evict(plane)
         return True
 
-    def _evict(self, plane: HeldPlane) -> None:
-        self._drop(plane)
+    def _evict(self, plane: HeldPlane, *, keeps_slot: bool = False) -> None:
+        self._drop(plane, keeps_slot=keeps_slot)
         self._stats.evictions += 1
         if plane.step == NEVER:
             self._stats.wasted_prefetches += 1
@@ -366,13 +373,17 @@ class PlaneCache:
         self._drop(plane)
         return True
 
-    def _drop(self, plane: HeldPlane) -> None:
+    def _drop(self, plane: HeldPlane, *, keeps_slot: bool = False) -> None:
         self.on_gone(plane.key)
         if plane.step == NEVER:
             del self._ahead[plane.key[0]][plane.key]
         self._planes.remove(plane)
-        self._arena.free(plane.slot)
+        if not keeps_slot:
+            self._arena.free(plane.slot)
         self._policy.on_evict(plane.key)
+        self.given_up.keep(plane.key)
+        if self.lending is not None:
+            self.lending.left(plane.key)
 
     def _arrived(self, plane: HeldPlane, ticket: Ticket) -> None:
         """A read ended, well or not. Called in a thread of the engine."""

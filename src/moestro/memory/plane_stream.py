@@ -129,7 +129,7 @@ class PlaneStream:
 
     def _begin(self) -> None:
         cache, kept = self._cache, self._kept
-        get, on_use = cache._planes.by_key.get, cache._policy.on_use
+        get, on_use, given_up = cache._planes.by_key.get, cache._policy.on_use, cache.given_up
         step = cache._step = cache._step + 1
         distinct: dict[Chain, int] = {}
         for index, keys in enumerate(self._chains):
@@ -151,6 +151,7 @@ class PlaneStream:
                 elif key in kept:
                     continue
                 on_use(key)
+                given_up.keep(key)
             if len(held) == len(keys):
                 chain = WantedChain(index, keys, held)
                 for plane in held:
@@ -239,11 +240,7 @@ class PlaneStream:
         ticket, late = self._came.get(index, (None, False))
         if ticket is not None:
             begun = ticket.begun
-        cache._stats.stall_seconds += end - start
-        if late:
-            cache._stats.late_stall_seconds += end - start
-        if cache.watch is not None:
-            cache.watch.waited(start, begun or start, end, late=late)
+        cache.count_wait(start, begun, end, late=late)
 
     def _start_over(self) -> None:
         """Give the head chain an arena without anything else in it, its own planes included.

@@ -166,6 +166,25 @@ class TransferEngine:
             self._leave(ticket)
             return True
 
+    @property
+    def queue(self) -> _native.ReadQueue:
+        """What carries out reads, for who reads without the interpreter and says so (`was_fetched`)."""
+        return self._queue
+
+    @property
+    def reads_by_queue(self) -> bool:
+        """Whether threads of the queue read, and times are the system's."""
+        return self._queue_reads
+
+    def was_fetched(self, read: Read) -> PlaneReadError | None:
+        """Somebody has had the `queue` carry this out: check it if that is due. What is wrong with it, if anything."""
+        error = self._check(read)
+        with self._lock:
+            self._stats.reads += 1
+            self._stats.failed += error is not None
+            self._stats.bytes_read += 0 if error else read.nbytes
+        return error
+
     def clock(self) -> float:
         """Seconds by which waiting is measured."""
         return self._clock()

@@ -60,3 +60,10 @@ class EvictionPolicy(Protocol):
         For a need that is not urgent None may also mean that no plane is worth giving up.
         """
         ...
+
+    def victims(self, count: int, evictable: Evictable, /) -> list[PlaneKey]:
+        """At most so many members of `evictable` that will be given up in the next forward pass, in this order.
+
+        Empty where that cannot be said before its layers have routed.
+        """
+        ...

@@ -7,6 +7,7 @@ Shapes: E experts per layer, U experts that a visit uses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,11 @@ class Foresight:
         self._absent: tuple[int, np.ndarray, bool] | None = None
         self._told = (eviction,) if own_predictor is None else (own_predictor, eviction)
 
+    @property
+    def fetches(self) -> bool:
+        """Whether passes may fetch without asking for each expert, as far as reading ahead goes."""
+        return self.prefetcher is None or self.prefetcher.by_rank
+
     def begin(self, request: int) -> None:
         """A request's first forward pass is about to run."""
         for one in self._told:
@@ -97,6 +103,15 @@ class Foresight:
         proposed = self.prefetcher.propose(layer, absent_E, slack)
         self._absent = target, absent_E, bool(proposed)
         return proposed
+
+    def made(self, layer: int, candidates: Sequence[int], experts: Sequence[int], slack: Slack) -> None:
+        """The next layer's gate named `candidates`, and of these `experts` were asked for: instead of `propose`."""
+        assert self.prefetcher is not None
+        target = self.prefetcher.target(layer)
+        absent_E = self.eviction.absent(target)
+        self.prefetcher.lookahead(layer, 1, np.array([candidates]))
+        self.prefetcher.made(layer, absent_E, experts, slack)
+        self._absent = target, absent_E, bool(experts)
 
     def _count(self, routing: Routing) -> None:
         if self._absent is None or self._absent[0] != routing.layer:

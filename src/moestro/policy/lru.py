@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 
 from moestro.keys import PlaneKey
 from moestro.policy.base import Evictable, Need
@@ -27,3 +28,6 @@ class LRU:
 
     def victim(self, _need: Need, evictable: Evictable) -> PlaneKey | None:
         return next((key for key in self._oldest_first if key in evictable), None)
+
+    def victims(self, count: int, evictable: Evictable) -> list[PlaneKey]:
+        return list(islice((key for key in self._oldest_first if key in evictable), count))

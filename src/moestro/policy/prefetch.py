@@ -12,6 +12,7 @@ Shapes: E experts per layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ _MEMORY = 1 / 256
 _DOUBT = -6 * _MEMORY
 """The mean at which bets are taken to lose: a few lost at first say nothing yet."""
 _TRIAL = 64
+_STRAIN_MEMORY, _FORGET = 1 / 64, 1 << 14
 _MOST = 8
 
 
@@ -71,6 +73,26 @@ class Prefetcher:
         """Up to which of a gate's first `ranks`, one at least, experts would have been worth reading of late: where
         only later ones are absent, one row's next layer need not be looked at."""
         return ranks if self._names is None else max(1, self._names.likelier(self._least, ranks))
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether it goes by what gates name first."""
+        return self._names is not None
+
+    def places(self, ranks: int, slacks: Sequence[Slack]) -> list[list[int]]:
+        """For whoever reads ahead without asking for each: by slack, and for an absent expert at each of a gate's first
+        `ranks`, after how many others it is not worth reading any more."""
+        if self._names is None or self._resting():
+            return [[0] * ranks for _ in slacks]
+        rates = self._names.rates(ranks)
+        return [_places(slack, rates) for slack in slacks]
+
+    def made(self, layer: int, absent_E: np.ndarray, experts: Sequence[int], slack: Slack) -> None:
+        """`layer` has routed, and of the next one's, which are absent as said, `experts` were asked for by `places`."""
+        target = self.target(layer)
+        if self._names is not None:
+            self._names.named(target, absent_E)
+        self._bets[target] = {expert: _bet(slack, place) for place, expert in enumerate(experts)}
 
     def target(self, layer: int) -> int:
         """The layer that prefetches are for once `layer` has routed."""
@@ -120,8 +142,34 @@ class Prefetcher:
 
 def _bet(slack: Slack, place: int) -> _Bet:
     """Of a read that comes after `place` others."""
-    gain_s = min(max(slack.idle_s - place * slack.read_s, 0.0), slack.read_s)
-    return _Bet(gain_s, min(slack.read_s - gain_s, slack.piece_s) + slack.work_s + _SLOT * slack.read_s)
+    saved_s = min(max(slack.idle_s - place * slack.read_s, 0.0), slack.read_s)
+    lost_s = min(slack.read_s - saved_s, slack.piece_s) + _SLOT * slack.read_s
+    return _Bet(saved_s - slack.work_s, lost_s + slack.work_s)
+
+
+def _places(slack: Slack, rates: Sequence[float]) -> list[int]:
+    if slack.idle_s <= 0 or slack.read_s <= 0:
+        return [0] * len(rates)
+    bets = [_bet(slack, place) for place in range(_MOST)]
+    return [sum(rate * bet.gain_s > (1 - rate) * bet.loss_s for bet in bets) for rate in rates]
+
+
+class Strain:
+    """What reads take from the computation beside them, in parts of their time: by how much longer layers take."""
+
+    def __init__(self, guess: float) -> None:
+        """`guess`: before anything is known, and after long without a read."""
+        self._guess = self.part = guess
+        self._alone_s = 0.0
+
+    def layer(self, seconds: float, reading_s: float) -> None:
+        """A layer that waited for nothing took so long, with reads of so long beside it."""
+        if reading_s <= 0:
+            self._alone_s += (seconds - self._alone_s) * (_STRAIN_MEMORY if self._alone_s else 1.0)
+            self.part += (self._guess - self.part) / _FORGET
+        elif self._alone_s:
+            part = min(max((seconds - self._alone_s) / reading_s, -1.0), 2.0)
+            self.part += (part - self.part) * _STRAIN_MEMORY
 
 
 class SlackMeter:

@@ -59,6 +59,7 @@ class RoutedExperts:
         order: says in which order they are read; None: as they are asked for.
         part_planes: has a slot for each plane, where planes of an expert share one; asked for before the first pass in
             which some row needs less than all of them.
+        exact: whether what is known may be computed with, in the forward pass under way.
         known: by layer, experts that can be computed where they lie; None where none ever can.
     """
 
@@ -86,7 +87,7 @@ class RoutedExperts:
         self.order: ReadOrder | None = None
         self.part_planes: Callable[[], None] | None = None
         self._level = level
-        self._exact = True  # whether what is known may be computed with
+        self.exact = True
         self.known = tuple(one.known for one in layers)
         self._layers = tuple(layers)
         self._arriving = Arriving(arena)
@@ -125,8 +126,8 @@ class RoutedExperts:
         self.levels.step(batch)
         if self.levels.lossy and self.part_planes is not None and self.planes.joined:
             self.part_planes()
-        self._exact = not (self.levels.everywhere and self.levels.lossy)
-        if not self._exact:
+        self.exact = not (self.levels.everywhere and self.levels.lossy)
+        if not self.exact:
             for one in self._layers:
                 one.forget()  # what is known is computed at the exact level
 
@@ -136,7 +137,7 @@ class RoutedExperts:
         while self._arrived:
             layer, expert, _ = self._arrived.popleft()
             offsets = self.planes.offsets(self.chains[layer][expert])
-            if offsets is not None and self._exact:
+            if offsets is not None and self.exact:
                 self._layers[layer].learn(expert, offsets)
 
     def _gone(self, key: PlaneKey) -> None:
@@ -160,26 +161,27 @@ class RoutedExperts:
 
     def count_known(self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray) -> None:
         """Count the rows of layers from number `first` on that have been computed from `known`."""
-        counts_LE = self._count(first, index_LTK)
+        counts_LE = self.count(first, index_LTK)
         foresight = self.foresight
         if foresight is not None:
             self.spans.begin(Part.POLICY)
-            for routing in self._routings(first, index_LTK, weights_LTK, counts_LE):
+            for routing in self.routings(first, index_LTK, weights_LTK, counts_LE):
                 foresight.passed(routing)
             self.spans.end()
 
-    def _count(self, first: int, index_LTK: np.ndarray) -> np.ndarray:
-        """How many rows use each expert [L, E] of layers that go past the cache."""
+    def count(self, first: int, index_LTK: np.ndarray, *, fetched: int = 0) -> np.ndarray:
+        """How many rows use each expert [L, E] of layers that go past the cache, but for those that were `fetched`."""
         layers, experts = len(index_LTK), self.counts_LE.shape[1]
-        numbers = index_LTK.reshape(layers, -1) + experts * np.arange(layers)[:, None]
+        numbers = index_LTK.reshape(layers, index_LTK[0].size if layers else 0) + experts * np.arange(layers)[:, None]
         counts_LE = np.bincount(numbers.ravel(), minlength=layers * experts).reshape(layers, experts)
         self.counts_LE[first : first + layers] += counts_LE
-        self.planes.used(first, counts_LE)
+        self.planes.used(first, counts_LE, fetched=fetched)
         return counts_LE
 
-    def _routings(
+    def routings(
         self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray, counts_LE: np.ndarray
     ) -> Iterator[Routing]:
+        """Of layers from number `first` on, with what `count` says of them."""
         assert self.foresight is not None
         for layer, routed in enumerate(zip(index_LTK, weights_LTK, counts_LE, strict=True), start=first):
             index_TK, weights_TK, counts_E = routed
@@ -213,8 +215,8 @@ class RoutedExperts:
             self.count_known(layer, index_TK[None], weights_TK[None])
             return
         self.spans.begin(Part.POLICY)
-        counts_LE = self._count(layer, index_TK[None])
-        for routing in self._routings(layer, index_TK[None], weights_TK[None], counts_LE):
+        counts_LE = self.count(layer, index_TK[None])
+        for routing in self.routings(layer, index_TK[None], weights_TK[None], counts_LE):
             foresight.routed(routing)
         foresight.asked(layer, hidden_TH, reading=False, used_E=counts_LE[0] > 0)
         foresight.served(reading=False)
@@ -265,7 +267,7 @@ class RoutedExperts:
         if self.deltas is not None or by_time or count > KNOWN_ROWS:
             return None
         if rows.of_experts:
-            return self.known[layer] if self._exact else None
+            return self.known[layer] if self.exact else None
         apart = self.levels is not None and self.levels.apart
         return self._layers[layer].levelled(rows.bits) if apart else None
 

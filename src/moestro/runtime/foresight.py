@@ -17,6 +17,7 @@ import torch
 from moestro.config import RuntimeOptions
 from moestro.foresight import NETS_FILE, load_nets, worth_their_bytes
 from moestro.keys import PlaneKey
+from moestro.memory.lending import Visit
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.memory.tickets import PIECE_BYTES
@@ -35,7 +36,7 @@ from moestro.policy.choice import (
 from moestro.policy.foresight import Foreseen, Foresight
 from moestro.policy.observation import RequestRows, Routing, Shape
 from moestro.policy.predictors.folded import state_bytes
-from moestro.policy.prefetch import Slack, SlackMeter
+from moestro.policy.prefetch import Slack, SlackMeter, Strain
 from moestro.runtime.history import History, history_bytes
 from moestro.runtime.levels import LayerLevels
 from moestro.runtime.lookahead import Looks
@@ -181,7 +182,7 @@ class LayerForesight:
         picks: int,
         cores: int,
     ) -> None:
-        self._picks, self._beside = picks, 1 / cores
+        self._picks, self._strain = picks, Strain(1 / cores)
         self.candidates = min(2 * picks, *(len(one) for one in chains))
         self._foresight, self._planes, self._chains, self._transfers = foresight, planes, chains, transfers
         self._chain_bytes = [sum(plane.nbytes for plane in layout.planes) for layout in layouts]
@@ -199,6 +200,7 @@ class LayerForesight:
         self._seconds_per_byte = 0.0
         self._work_s = 0.0  # of asking for an expert ahead, all that goes with it included
         self._asked = 0
+        self._slacks: list[Slack] = []  # of a step that fetches: after layers that have nothing to read, that have
 
     @property
     def foreseen(self) -> Foreseen:
@@ -229,6 +231,37 @@ class LayerForesight:
         if request in self._begun:
             self._begun.remove(request)
             self._foresight.end(request)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether reading ahead can be left to who fetches (`lend`)."""
+        return self._foresight.fetches
+
+    def lend(self) -> tuple[list[int], list[int]]:
+        """The step under way is left to fetch by itself, and to read ahead within limits of `_native.Fetching`."""
+        prefetcher, asks = self._foresight.prefetcher, self.reads_ahead
+        self.reads_ahead, self.awaited = False, -1
+        if prefetcher is None or not asks:
+            return [], []
+        self._slacks = [self._slack(1 % len(self._chains), reading=reading, asking=False) for reading in (False, True)]
+        idle, reading = prefetcher.places(self.candidates, self._slacks)
+        return (idle, reading) if any(idle + reading) else ([], [])
+
+    def fetched(self, routing: Routing, visit: Visit, served: float) -> None:
+        """A layer has routed and fetched what it lacked, which came until `served`."""
+        self._meter.routed(visit.routed)
+        self._foresight.observe(routing)
+        self._meter.served(served, read=visit.reading)
+
+    def computed(self, seconds: float, *, reading_s: float) -> None:
+        """A layer that waited for nothing took so long, with reads ahead of so long beside it."""
+        self._strain.layer(seconds, reading_s)
+
+    def looked(self, visit: Visit, experts: Sequence[int]) -> None:
+        """What the layer visited last did about the next one: it read `experts` ahead."""
+        if self._foresight.prefetcher is not None:
+            self._barren = 0 if experts else self._barren + 1
+            self._foresight.made(visit.layer, visit.candidates, experts, self._slacks[visit.reading])
 
     def routed(self, routing: Routing) -> None:
         """A layer has routed; its planes are asked for next."""
@@ -277,11 +310,11 @@ class LayerForesight:
         """Planes of the layer are in memory, since `at` by `time.perf_counter` (None: now); the last call counts."""
         self._meter.served(time.perf_counter() if at is None else at, read=reading)
 
-    def _slack(self, layer: int, *, reading: bool) -> Slack:
-        """For experts of the layer, by what reads took of late."""
+    def _slack(self, layer: int, *, reading: bool, asking: bool = True) -> Slack:
+        """For experts of the layer, by what reads took of late; with what `asking` takes."""
         read_s = self._read_seconds(layer)
         piece_s = read_s * (1.0 if self._planes.joined else self._piece_share[layer])
-        work_s = self._work_s + self._beside * read_s
+        work_s = self._work_s * asking + max(self._strain.part, 0.0) * read_s
         return self._meter.slack(read_s, reading=reading, piece_s=piece_s, work_s=work_s)
 
     def _read_seconds(self, layer: int) -> float:

@@ -36,6 +36,7 @@ from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.expert_spec import is_raw
 from moestro.runtime.experts import open_experts
+from moestro.runtime.fetching import lend_slots
 from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, open_history, stored_nets_bytes
 from moestro.runtime.history import History
 from moestro.runtime.kv import KVPool
@@ -289,6 +290,7 @@ def _assemble(
         experts.foresight.levels = experts.levels
     native = None
     if blueprint is not None:
+        lend_slots(experts, transfers, arena_buffer.address)
         native = NativeForward(blueprint, kv=kv, experts=experts, rows=plan.step_rows, context=plan.context)
         variants.followers.append(native)
     runner = ModelRunner(

@@ -82,6 +82,9 @@ class TimedReplay:
             locate=self._locate,
         )
         self._meter = SlackMeter()
+        # As in the runtime, where a pass of one row is lent slots for what it may lack if experts take one each.
+        one_slot = len(sizes) == 1 and all(len(layer) == 1 for layer in plane_bytes)
+        self._lends = one_slot and foresight is not None and foresight.fetches
 
     def run(self) -> TimedResult:
         """Replay the whole trace, from an empty cache."""
@@ -100,6 +103,8 @@ class TimedReplay:
         if foresight is not None:
             for request in one.begins:
                 foresight.begin(request)
+        if self._lends and len(one.rows_B) == 1:
+            self._cache.give_up(self._plane_bytes[0][0])
         for routing in routings(self._trace, one):
             self._layer(one, routing)
         if foresight is not None:

@@ -20,6 +20,7 @@ class Fixed:
     """A policy whose worths a test sets."""
 
     proportional = True
+    lasting = True
 
     def __init__(self) -> None:
         self.worth_LE = np.zeros((SHAPE.layers, SHAPE.experts))
@@ -104,6 +105,24 @@ def test_where_planes_have_gains_the_plane_of_least_worth_leaves(seed: int) -> N
     assert worth == sorted(worth)
     for (layer, expert, plane), later in zip(left, range(len(left)), strict=True):
         assert all((layer, expert, above) in left[:later] for above in range(plane + 1, 3))
+
+
+def test_victims_are_named_ahead_as_they_would_go_one_by_one() -> None:
+    policy = Fixed()
+    eviction = WorthEviction(policy, SHAPE)
+    policy.worth_LE = np.random.default_rng(3).random((SHAPE.layers, SHAPE.experts))
+    held = [(layer, expert, 0) for layer in range(SHAPE.layers) for expert in range(0, SHAPE.experts, 3)]
+    for key in held:
+        eviction.on_load(key, 1)
+    eviction.observe(routing())
+    evictable = Free(*held)
+    named = eviction.victims(5, evictable)
+    assert named == sorted(held, key=lambda key: policy.worth_LE[key[:2]])[:5]
+    assert named[0] == eviction.victim(NEED, evictable)
+    assert len(eviction.victims(500, evictable)) == len(held)
+    assert named[0] not in eviction.victims(5, Free(*set(held) - {named[0]}))
+    policy.lasting = False
+    assert eviction.victims(5, evictable) == [], "who needs room would have a say"
 
 
 def test_absent_are_experts_without_a_plane() -> None:

@@ -15,10 +15,12 @@ from moestro.policy.observation import Routing
 class KeepPolicy(Protocol):
     """Puts a worth on keeping each expert in memory. Of those that may leave, the one of least worth does.
 
-    `proportional` says that twice the worth means twice as likely to be used soon.
+    `proportional` says that twice the worth means twice as likely to be used soon; `lasting`, that a layer changes
+    little of what others are worth.
     """
 
     proportional: bool
+    lasting: bool
 
     def begin(self, request: int, /) -> None:
         """A request's first forward pass is about to run."""

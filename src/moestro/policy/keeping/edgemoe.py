@@ -28,6 +28,8 @@ class EdgeMoE(Keeper):
     `sensitivity_L`: how much an error in the layer's output matters, any unit; None: all alike.
     """
 
+    lasting = False
+
     def __init__(self, shape: Shape, *, sensitivity_L: np.ndarray | None = None) -> None:
         super().__init__(shape)
         sensitivity_L = np.ones(shape.layers) if sensitivity_L is None else np.asarray(sensitivity_L, np.float64)

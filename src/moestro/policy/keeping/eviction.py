@@ -100,6 +100,12 @@ class WorthEviction:
             wanted *= 8
         return key
 
+    def victims(self, count: int, evictable: Evictable) -> list[PlaneKey]:
+        if self.idle or self.gains_LEP is not None or not self._policy.lasting:
+            return []
+        keys = [self._first([candidate], evictable) for candidate in self._in_order(count)]
+        return [key for key in keys if key is not None]
+
     def _in_order(self, wanted: int) -> list[tuple[int, int]]:
         """So many of the experts held, or of planes, by rising worth; the lowest number first."""
         if self.gains_LEP is not None and self._policy.proportional:

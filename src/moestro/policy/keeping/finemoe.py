@@ -66,6 +66,8 @@ class FineMoE(Keeper):
     A pass is stored when the next begins, if the request's rows were seen at all layers.
     """
 
+    lasting = False
+
     def __init__(self, shape: Shape, *, capacity: int = 1000) -> None:
         super().__init__(shape)
         self._store = MapStore(shape, capacity)

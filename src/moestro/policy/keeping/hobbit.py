@@ -21,6 +21,8 @@ from moestro.policy.observation import Routing, Shape
 class Hobbit(Keeper):
     """Time runs in forward passes. With one precision every use is one at high precision: H = F."""
 
+    lasting = False
+
     def __init__(
         self,
         shape: Shape,

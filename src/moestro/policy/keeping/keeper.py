@@ -14,6 +14,7 @@ class Keeper:
     """A KeepPolicy that keeps `_worth_LE` up to date; nothing happens at its hooks unless it says so."""
 
     proportional = False
+    lasting = True
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape

@@ -32,6 +32,7 @@ class Value:
 
     name = "value"
     proportional = True
+    lasting = True
 
     def __init__(self, shape: Shape, *, predictor: Predictor, importance_LE: np.ndarray | None = None) -> None:
         self._predictor, self._importance_LE = predictor, importance_LE

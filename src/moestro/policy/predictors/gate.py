@@ -30,6 +30,10 @@ class NamesFew(Protocol):
         for by `forecast`."""
         ...
 
+    def rates(self, ranks: int, /) -> list[float]:
+        """How often absent experts are used, by each of a gate's first `ranks` for one row."""
+        ...
+
     def likelier(self, least: float, ranks: int, /) -> int:
         """Up to which of a gate's first `ranks` for one row absent experts are used more often than that; 0: none."""
         ...
@@ -172,10 +176,13 @@ class Gate:
                     spared[expert] = spared.get(expert, 1.0) * (1 - rate(rank))
         return [(expert, 1 - chance) for expert, chance in spared.items()]
 
+    def rates(self, ranks: int, /) -> list[float]:
+        """Beyond the candidates none is named."""
+        return [self._absent_ranks.rate(rank) if rank < self._candidates else 0.0 for rank in range(ranks)]
+
     def likelier(self, least: float, ranks: int, /) -> int:
         """Those before the last such rank may by chance be below."""
-        rate = self._absent_ranks.rate
-        return max((rank + 1 for rank in range(min(ranks, self._candidates)) if rate(rank) > least), default=0)
+        return max((rank + 1 for rank, rate in enumerate(self.rates(ranks)) if rate > least), default=0)
 
     def forecast(self, layer: int, horizon: int = 1, /) -> np.ndarray:
         """[E] float32. Visits after the next one are forecast by popularity."""

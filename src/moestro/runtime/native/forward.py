@@ -14,9 +14,12 @@ import numpy as np
 import torch
 
 from moestro import _native
+from moestro.errors import PlaneReadError
+from moestro.memory.lending import Fetches
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.dense import LookupWeight
 from moestro.runtime.experts import RoutedExperts
+from moestro.runtime.fetching import PassFetching
 from moestro.runtime.kv import BLOCK_ROWS, KVPool
 from moestro.runtime.native.blueprint import Blueprint, LayerParts, known_rows
 from moestro.runtime.native.variant import Changes, native_variant
@@ -58,6 +61,7 @@ class NativeForward:
         self._rows = rows
         self._replay: Replay | None = None
         self._early: AskedEarly | None = None
+        self._fetching = PassFetching(experts)
         self._variants: dict[int, OpenVariant] = {}
         self._decoder = self._make_decoder(rows)
 
@@ -98,23 +102,36 @@ class NativeForward:
 
         Returns what the decoder has still to add to the residual, if that is not its own.
         """
+        self._experts.learn()
+        self._begin(batch)
+        try:
+            return self._run(batch, last, fetches=self._replay is None and self._fetching.begins(batch))
+        except BaseException:
+            self._fetching.give_up()
+            raise
+
+    def _run(self, batch: PackedBatch, last: int, *, fetches: bool) -> torch.Tensor | None:
+        """As `_layers`, of a pass that has begun; `fetches`: slots are lent."""
         decoder, experts, spans = self._decoder, self._experts, self._experts.spans
         foresight = experts.foresight
-        experts.learn()
         if self._early is not None and foresight is not None:
             self._early.ask(foresight.telling(batch.rows))
-        self._begin(batch)
         ids_LTK, weights_LTK = self.routing
         done, address, delta_TH = 0, 0, None
         while True:
+            if fetches and done:
+                self._fetching.goes_on()
             computed_s = decoder.experts_seconds
             spans.begin(Part.DENSE)
             awaited = -1 if foresight is None else foresight.awaited
             reached = decoder.run(address, awaited if done <= awaited < last else last)
             computed_s = decoder.experts_seconds - computed_s
+            taken = self._fetching.take_back() if fetches else None
             spans.give(Part.EXPERTS, computed_s)
             spans.end(Event.DENSE, done, reached, computed_s)
-            if reached > done:
+            if taken is not None:
+                self._count_fetched(batch, done, reached, taken)
+            elif reached > done:
                 experts.count_known(done, ids_LTK[done:reached], weights_LTK[done:reached])
             if reached >= last:
                 return delta_TH
@@ -125,6 +142,14 @@ class NativeForward:
             assert delta_TH.dtype is torch.float32
             assert delta_TH.is_contiguous()
             done, address = reached + 1, delta_TH.data_ptr()
+
+    def _count_fetched(self, batch: PackedBatch, done: int, reached: int, fetches: Fetches) -> None:
+        ids_LTK, weights_LTK = self.routing
+        try:
+            self._fetching.count(done, ids_LTK[done:reached], weights_LTK[done:reached], fetches)
+        except PlaneReadError as error:
+            error.requests = batch.requests_of(np.arange(batch.rows))
+            raise
 
     def entered(self, variant: OpenVariant) -> None:
         """A variant has come into memory: rows of it may follow."""
@@ -195,6 +220,9 @@ class NativeForward:
         for moe_layer, known in enumerate(self._experts.known):
             if known is not None and self._replay is None:
                 decoder.know(moe_layer, known)
+        lending = self._experts.planes.lending
+        if lending is not None and self._replay is None:
+            decoder.fetch(lending.fetching)
         foresight = self._experts.foresight
         if foresight is not None and foresight.gates is not None:
             self._early = AskedEarly(decoder, rows=known_rows(rows), candidates=foresight.candidates)
