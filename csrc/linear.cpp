@@ -19,7 +19,7 @@ constexpr int64_t kBlockRows = 48;
 constexpr int64_t kBlockInputs = 512;
 static_assert(kBlockTokens % kTileTokens == 0 && kBlockRows % kTileRows == 0 && kBlockInputs % kLanes == 0);
 // Less work than this (multiply-adds) is done before a worker would wake.
-constexpr int64_t kLeastParallelWork = 1 << 16;
+constexpr int64_t kLeastParallelWork = 1 << 18;
 constexpr int64_t kLeastTaskBytes = 1 << 15;
 // A tile's tokens and rows up to this size leave room in the first-level cache (32 KiB) for the next tile's rows.
 constexpr int64_t kNearBytes = 12 << 10;

@@ -42,7 +42,11 @@ class RuntimeOptions:
     predictor: str = option(
         "auto", "What foresees experts: auto is learned where it has been, and the next layer's gate for reading ahead."
     )
-    prefetch: str = option("on", "Read experts ahead of the router when that pays (on, off).")
+    prefetch: str = option(
+        "auto",
+        "Read experts ahead of the router when that pays: auto (but for tokens that are decoded one by one, where"
+        " experts take one slot each), on or off.",
+    )
     learn: str = option(
         "auto", "Remember in the store which experts requests used (on, off); auto: if policy or predictor go by it."
     )
@@ -78,8 +82,8 @@ class RuntimeOptions:
 
     def __post_init__(self) -> None:
         check_types(self, BudgetError)
-        if self.prefetch not in ("on", "off"):
-            raise RequestError(f"prefetch is {self.prefetch!r}, expected on or off.")
+        if self.prefetch not in ("auto", "on", "off"):
+            raise RequestError(f"prefetch is {self.prefetch!r}, expected auto, on or off.")
         if self.admit not in ("auto", "arrival", "alike"):
             raise RequestError(f"admit is {self.admit!r}, expected auto, arrival or alike.")
         if self.learn not in ("auto", "on", "off"):

@@ -116,7 +116,7 @@ def test_reading_ahead_is_counted_and_changes_nothing(folder: Path, monkeypatch:
     monkeypatch.setattr(SlackMeter, "slack", lambda _self, _read_s, *, reading, **_: Slack(1.0, 2.0 + reading))
     with open_store(folder, share=1.0) as opened:
         whole = _decode(opened, 60)
-    with open_store(folder, share=0.5, learn="off") as opened:
+    with open_store(folder, share=0.5, prefetch="on", learn="off") as opened:
         found = _decode(opened, 60)
         opened.runner.planes.settle()
         stats, foreseen = opened.runner.planes.stats, opened.runner.foreseen

@@ -239,7 +239,7 @@ def test_auto_is_the_best_that_pays(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="prefetch is 'maybe', expected on or off"):
+    with pytest.raises(RequestError, match="prefetch is 'maybe', expected auto, on or off"):
         RuntimeOptions(prefetch="maybe")
     with (
         pytest.raises(TraceError, match="Train it again"),

@@ -75,7 +75,7 @@ class Chosen:
         if policy == "auto":
             policy = VALUE if predictor else _WITHOUT_PREDICTOR
         ahead = GATE if options.predictor == "auto" and gates else predictor
-        return Chosen(policy, predictor, ahead if options.prefetch == "on" else "")
+        return Chosen(policy, predictor, ahead if options.prefetch != "off" else "")
 
     @property
     def by_history(self) -> bool:
@@ -167,7 +167,8 @@ class LayerForesight:
     say which planes of an expert are worth reading ahead, and `also` which planes of variants go with it. `awaited` is
     the layer of which planes have been asked for ahead, until that has routed; -1: none. `reads_ahead` says whether the
     step under way asks for any: where that was not worth it for long, it is tried now and then only. A read keeps one
-    of so many `cores` from computing, and asking keeps all.
+    of so many `cores` from computing, as long as nothing else is known, and asking keeps all. Steps that fetch by
+    themselves (`lend`) read ahead where `fetches_ahead`.
     """
 
     def __init__(
@@ -181,7 +182,9 @@ class LayerForesight:
         *,
         picks: int,
         cores: int,
+        fetches_ahead: bool,
     ) -> None:
+        self._fetches_ahead = fetches_ahead
         self._picks, self._strain = picks, Strain(1 / cores)
         self.candidates = min(2 * picks, *(len(one) for one in chains))
         self._foresight, self._planes, self._chains, self._transfers = foresight, planes, chains, transfers
@@ -241,7 +244,7 @@ class LayerForesight:
         """The step under way is left to fetch by itself, and to read ahead within limits of `_native.Fetching`."""
         prefetcher, asks = self._foresight.prefetcher, self.reads_ahead
         self.reads_ahead, self.awaited = False, -1
-        if prefetcher is None or not asks:
+        if prefetcher is None or not asks or not self._fetches_ahead:
             return [], []
         self._slacks = [self._slack(1 % len(self._chains), reading=reading, asking=False) for reading in (False, True)]
         idle, reading = prefetcher.places(self.candidates, self._slacks)

@@ -273,6 +273,7 @@ def _assemble(
             gates,
             picks=max(probed.experts_per_token),
             cores=available_cores(),
+            fetches_ahead=options.prefetch == "on",
         )
     bits = levels_up_to(store, plan.level)
     prices = None if router is None else {QUALITIES[name]: price for name, price in router.prices.items()}
