@@ -13,7 +13,9 @@ import torch
 from families import FAMILIES, random_model
 from moestro.config import PackOptions
 from moestro.errors import PlaneReadError
+from moestro.keys import FIRST_DELTA
 from moestro.memory import direct
+from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.prefetch import Slack, SlackMeter
 from moestro.runtime.experts import RoutedExperts
 from moestro.runtime.fetching import PassFetching
@@ -164,6 +166,14 @@ def test_what_is_found_damaged_is_not_answered_with(copied: Path, monkeypatch: p
             _decode(opened, 60, feed)
         assert caught.value.requests == {0}
         assert caught.value.key is not None
+        _check_accounts(opened)
+
+
+def test_what_variants_add_to_experts_is_not_lent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victims = WorthEviction.victims
+    monkeypatch.setattr(WorthEviction, "victims", lambda self, *asked: [(0, 0, FIRST_DELTA), *victims(self, *asked)])
+    with open_store(folder, share=0.4, learn="off") as opened:
+        _decode(opened, 20)
         _check_accounts(opened)
 
 

@@ -142,7 +142,8 @@ class Lending:
                 lent.append((slot, None))
             if not cache._loads.is_short(self._nbytes):
                 planes = cache._planes.by_key
-                lent += [(planes[key].slot, key) for key in cache.given_up]
+                # Compiled code knows experts, not what variants add to them.
+                lent += [(planes[key].slot, key) for key in cache.given_up if key[2] == 0]
         address = self._address
         slots = [(address + slot.offset, *((-1, -1) if key is None else key[:2])) for slot, key in self._lent]
         self._lends = bool(slots)
