@@ -301,10 +301,7 @@ bool Decoder::fetch_experts(int64_t moe) {
     fetching_->look(moe + 1, known_, looked_.data());
   }
   const Timer timer(experts_seconds_);
-  const double waited = fetching_->waited();
-  const bool done = fetching_->compute(known_, routed, workspace_.outputs, workspace_.hidden, look_up_);
-  experts_seconds_ -= fetching_->waited() - waited;
-  return done;
+  return fetching_->compute(known_, routed, workspace_.outputs, workspace_.hidden, look_up_);
 }
 
 // The next layer that has a router; the number of layers where there is none.

@@ -91,7 +91,7 @@ public:
   // out [count, vocabulary]: logits of some of the step's rows, in any order, after all layers.
   void logits(const int64_t *rows, int64_t count, float *out);
 
-  // Seconds so far in matrix products and attention, and in experts (waits of `fetch` are left out).
+  // Seconds so far in matrix products and attention, and in experts, with the waits of `fetch`.
   double kernel_seconds() const { return kernel_seconds_; }
   double experts_seconds() const { return experts_seconds_; }
 

@@ -6,12 +6,12 @@
 #include <string>
 #include <utility>
 
+#include "clock.h"
+
 namespace moestro {
 namespace {
 
 using Kind = Fetched::Kind;
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 KnownExperts &at(const Fetching::Known &known, int64_t moe) { return *known[static_cast<size_t>(moe)]; }
 
@@ -235,7 +235,6 @@ bool Fetching::compute(const Known &known, const RoutedRows &routed, float *outp
     const Fetched *ended_by = find(layer_, one.expert);
     const bool late = ended_by != nullptr && ended_by->kind == Kind::ahead_late;
     waits_.push_back({start + one.begun, start + one.ended, one.read, late});
-    waited_ += one.ended - one.begun;
   }
   if (!all) give_up(known, layer_);
   return all;

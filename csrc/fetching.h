@@ -86,7 +86,6 @@ public:
   const std::vector<Fetched> &fetched() const { return fetched_; }
   const std::vector<FetchWait> &waits() const { return waits_; }
   const std::vector<FetchVisit> &visits() const { return visits_; }
-  double waited() const { return waited_; } // seconds, ever
 
 private:
   void meet(int64_t moe, const Known &known);
@@ -116,7 +115,6 @@ private:
   std::vector<int64_t> ids_; // of the reads of `fetched_`
   std::vector<FetchWait> waits_;
   std::vector<FetchVisit> visits_;
-  double waited_ = 0;
 };
 
 } // namespace moestro

@@ -9,10 +9,10 @@
 #include <chrono>
 #include <climits>
 
+#include "clock.h"
+
 namespace moestro {
 namespace {
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Whether one system call has filled all of them, which lie one after another in their file.
 bool fill(const std::vector<QueuedRead> &reads) {
@@ -236,10 +236,12 @@ std::vector<int64_t> ReadQueue::close() {
     closed_ = true;
     for (const Waiting *waiting : {&urgent_, &others_}) {
       for (const auto &[turn, read] : waiting->line) {
-        if (!is_nobodys(read)) left.push_back(read.id);
-        if (!is_nobodys(read)) continue;
-        read.arrivals->fail();
-        --nobodys_;
+        if (is_nobodys(read)) {
+          read.arrivals->fail();
+          --nobodys_;
+        } else {
+          left.push_back(read.id);
+        }
       }
     }
     urgent_ = others_ = {};

@@ -1,6 +1,5 @@
 """Compiled CPU kernels (csrc/). Addresses and strides are not checked here: `moestro.kernels.cpu` does that."""
 
-import enum
 from collections.abc import Sequence
 from enum import Enum
 from typing import overload
@@ -293,7 +292,7 @@ class ReadQueue:
 
     def stats(self) -> ReadStats: ...
 
-class FetchKind(enum.Enum):
+class FetchKind(Enum):
     """Why an expert was asked for, and what became of it: lacked by its layer; read ahead and not picked, there when it
     was, or still on its way; taken back before its read began."""
 

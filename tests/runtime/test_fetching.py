@@ -92,6 +92,7 @@ def test_no_bit_changes_and_every_slot_is_accounted_for(
         assert stats.prefetches == 0
         assert opened.transfers.stats.bytes_read == stats.bytes_read
         assert opened.transfers.stats.failed == 0
+        assert opened.runner.stats.experts_s > stats.stall_seconds > 0, "waiting is a part of it"
         _check_accounts(opened)
     # What hobbit gives up depends on the layer that needs room, so it has to be asked each time.
     assert begun[-1] == (policy != "hobbit")

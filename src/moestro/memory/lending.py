@@ -51,10 +51,11 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Fetches:
-    """What was asked for while slots were lent, in this order, and the layers meanwhile."""
+    """What was asked for while slots were lent, in this order, the layers meanwhile, and how long they waited."""
 
     fetched: Sequence[Fetched] = ()
     visits: Sequence[Visit] = ()
+    waited_s: float = 0.0
 
     def demand(self, layer: int) -> list[Fetched]:
         """What the layer lacked, and nobody had read ahead."""
@@ -160,11 +161,12 @@ class Lending:
             for place, (slot, key) in enumerate(self._lent):
                 if key is None and place not in filled:
                     cache._arena.free(slot)
-            for start, end, begun, late in fetching.waits:
+            waits = fetching.waits
+            for start, end, begun, late in waits:
                 cache.count_wait(start, begun, end, late=late)
         fetching.lend([])
         self._owed, self._gone, self._lends = {_name(one): one for one in fetched}, set(), False
-        return Fetches(fetched, visits)
+        return Fetches(fetched, visits, waited_s=sum(end - start for start, end, _, _ in waits))
 
     def put_down(self, fetched: Sequence[Fetched]) -> PlaneReadError | None:
         """These are in memory from now on; their slots' owners are not. Returns what is wrong with one, if anything: it

@@ -262,9 +262,8 @@ class LayerForesight:
 
     def looked(self, visit: Visit, experts: Sequence[int]) -> None:
         """What the layer visited last did about the next one: it read `experts` ahead."""
-        if self._foresight.prefetcher is not None:
-            self._barren = 0 if experts else self._barren + 1
-            self._foresight.made(visit.layer, visit.candidates, experts, self._slacks[visit.reading])
+        self._barren = 0 if experts else self._barren + 1
+        self._foresight.made(visit.layer, visit.candidates, experts, self._slacks[visit.reading])
 
     def routed(self, routing: Routing) -> None:
         """A layer has routed; its planes are asked for next."""

@@ -72,7 +72,7 @@ class NativeForward:
 
     @property
     def experts_seconds(self) -> float:
-        """Seconds in experts that the decoder computed since the model was opened."""
+        """Seconds in experts that the decoder computed since the model was opened, waiting for planes included."""
         return self._decoder.experts_seconds
 
     @property
@@ -127,6 +127,7 @@ class NativeForward:
             reached = decoder.run(address, awaited if done <= awaited < last else last)
             computed_s = decoder.experts_seconds - computed_s
             taken = self._fetching.take_back() if fetches else None
+            computed_s -= 0.0 if taken is None else taken.waited_s
             spans.give(Part.EXPERTS, computed_s)
             spans.end(Event.DENSE, done, reached, computed_s)
             if taken is not None:
