@@ -4,6 +4,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "clock.h"
@@ -37,13 +38,16 @@ void Fetching::shelve(int64_t moe, const Shelf &shelf) {
   shelves_[static_cast<size_t>(moe)] = shelf;
 }
 
-void Fetching::lend(std::vector<LentSlot> slots, std::vector<int> idle, std::vector<int> reading) {
+void Fetching::lend(std::vector<LentSlot> slots, std::vector<int> idle, std::vector<int> reading, Worths worths) {
   slots_ = std::move(slots);
+  for (size_t i = 0; i < slots_.size(); ++i) slots_[i].since = static_cast<int64_t>(i);
+  worths_ = worths;
   idle_ = std::move(idle);
   reading_ = std::move(reading);
   turn_of_ = layer_ = -1;
   fetched_.clear();
   ids_.clear();
+  before_.clear();
   waits_.clear();
   visits_.clear();
 }
@@ -65,8 +69,12 @@ Fetched *Fetching::find(int64_t moe, int64_t expert) {
 }
 
 template <class Stays> LentSlot *Fetching::find_slot(const Stays &stays) {
-  const auto found = std::find_if(slots_.begin(), slots_.end(), [&](const LentSlot &one) { return !one.taken && !stays(one); });
-  return found == slots_.end() ? nullptr : &*found;
+  LentSlot *found = nullptr;
+  for (LentSlot &one : slots_) {
+    if (!is_free(one) || stays(one)) continue;
+    if (found == nullptr || std::tie(one.worth, one.since) < std::tie(found->worth, found->since)) found = &one;
+  }
+  return found;
 }
 
 // Reads for this layer are told of from now on.
@@ -79,12 +87,16 @@ void Fetching::begin_turn(int64_t moe) {
 // Takes the slot: what lies there is not known any more.
 QueuedRead Fetching::read_of(const Known &known, LentSlot &slot, int64_t moe, int64_t expert, Kind kind) {
   const Shelf &shelf = shelves_[static_cast<size_t>(moe)];
-  slot.taken = true;
   if (slot.moe >= 0) {
     std::fill_n(planes_of(known, slot.moe, slot.expert), kPlanes, 0);
     unread_[slot.moe * experts_ + slot.expert] = 1;
   }
-  unread_[moe * experts_ + expert] = 0;
+  before_.push_back(slot);
+  const int64_t place = moe * experts_ + expert;
+  unread_[place] = 0;
+  const bool stays = worths_.before == nullptr;
+  slot = {slot.address, moe, expert, stays ? 0 : worths_.before[place] + worths_.rise,
+          static_cast<int64_t>(slots_.size() + fetched_.size()), stays ? kStays : moe};
   fetched_.push_back({moe, expert, &slot - slots_.data(), kind, now()});
   ids_.push_back(ReadQueue::kNobodys - reads_++);
   QueuedRead read{ids_.back(), shelf.file, shelf.offsets[static_cast<size_t>(expert)], shelf.bytes,
@@ -99,7 +111,7 @@ QueuedRead Fetching::read_of(const Known &known, LentSlot &slot, int64_t moe, in
 void Fetching::take_back(const Known &known, Fetched &one, int64_t id) {
   if (!queue_.remove(id)) return;
   LentSlot &slot = slots_[static_cast<size_t>(one.slot)];
-  slot.taken = false;
+  slot = before_[static_cast<size_t>(&one - fetched_.data())];
   if (slot.moe >= 0) {
     const auto planes = planes_at(slot.moe, slot.address);
     std::copy(planes.begin(), planes.end(), planes_of(known, slot.moe, slot.expert));
@@ -134,6 +146,7 @@ void Fetching::meet(int64_t moe, const Known &known) {
       if (on_its_way(one)) queue_.promote(ids_[i]);
     } else if (on_its_way(one)) {
       take_back(known, one, ids_[i]);
+      if (on_its_way(one)) slots_[static_cast<size_t>(one.slot)].needed = kStays; // something is still read there
     }
   }
 }
@@ -162,8 +175,10 @@ bool Fetching::ask(int64_t moe, const Known &known, const RoutedRows &routed) {
     if (unread_[moe * experts_ + id] == 0) return false;
     missing.push_back(id);
   }
-  for (LentSlot &slot : slots_) slot.taken = slot.taken || (slot.moe == moe && is_picked(slot.expert));
-  const auto room = std::count_if(slots_.begin(), slots_.end(), [](const LentSlot &one) { return !one.taken; });
+  for (LentSlot &slot : slots_) {
+    if (slot.moe == moe && is_picked(slot.expert) && slot.needed < moe) slot.needed = kStays; // its worth has risen
+  }
+  const auto room = std::count_if(slots_.begin(), slots_.end(), [&](const LentSlot &one) { return is_free(one); });
   if (room < static_cast<int64_t>(missing.size())) return false;
   if (waits_for_) {
     for (const int64_t id : picked_) {

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -24,7 +25,15 @@ struct Shelf {
 // Room for one expert. What lies there has to leave before: an expert of some layer, or nothing (negative).
 struct LentSlot {
   int64_t address, moe, expert;
-  bool taken = false; // or needed where it is: what lies there was used in this step
+  double worth;       // of what lies there: of two slots, that of less is taken
+  int64_t since = 0;  // or, of equal ones, that which had it first
+  int64_t needed = -1; // up to the layer of this number
+};
+
+// What an expert is worth once it has been read: `rise` more than it was.
+struct Worths {
+  const double *before = nullptr; // [layers, experts]; null: what has been read stays
+  double rise = 0;
 };
 
 // An expert that was asked for, with the number of its slot among those lent. Times are seconds of the steady clock;
@@ -64,10 +73,10 @@ public:
   // Throws std::invalid_argument when there is no such layer, or it has too many experts.
   void shelve(int64_t moe, const Shelf &shelf);
 
-  // Slots that may be filled, preferably in this order. Of a router's candidates for the next layer, that at a rank is
-  // read ahead where fewer than `idle[rank]` were before it, `reading[rank]` after a layer that reads itself; none:
-  // routers are not asked. What was fetched before is forgotten.
-  void lend(std::vector<LentSlot> slots, std::vector<int> idle, std::vector<int> reading);
+  // Slots that may be filled, and filled again once the layer has passed. Of a router's candidates for the next layer,
+  // that at a rank is read ahead where fewer than `idle[rank]` were before it, `reading[rank]` after a layer that reads
+  // itself; none: routers are not asked. What was fetched before is forgotten.
+  void lend(std::vector<LentSlot> slots, std::vector<int> idle, std::vector<int> reading, Worths worths);
 
   bool lends() const { return !slots_.empty(); }
   int64_t candidates() const { return static_cast<int64_t>(idle_.size()); }
@@ -93,6 +102,7 @@ private:
   void note(int64_t moe, int64_t expert, double begun, double ended);
   bool is_picked(int64_t expert) const;
   Fetched *find(int64_t moe, int64_t expert);
+  bool is_free(const LentSlot &slot) const { return slot.needed < layer_; }
   template <class Stays> LentSlot *find_slot(const Stays &stays);
   void begin_turn(int64_t moe);
   QueuedRead read_of(const Known &known, LentSlot &slot, int64_t moe, int64_t expert, Fetched::Kind kind);
@@ -100,19 +110,23 @@ private:
   void give_up(const Known &known, int64_t moe);
   std::array<int64_t, kPlanes> planes_at(int64_t moe, int64_t address) const;
 
+  static constexpr int64_t kStays = std::numeric_limits<int64_t>::max();
+
   ReadQueue &queue_;
   uint8_t *unread_;
   int64_t experts_;
   std::vector<Shelf> shelves_;                     // by layer
   std::vector<std::unique_ptr<Arrivals>> arrivals_; // by layer
   std::vector<LentSlot> slots_;
+  Worths worths_;
   std::vector<int> idle_, reading_;
   int64_t reads_ = 0, turn_ = 0, turn_of_ = -1, layer_ = -1;
   size_t ahead_ = 0;            // in `fetched_`: the first that was read ahead for layer `turn_of_`
   std::vector<int64_t> picked_; // of `layer_`, distinct, ascending
   bool waits_for_ = false;      // whether something of it is on its way
   std::vector<Fetched> fetched_;
-  std::vector<int64_t> ids_; // of the reads of `fetched_`
+  std::vector<int64_t> ids_;     // of the reads of `fetched_`
+  std::vector<LentSlot> before_; // what they have taken
   std::vector<FetchWait> waits_;
   std::vector<FetchVisit> visits_;
 };

@@ -50,12 +50,12 @@ Shelf shelf_of(int file, int64_t bytes, const std::vector<int64_t> &offsets, con
   return shelf;
 }
 
-void lend(Fetching &fetching, const std::vector<std::tuple<int64_t, int64_t, int64_t>> &slots,
-          const std::vector<int> &idle, const std::vector<int> &reading) {
+void lend(Fetching &fetching, const std::vector<std::tuple<int64_t, int64_t, int64_t, double>> &slots,
+          const std::vector<int> &idle, const std::vector<int> &reading, uintptr_t worths, double rise) {
   if (idle.size() != reading.size()) throw std::invalid_argument("fetching: limits differ in candidates");
   std::vector<LentSlot> lent;
-  for (const auto &[address, moe, expert] : slots) lent.push_back({address, moe, expert});
-  fetching.lend(std::move(lent), idle, reading);
+  for (const auto &[address, moe, expert, worth] : slots) lent.push_back({address, moe, expert, worth});
+  fetching.lend(std::move(lent), idle, reading, {reinterpret_cast<const double *>(worths), rise});
 }
 
 void add_fetching(nb::module_ &m) {
@@ -76,7 +76,8 @@ void add_fetching(nb::module_ &m) {
           [](Fetching &fetching, int64_t moe, int file, int64_t bytes, const std::vector<int64_t> &offsets,
              const std::vector<int64_t> &inner) { fetching.shelve(moe, shelf_of(file, bytes, offsets, inner)); },
           nb::arg("moe_layer"), nb::arg("file"), nb::arg("bytes"), nb::arg("offsets"), nb::arg("inner"))
-      .def("lend", &lend, nb::arg("slots"), nb::arg("idle") = nb::list(), nb::arg("reading") = nb::list())
+      .def("lend", &lend, nb::arg("slots"), nb::arg("idle") = nb::list(), nb::arg("reading") = nb::list(),
+           nb::arg("worths") = 0, nb::arg("rise") = 0.0)
       .def_prop_ro("fetched",
                    [](const Fetching &fetching) {
                      std::vector<std::tuple<int64_t, int64_t, int64_t, Fetched::Kind, double, double, double>> all;

@@ -315,9 +315,17 @@ class Fetching:
         where planes begin in one. ValueError when there is no such layer, too many experts or planes."""
 
     def lend(
-        self, slots: Sequence[tuple[int, int, int]], idle: Sequence[int] = ..., reading: Sequence[int] = ...
+        self,
+        slots: Sequence[tuple[int, int, int, float]],
+        idle: Sequence[int] = ...,
+        reading: Sequence[int] = ...,
+        worths: int = ...,
+        rise: float = ...,
     ) -> None:
-        """Slots as (address, layer and expert of what lies there, -1: nothing), preferably filled in this order.
+        """Slots as (address, layer and expert of what lies there, -1: nothing, what that is worth): of those whose
+        layers have passed, or that have not been used, that of least worth is filled first.
+
+        What has been read is worth `rise` more than `worths` say, the address of fp64 [layers, experts]; 0: it stays.
 
         Of a router's candidates for the next layer, that at a rank is read ahead where fewer than `idle[rank]` were
         before it, `reading[rank]` after a layer that reads; empty: routers are not asked. What was fetched before is

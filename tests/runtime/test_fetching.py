@@ -15,6 +15,7 @@ from moestro.config import PackOptions
 from moestro.errors import PlaneReadError
 from moestro.keys import FIRST_DELTA
 from moestro.memory import direct
+from moestro.memory.lending import Fetches, Lending
 from moestro.policy.keeping.eviction import WorthEviction
 from moestro.policy.prefetch import Slack, SlackMeter
 from moestro.runtime.experts import RoutedExperts
@@ -73,7 +74,7 @@ def _check_accounts(opened: OpenModel) -> None:
             assert not (plane is not None and lending._unread_LE[layer, expert])
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("policy", ["lru", "lrfu", "hobbit"])
 def test_no_bit_changes_and_every_slot_is_accounted_for(
     policy: str, share: float, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +114,36 @@ def test_most_layers_are_computed_without_coming_back(folder: Path, monkeypatch:
         missed = opened.runner.planes.stats.misses - before
         assert missed > 20
         assert len(asked) < missed / 4
+
+
+def test_little_memory_is_as_well_used_as_if_each_slot_were_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a pass lacks about as many experts as there are slots, it fills some of them twice."""
+    twice: list[int] = []
+    take_back = Lending.take_back
+
+    def counting(self: Lending) -> Fetches:
+        fetches = take_back(self)
+        twice.append(len(fetches.fetched) - len({one.place for one in fetches.fetched}))
+        return fetches
+
+    monkeypatch.setattr(Lending, "take_back", counting)
+    found, missed = {}, {}
+    for asks in (True, False):
+        with monkeypatch.context() as patch:
+            if asks:
+                patch.setattr("moestro.runtime.open.lend_slots", lambda *_: None)
+            with open_store(folder, share=0.35, policy="lrfu", prefetch="off", learn="off") as opened:
+                feed = Feed(opened)
+                found[asks] = [*feed.step({0: PROMPT}).values(), *_decode(opened, 150, feed)]
+                missed[asks] = opened.runner.planes.stats.misses
+                assert opened.transfers.stats.failed == 0
+                if not asks:
+                    _check_accounts(opened)
+    assert sum(twice) > 20
+    assert missed[False] < 1.03 * missed[True]
+    assert all(torch.equal(one, other) for one, other in zip(found[True], found[False], strict=True))
 
 
 def test_reading_ahead_is_counted_and_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

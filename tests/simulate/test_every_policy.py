@@ -97,6 +97,9 @@ class Books:
         assert all(key in evictable for key in keys)
         return keys
 
+    def worths(self) -> np.ndarray | None:
+        return self._watched.eviction.worths()
+
 
 def _replay(trace: Trace, watched: Watched, *, memory: int, concurrency: int = 1) -> TimedReplay:
     replay = TimedReplay(

@@ -7,6 +7,7 @@ and `take_back` nobody may ask the cache for planes; what was read is put down l
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,7 +78,8 @@ class Lending:
     """Lends slots to `fetching`, each for all planes of an expert.
 
     Experts are read there that have been found right before. Those that are due to be checked again are when they are
-    put down: what has been computed with them meanwhile is to be thrown away when they are damaged.
+    put down, if they still lie there: what has been computed with them meanwhile is to be thrown away when they are
+    damaged.
     """
 
     def __init__(self, cache: PlaneCache, transfers: TransferEngine, experts: Sequence[int], address: int) -> None:
@@ -92,6 +94,7 @@ class Lending:
         self._lends = False
         self._lent: list[tuple[Slot, PlaneKey | None]] = []
         self._owed: dict[tuple[int, int, float], Fetched] = {}  # what has been taken back, and not been put down
+        self._lasts: dict[int, Fetched] = {}  # by place, what was read there last
         self._gone: set[PlaneKey] = set()  # planes evicted since, by what was put down
         self.fetching = _native.Fetching(transfers.queue, self._unread_LE.ctypes.data, *self._unread_LE.shape)
         for layer in range(len(experts)):
@@ -141,14 +144,18 @@ class Lending:
             lent = self._lent
             while len(lent) < wanted and (slot := alloc(self._nbytes)) is not None:
                 lent.append((slot, None))
+            slots = [(self._address + slot.offset, -1, -1, -math.inf) for slot, _ in lent]
             if not cache._loads.is_short(self._nbytes):
                 planes = cache._planes.by_key
                 # Compiled code knows experts, not what variants add to them.
-                lent += [(planes[key].slot, key) for key in cache.given_up if key[2] == 0]
-        address = self._address
-        slots = [(address + slot.offset, *((-1, -1) if key is None else key[:2])) for slot, key in self._lent]
+                for key, worth in cache.given_up:
+                    if key[2] == 0 and planes[key].evictable:
+                        lent.append((planes[key].slot, key))
+                        slots.append((self._address + planes[key].slot.offset, *key[:2], worth))
+            given_up = cache.given_up
         self._lends = bool(slots)
-        self.fetching.lend(slots, *limits)
+        worths = 0 if given_up.worths_LE is None else given_up.worths_LE.ctypes.data
+        self.fetching.lend(slots, *limits, worths=worths, rise=given_up.rise)
         return self._lends
 
     def take_back(self) -> Fetches:
@@ -156,10 +163,10 @@ class Lending:
         cache, fetching = self._cache, self.fetching
         fetched = [Fetched(*one) for one in fetching.fetched]
         visits = [Visit(*one) for one in fetching.visits]
-        filled = {one.place for one in fetched if one.kind is not _TAKEN_BACK}
+        self._lasts = {one.place: one for one in fetched if one.kind is not _TAKEN_BACK}
         with cache._lock:
             for place, (slot, key) in enumerate(self._lent):
-                if key is None and place not in filled:
+                if key is None and place not in self._lasts:
                     cache._arena.free(slot)
             waits = fetching.waits
             for start, end, begun, late in waits:
@@ -185,6 +192,7 @@ class Lending:
                     cache._evict(cache._planes.by_key[victim], keeps_slot=True)
                 if one.ended:
                     damage = self._hold(one, slot) or damage
+                    self._lent[one.place] = slot, (one.layer, one.expert, 0)
                 else:
                     cache._arena.free(slot)
         return damage
@@ -211,7 +219,8 @@ class Lending:
         if unused:
             cache._ahead.setdefault(one.layer, {})[key] = plane
         cache._hold(plane)
-        error = self._transfers.was_fetched(read_of(key, extents, cache._buffer.view(slot.offset, nbytes)))
+        read = read_of(key, extents, cache._buffer.view(slot.offset, nbytes))
+        error = self._transfers.was_fetched(read, is_there=_name(one) == _name(self._lasts[one.place]))
         if cache.watch is not None:
             cache.watch.read(key, 0 if error else nbytes, one.asked, one.begun, one.ended, ahead=ahead)
         if error is not None:

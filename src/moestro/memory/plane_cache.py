@@ -169,9 +169,12 @@ class PlaneCache:
             return issued
 
     def give_up(self, nbytes: int) -> None:
-        """A forward pass begins that may take slots for planes of so many bytes without asking for each."""
+        """A forward pass begins that may take slots for planes of so many bytes (0: it may not) without asking."""
         with self._lock:
-            self.given_up.renew(self._policy, EvictableView(self._planes, nbytes, (), any_class=False))
+            if nbytes:
+                self.given_up.renew(self._policy, EvictableView(self._planes, nbytes, (), any_class=False))
+            else:
+                self.given_up.forget()
 
     def count_wait(self, start: float, begun: float, end: float, *, late: bool) -> None:
         """A consumer waited for a read that began at `begun` (0: not known). The lock is held."""
@@ -325,12 +328,12 @@ class PlaneCache:
             self.lending.held(plane.key)
         self._policy.on_load(plane.key, plane.slot.nbytes)
         self._loads.count(plane.slot.nbytes)
-        self.given_up.loads += 1
+        self.given_up.loaded(plane.key)
 
     def _make_room(self, need: Need, keep: Container[PlaneKey], *, any_class: bool) -> bool:
         """Evict what the policy gives up for this need; False when nothing can go now."""
         evictable = EvictableView(self._planes, need.nbytes, keep, any_class=any_class)
-        key = self.given_up.take(evictable) if need.urgent else None
+        key = self.given_up.take(evictable, need.key[0]) if need.urgent else None
         key = key or self._policy.victim(need, evictable)
         if key is None:
             return need.urgent and self._cancel_a_prefetch(keep)

@@ -176,9 +176,10 @@ class TransferEngine:
         """Whether threads of the queue read, and times are the system's."""
         return self._queue_reads
 
-    def was_fetched(self, read: Read) -> PlaneReadError | None:
-        """Somebody has had the `queue` carry this out: check it if that is due. What is wrong with it, if anything."""
-        error = self._check(read)
+    def was_fetched(self, read: Read, *, is_there: bool = True) -> PlaneReadError | None:
+        """Somebody has had the `queue` carry this out: check it if that is due, and it still `is_there`. What is wrong
+        with it, if anything."""
+        error = self._check(read) if is_there else None
         with self._lock:
             self._stats.reads += 1
             self._stats.failed += error is not None

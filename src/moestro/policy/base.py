@@ -2,12 +2,16 @@
 
 The cache tells what happens in the order of demand, not of arrival from disk, so a policy decides the same in the
 runtime and in a simulator, however quick the disk is. "Time" is the count of `on_use` calls.
+
+Shapes: L MoE layers, E experts per layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from moestro.keys import PlaneKey
 
@@ -66,4 +70,8 @@ class EvictionPolicy(Protocol):
 
         Empty where that cannot be said before its layers have routed.
         """
+        ...
+
+    def worths(self) -> np.ndarray | None:
+        """[L, E] of experts, fp64, a copy: of two, that of less goes first. None where what came last goes last."""
         ...

@@ -31,3 +31,6 @@ class LRU:
 
     def victims(self, count: int, evictable: Evictable) -> list[PlaneKey]:
         return list(islice((key for key in self._oldest_first if key in evictable), count))
+
+    def worths(self) -> None:
+        return None

@@ -37,6 +37,12 @@ class PassFetching:
 
     def begins(self, batch: PackedBatch) -> bool:
         """A forward pass begins; whether it fetches what it lacks. Slots are lent then."""
+        fetches = self._lend(batch)
+        if not fetches:
+            self._experts.planes.give_up(0)
+        return fetches
+
+    def _lend(self, batch: PackedBatch) -> bool:
         experts, lending = self._experts, self._experts.planes.lending
         foresight, order = experts.foresight, experts.order
         if lending is None or foresight is None or batch.rows > 1 or experts.deltas is not None or not experts.exact:

@@ -103,8 +103,7 @@ class TimedReplay:
         if foresight is not None:
             for request in one.begins:
                 foresight.begin(request)
-        if self._lends and len(one.rows_B) == 1:
-            self._cache.give_up(self._plane_bytes[0][0])
+        self._cache.give_up(self._plane_bytes[0][0] if self._lends and len(one.rows_B) == 1 else 0)
         for routing in routings(self._trace, one):
             self._layer(one, routing)
         if foresight is not None:

@@ -101,10 +101,18 @@ class WorthEviction:
         return key
 
     def victims(self, count: int, evictable: Evictable) -> list[PlaneKey]:
-        if self.idle or self.gains_LEP is not None or not self._policy.lasting:
+        if self.idle or not self._lasts:
             return []
         keys = [self._first([candidate], evictable) for candidate in self._in_order(count)]
         return [key for key in keys if key is not None]
+
+    def worths(self) -> np.ndarray | None:
+        return self._policy.worth(self._layer).astype(np.float64) if self._lasts else None
+
+    @property
+    def _lasts(self) -> bool:
+        """Whether what experts are worth changes little in a forward pass."""
+        return self.gains_LEP is None and self._policy.lasting
 
     def _in_order(self, wanted: int) -> list[tuple[int, int]]:
         """So many of the experts held, or of planes, by rising worth; the lowest number first."""
