@@ -279,6 +279,13 @@ bool Decoder::run_experts(int64_t moe) {
   return run_known(*known, routed_rows(moe), workspace_.outputs, workspace_.hidden);
 }
 
+// As `run_experts`, at lower levels where that is allowed.
+bool Decoder::run_lower(int64_t moe) {
+  if (allowance_ == nullptr || !allowance_->allows() || step_.rows != 1 || !step_.runs.empty()) return false;
+  const Timer timer(experts_seconds_);
+  return allowance_->compute(moe, routed_rows(moe), workspace_.outputs, workspace_.hidden);
+}
+
 RoutedRows Decoder::routed_rows(int64_t moe) const {
   const int64_t place = moe * step_.rows * workspace_.picks;
   return {workspace_.hidden,  workspace_.ids + place,  workspace_.weights + place,             step_.rows,
@@ -363,7 +370,10 @@ int64_t Decoder::run_on(const float *delta, int64_t stop) {
     if (!there(layer.router)) continue;
     const int64_t moe = next_moe_++;
     route(layer, moe);
-    if (fetch ? moe == stop || !fetch_experts(moe) : lacks_ahead(moe) || moe == stop || !run_experts(moe)) return moe;
+    if (fetch ? moe == stop || !fetch_experts(moe)
+              : lacks_ahead(moe) || moe == stop || !(run_experts(moe) || run_lower(moe))) {
+      return moe;
+    }
     delta_ = workspace_.hidden;
   }
   return next_moe_;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "allowance.h"
 #include "fetching.h"
 #include "known_experts.h"
 #include "layers.h"
@@ -63,6 +64,10 @@ public:
   // Has steps of a single row of the base read experts that are not known, where `fetching` can, which outlives the
   // decoder; null: no step does. `look_up` is called now and then while nothing comes, and may throw.
   void fetch(Fetching *fetching, std::function<void()> look_up);
+
+  // Has steps of a single row of the base compute experts at the levels in memory where `allowance`, which outlives the
+  // decoder, allows it; null: no step does.
+  void spend(Allowance *allowance) { allowance_ = allowance; }
 
   // What the fine-tune in a slot changes; null empties the slot. Ends the step. Layers are added before.
   // Throws std::invalid_argument when a change does not fit the decoder; the slot is as it was then.
@@ -129,6 +134,7 @@ private:
   void route(const Layer &layer, int64_t moe);
   int64_t run_on(const float *delta, int64_t stop);
   bool run_experts(int64_t moe);
+  bool run_lower(int64_t moe);
   RoutedRows routed_rows(int64_t moe) const;
   bool fetches() const;
   bool fetch_experts(int64_t moe);
@@ -147,6 +153,7 @@ private:
   std::vector<Layer> layers_;
   std::vector<KnownExperts *> known_; // by MoE layer; null: none
   Fetching *fetching_ = nullptr;
+  Allowance *allowance_ = nullptr;
   std::function<void()> look_up_;
   std::vector<int64_t> looked_; // of the next router, while fetching
   std::map<int32_t, std::unique_ptr<const Variant>> variants_; // by slot

@@ -178,6 +178,13 @@ bool run_known(const KnownExperts &experts, const RoutedRows &routed, float *out
   return true;
 }
 
+void run_listed(const KnownExperts &experts, const RoutedRows &routed, float *outputs, float *sums) {
+  std::vector<int32_t> places = places_by_expert(routed);
+  leave_out(experts, routed, places, outputs);
+  if (!places.empty()) run_jobs(experts, routed, Jobs(experts, routed, std::move(places)), outputs, {});
+  combine(outputs, routed.weights, sums, routed.rows, routed.picks, experts.shape.down.rows);
+}
+
 bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arrivals, float *outputs, float *sums,
                   Course &course, const std::function<void()> &look_up) {
   check_ids(experts, routed);

@@ -54,6 +54,9 @@ bool all_known(const KnownExperts &experts, const RoutedRows &routed);
 // fine-tune adds to it. Throws std::invalid_argument when runs are not ascending runs of rows.
 bool run_known(const KnownExperts &experts, const RoutedRows &routed, float *outputs, float *sums);
 
+// As `run_known`, of the base's rows, all of whose picks are known, or left out: those of -1.
+void run_listed(const KnownExperts &experts, const RoutedRows &routed, float *outputs, float *sums);
+
 // What a call did when, in seconds since it began.
 struct Course {
   struct Computed {

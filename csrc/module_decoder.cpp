@@ -171,6 +171,7 @@ void add_decoder(nb::module_ &m) {
       .def(
           "fetch", [](Decoder &decoder, Fetching *fetching) { decoder.fetch(fetching, handle_signals); },
           arg("fetching").none(), nb::keep_alive<1, 2>())
+      .def("spend", &Decoder::spend, arg("allowance").none(), nb::keep_alive<1, 2>())
       .def(
           "look_ahead",
           [](Decoder &decoder, uintptr_t ids, int64_t candidates, int64_t telling) {

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "allowance.h"
 #include "dispatch.h"
 #include "known_experts.h"
 #include "signals.h"
@@ -180,12 +181,47 @@ void activate_row(const ExpertShape &shape, uintptr_t gate, uintptr_t up, int64_
                             pointer<float>(out));
 }
 
+void add_allowance(nb::module_ &m) {
+  nb::class_<Allowance>(m, "Allowance")
+      .def("__init__",
+           [](Allowance *self, uintptr_t costs, uintptr_t per_byte, int64_t layers, int64_t experts, int64_t levels) {
+             new (self) Allowance(pointer<const double>(costs), pointer<const double>(per_byte), layers, experts, levels);
+           },
+           nb::arg("costs"), nb::arg("per_byte"), nb::arg("layers"), nb::arg("experts"), nb::arg("levels"))
+      .def(
+          "hold",
+          [](Allowance &allowance, int64_t moe, KnownExperts &levelled, uintptr_t planes, int64_t experts,
+             const std::vector<int64_t> &depths) {
+            allowance.hold(moe, {&levelled, pointer<const int64_t>(planes), experts, depths});
+          },
+          nb::arg("moe_layer"), nb::arg("levelled"), nb::arg("planes"), nb::arg("experts"), nb::arg("depths"),
+          nb::keep_alive<1, 3>())
+      .def(
+          "begin",
+          [](Allowance &allowance, double price, double left, uintptr_t levels) {
+            allowance.begin(price, left, pointer<int64_t>(levels));
+          },
+          nb::arg("price"), nb::arg("left"), nb::arg("levels"))
+      .def(
+          "compute",
+          [](Allowance &allowance, int64_t moe, uintptr_t hidden, uintptr_t ids, uintptr_t weights, int64_t picks,
+             uintptr_t outputs, uintptr_t sum) {
+            const RoutedRows routed{pointer<const float>(hidden), pointer<const int64_t>(ids),
+                                    pointer<const float>(weights), 1, picks};
+            return allowance.compute(moe, routed, pointer<float>(outputs), pointer<float>(sum));
+          },
+          nb::arg("moe_layer"), nb::arg("hidden"), nb::arg("ids"), nb::arg("weights"), nb::arg("picks"),
+          nb::arg("outputs"), nb::arg("sum"), nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("left", &Allowance::left);
+}
+
 } // namespace
 
 void add_packed(nb::module_ &m) {
   using release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<MatrixShape>(m, "Matrix");
   nb::class_<ExpertShape>(m, "Experts");
+  add_allowance(m);
   nb::class_<KnownExperts>(m, "KnownExperts")
       .def("__init__",
            [](KnownExperts *self, const ExpertShape &shape, uintptr_t planes, int64_t count,

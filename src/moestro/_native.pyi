@@ -345,6 +345,29 @@ class Fetching:
     def visits(self) -> list[tuple[int, float, bool, list[int]]]:
         """(layer, when it routed, whether it waited, what the next router named, if asked) of layers computed."""
 
+class Allowance:
+    """What a decoded row may lose, and experts that are applied at the levels in memory within it (csrc/allowance.h).
+
+    `costs`: address of fp64 [layers, experts, levels], nats that a row of one expert loses without the planes of a
+    level; `per_byte`: of the same for each byte.
+    """
+
+    def __init__(self, costs: int, per_byte: int, layers: int, experts: int, levels: int) -> None: ...
+    def hold(self, moe_layer: int, levelled: KnownExperts, planes: int, experts: int, depths: Sequence[int]) -> None:
+        """Experts of a layer: `levelled` by level, `planes` the address of int64 [experts, 4], those in memory from the
+        first on, and how many each level takes, level 0 in front. ValueError when they do not fit."""
+
+    def begin(self, price: float, left: float, levels: int) -> None:
+        """A row may lose `left` nats, at most `price` for each byte that is not read; 0: nothing. Numbers of levels
+        chosen here come to `levels`, int64 [layers, picks]."""
+
+    def compute(self, moe_layer: int, hidden: int, ids: int, weights: int, picks: int, outputs: int, sum: int) -> bool:
+        """The weighted sum of one row's experts at the levels in memory; False, and nothing is done, where a plane is
+        dearer than its reading or more would be lost than is left."""
+
+    @property
+    def left(self) -> float: ...
+
 class KnownExperts:
     """The experts of a layer whose planes lie at the addresses `planes`: int64 [count, 4], 0 where not known.
 
@@ -585,6 +608,9 @@ class Decoder:
     def fetch(self, fetching: Fetching | None) -> None:
         """Have steps of one row of the base read experts that are not known, where slots are lent. ValueError when
         experts of some layer never are. Signals are handled while nothing comes."""
+
+    def spend(self, allowance: Allowance | None) -> None:
+        """Have steps of one row of the base compute experts at the levels in memory, where that is allowed."""
 
     def look_ahead(self, ids: int, candidates: int, telling: int) -> None:
         """Ask the next MoE layer's router early, in steps of few rows: the best `candidates` of each row come to `ids`,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -127,6 +127,18 @@ class PlaneCache:
             if any(plane is None or plane.ticket is not None for plane in planes):
                 return None
             return tuple(offset for plane in planes if plane is not None for offset in plane.offsets())
+
+    def parts(self, chains: Sequence[Chain]) -> list[tuple[int, ...]]:
+        """Where the planes of each chain lie in the buffer, from the first on, as far as they are in memory; of nothing
+        where planes share slots."""
+        with self._lock:
+            return [() if self._joined else tuple(self._offsets_of(keys)) for keys in chains]
+
+    def _offsets_of(self, keys: Chain) -> Iterator[int]:
+        for plane in map(self._planes.by_key.get, keys):
+            if plane is None or plane.ticket is not None:
+                return
+            yield from plane.offsets()
 
     def used(self, first: int, counts_LE: np.ndarray, *, fetched: int = 0) -> None:
         """Experts of layers from `first` on, those with a count, were used without asking, because nothing of them has

@@ -37,6 +37,10 @@ class LayerExperts(Protocol):
         """Those that can be computed from where their planes last arrived; None where that is never so."""
         ...
 
+    def held(self) -> np.ndarray | None:
+        """What `hold` has been told: addresses [E, P], 0 behind planes in memory; None where it is of no use."""
+        ...
+
     def levelled(self, bits: Sequence[int]) -> _native.KnownExperts | None:
         """Groups of a `Grouping` by these levels, for a call that is told where their planes lie; None as above."""
         ...
@@ -57,8 +61,12 @@ class LayerExperts(Protocol):
         """All planes of this expert are in memory, at these byte offsets in the arena."""
         ...
 
-    def forget(self, expert: int | None = None) -> None:
-        """Planes of this expert (None: of any) are not where they were; those of variants are."""
+    def hold(self, experts: Sequence[int], offsets: Sequence[tuple[int, ...]]) -> None:
+        """The planes of these experts that are in memory, from the first on, at these byte offsets in the arena."""
+        ...
+
+    def forget(self, expert: int | None = None, plane: int = 0) -> None:
+        """This plane of an expert is not where it was; None: those of any; those of variants are."""
         ...
 
     def forget_delta(self, expert: int, variant: int) -> None:
@@ -85,7 +93,13 @@ class StreamedExperts:
     def learn(self, expert: int, offsets: tuple[int, ...]) -> None:
         pass
 
-    def forget(self, expert: int | None = None) -> None:
+    def hold(self, experts: Sequence[int], offsets: Sequence[tuple[int, ...]]) -> None:
+        pass
+
+    def held(self) -> None:
+        pass
+
+    def forget(self, expert: int | None = None, plane: int = 0) -> None:
         pass
 
     def forget_delta(self, expert: int, variant: int) -> None:
@@ -140,6 +154,7 @@ class PackedExperts:
         self._arena = arena.data_ptr()
         self._known_EP = np.zeros((experts, _CHAIN_PLANES), dtype=np.int64)
         self.known = kernels.known_experts(spec, self._known_EP, [level])
+        self._held_EP = np.zeros_like(self._known_EP)
         self._levelled: _native.KnownExperts | None = None
         self._levelled_EP = self._known_EP
 
@@ -217,8 +232,18 @@ class PackedExperts:
     def learn(self, expert: int, offsets: tuple[int, ...]) -> None:
         self._known_EP[expert, : len(offsets)] = [self._arena + offset for offset in offsets]
 
-    def forget(self, expert: int | None = None) -> None:
+    def held(self) -> np.ndarray:
+        return self._held_EP
+
+    def hold(self, experts: Sequence[int], offsets: Sequence[tuple[int, ...]]) -> None:
+        base = self._arena
+        for expert, places in zip(experts, offsets, strict=True):
+            self._held_EP[expert] = [*[base + place for place in places], *_ABSENT[len(places) :]]
+
+    def forget(self, expert: int | None = None, plane: int = 0) -> None:
         self._known_EP[slice(None) if expert is None else expert] = 0
+        if expert is not None:
+            self._held_EP[expert, plane:] = 0
 
 
 class PackedExpertsWithModule(StreamedExperts):

@@ -112,7 +112,10 @@ class RoutedExperts:
                 hidden_TH, index_TK = hidden_TH.contiguous(), index_TK.to(torch.int64).contiguous()
                 weights_TK = plain(weights_TK).to(torch.float32).contiguous()
                 sum_TH = self._from_known(layer, hidden_TH, index_TK, weights_TK)
-                return self._streamed(layer, hidden_TH, index_TK, weights_TK, owners) if sum_TH is None else sum_TH
+                if sum_TH is None:
+                    sum_TH = self._streamed(layer, hidden_TH, index_TK, weights_TK, owners)
+                    self._note_held(layer, np.unique(index_TK.numpy()).tolist())
+                return sum_TH
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -136,14 +139,23 @@ class RoutedExperts:
         by the thread that has planes evicted."""
         while self._arrived:
             layer, expert, _ = self._arrived.popleft()
+            self._note_held(layer, [expert])
             offsets = self.planes.offsets(self.chains[layer][expert])
             if offsets is not None and self.exact:
                 self._layers[layer].learn(expert, offsets)
 
+    def _note_held(self, layer: int, experts: Sequence[int]) -> None:
+        """Have the layer know which planes of these are in memory, where some may be without the others."""
+        if self.levels is None or self.planes.joined:
+            return
+        chains = self.chains[layer]
+        experts = [expert for expert in experts if expert < len(chains)]
+        self._layers[layer].hold(experts, self.planes.parts([chains[expert] for expert in experts]))
+
     def _gone(self, key: PlaneKey) -> None:
         layer, expert, plane = key
         if plane < FIRST_DELTA:
-            self._layers[layer].forget(expert)
+            self._layers[layer].forget(expert, plane)
         else:
             self._layers[layer].forget_delta(expert, plane - FIRST_DELTA)
 
@@ -159,9 +171,19 @@ class RoutedExperts:
         for one in self._layers:
             one.left(variant.slot)
 
-    def count_known(self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray) -> None:
-        """Count the rows of layers from number `first` on that have been computed from `known`."""
-        counts_LE = self.count(first, index_LTK)
+    def held_by_level(self, layer: int) -> tuple[np.ndarray, _native.KnownExperts] | None:
+        """Where a layer's planes in memory lie (`LayerExperts.held`), and its experts by level; None where they are not
+        computed like that."""
+        one, levels = self._layers[layer], self.levels
+        levelled = None if levels is None or not levels.apart else one.levelled(levels.bits)
+        held_EP = one.held()
+        return None if held_EP is None or levelled is None else (held_EP, levelled)
+
+    def count_known(
+        self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray, left_out_LTK: np.ndarray | None = None
+    ) -> None:
+        """Count the rows of layers from number `first` on that have been computed from `known`, or `held_by_level`."""
+        counts_LE = self.count(first, index_LTK, left_out_LTK=left_out_LTK)
         foresight = self.foresight
         if foresight is not None:
             self.spans.begin(Part.POLICY)
@@ -169,13 +191,21 @@ class RoutedExperts:
                 foresight.passed(routing)
             self.spans.end()
 
-    def count(self, first: int, index_LTK: np.ndarray, *, fetched: int = 0) -> np.ndarray:
-        """How many rows use each expert [L, E] of layers that go past the cache, but for those that were `fetched`."""
+    def count(
+        self, first: int, index_LTK: np.ndarray, *, fetched: int = 0, left_out_LTK: np.ndarray | None = None
+    ) -> np.ndarray:
+        """How many rows use each expert [L, E] of layers that go past the cache, but for those that were `fetched`.
+        What a row has `left_out` is counted as routed, not as used."""
         layers, experts = len(index_LTK), self.counts_LE.shape[1]
-        numbers = index_LTK.reshape(layers, index_LTK[0].size if layers else 0) + experts * np.arange(layers)[:, None]
-        counts_LE = np.bincount(numbers.ravel(), minlength=layers * experts).reshape(layers, experts)
+        index_LP = index_LTK.reshape(layers, index_LTK[0].size if layers else 0)
+        numbers_LP = index_LP + experts * np.arange(layers)[:, None]
+        counts_X = np.bincount(numbers_LP.ravel(), minlength=layers * experts)
+        used_X = counts_X
+        if left_out_LTK is not None and left_out_LTK.any():
+            used_X = counts_X - np.bincount(numbers_LP[left_out_LTK.reshape(layers, -1)], minlength=layers * experts)
+        counts_LE = counts_X.reshape(layers, experts)
         self.counts_LE[first : first + layers] += counts_LE
-        self.planes.used(first, counts_LE, fetched=fetched)
+        self.planes.used(first, used_X.reshape(layers, experts), fetched=fetched)
         return counts_LE
 
     def routings(

@@ -240,6 +240,11 @@ class LayerForesight:
         """Whether reading ahead can be left to who fetches (`lend`)."""
         return self._foresight.fetches
 
+    def hurry(self) -> None:
+        """The step under way comes back for what has to be read only: it reads ahead where `fetches_ahead`."""
+        if not self._fetches_ahead:
+            self.reads_ahead, self.awaited = False, -1
+
     def lend(self) -> tuple[list[int], list[int]]:
         """The step under way is left to fetch by itself, and to read ahead within limits of `_native.Fetching`."""
         prefetcher, asks = self._foresight.prefetcher, self.reads_ahead

@@ -16,7 +16,7 @@ import torch
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.planes import Chain
 from moestro.policy.keeping.eviction import WorthEviction
-from moestro.policy.levels import LevelAsk, LevelPolicy, LevelTable
+from moestro.policy.levels import Ledger, LevelAsk, LevelPolicy, LevelTable
 from moestro.policy.observation import Routing
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.bit_router import LevelScores
@@ -32,6 +32,7 @@ class LayerLevels:
         applied_D: so many (row, expert) pairs of rows that need not be exact were computed at each level.
         everywhere: whether levels are chosen for experts in memory, too: those of a bit router.
         apart: whether each level has a chain of its own, in every layer.
+        ledger: the policy, where it is one.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LayerLevels:
         self._policy, self._chains, self._planes, self._eviction = policy, chains, planes, eviction
         self._depths_LD = np.array([depths(layout, bits) for layout in layouts])
         self.apart = all(len(set(depths_D)) == len(depths_D) for depths_D in self._depths_LD.tolist())
+        self.ledger = policy if isinstance(policy, Ledger) else None
         self._budget_T = np.zeros(0)
         self._experts = max(len(one) for one in chains)
         self._gains_LEP: np.ndarray | None = None
@@ -60,6 +62,8 @@ class LayerLevels:
         """A forward pass begins."""
         lengths = [len(segment.token_ids) for segment in batch.segments]
         self._budget_T = np.repeat([segment.budget for segment in batch.segments], lengths)
+        if self.lossy:
+            self._policy.step(self._budget_T)
         self._weigh()
 
     def held(self) -> np.ndarray:
@@ -90,6 +94,10 @@ class LayerLevels:
         levels_TK = self._policy.choose(LevelAsk(routing, self._budget_T, held_E, scores_TKS))
         self.applied_D += np.bincount(levels_TK[self._budget_T > 0].ravel(), minlength=len(self.applied_D))
         return None if (levels_TK == len(self.bits)).all() else levels_TK
+
+    def depths(self, layer: int) -> list[int]:
+        """How many planes each level takes, 0 first."""
+        return list(self._depths_LD[layer].tolist())
 
     def chain(self, layer: int, expert: int, level: int) -> Chain:
         """The planes that an expert needs at a level."""

@@ -43,6 +43,7 @@ def test_budgets_are_kept_and_nothing_is_given_up_for_nothing(seed: int, rows: i
     for _ in range(steps):
         budget_T = chance.choice([0.0, 0.01, 0.3], rows)
         lost_T = np.zeros(rows)
+        ledger.step(budget_T)
         for layer in range(LAYERS):
             routing, held_E = _routing(chance, layer, rows), chance.integers(0, EXACT + 1, EXPERTS)
             levels_TK = ledger.choose(LevelAsk(routing, budget_T, held_E))
@@ -65,6 +66,7 @@ def _spent(ledger: Ledger, table: LevelTable, budget: float, steps: int, seed: i
     chance, found = np.random.default_rng(seed), []
     for _ in range(steps):
         lost = 0.0
+        ledger.step(np.array([budget]))
         for layer in range(LAYERS):
             routing = _routing(chance, layer, 1)
             levels_TK = ledger.choose(LevelAsk(routing, np.array([budget]), np.zeros(EXPERTS, dtype=np.int64)))
@@ -84,6 +86,7 @@ def test_of_two_planes_the_cheaper_goes() -> None:
     routing = Routing.of(0, np.array([[0, 1]]), np.array([[0.5, 0.5]], dtype=np.float32), (), experts=3)
     ledger = Ledger(table)
     for _ in range(60):
+        ledger.step(np.array([0.06]))
         levels_TK = ledger.choose(LevelAsk(routing, np.array([0.06]), np.zeros(3, dtype=np.int64)))
     # Expert 1's upper plane spares 0.1 for half of the row's weight, expert 0's as many bytes and 0.49.
     assert levels_TK.tolist() == [[2, 1]]

@@ -30,7 +30,9 @@ TABLE = LevelTable(
 def _choose(policy: str, weights: list[float], budget: float, held: list[int] | None = None, layer: int = 0) -> list:
     routing = Routing.of(layer, np.array([[4, 0, 2]]), np.array([weights], dtype=np.float32), (), experts=5)
     ask = LevelAsk(routing, np.array([budget]), np.array(held or [0] * 5))
-    return LEVEL_POLICIES[policy](TABLE).choose(ask)[0].tolist()  # type: ignore[no-any-return]
+    one = LEVEL_POLICIES[policy](TABLE)
+    one.step(ask.budget_T)
+    return one.choose(ask)[0].tolist()  # type: ignore[no-any-return]
 
 
 def test_the_gate_loads_by_the_weight_of_those_before() -> None:

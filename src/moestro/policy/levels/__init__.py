@@ -71,6 +71,7 @@ __all__ = [
     "EXACT",
     "LEVEL_POLICIES",
     "QUALITIES",
+    "Ledger",
     "LevelAsk",
     "LevelPolicy",
     "LevelTable",

@@ -55,6 +55,10 @@ class LevelAsk:
 class LevelPolicy(Protocol):
     """Chooses the level that each expert of each row is applied at."""
 
+    def step(self, budget_T: np.ndarray, /) -> None:
+        """A step begins, whose rows may lose so much, and some of them anything."""
+        ...
+
     def choose(self, ask: LevelAsk, /) -> np.ndarray:
         """[T, K] int64; rows without a budget are always exact. Layers of a step are asked for in ascending order."""
         ...

@@ -13,6 +13,9 @@ class Fixed:
     def __init__(self, table: LevelTable) -> None:
         self._exact = table.exact
 
+    def step(self, _budget_T: np.ndarray) -> None:
+        pass
+
     def choose(self, ask: LevelAsk) -> np.ndarray:
         return np.full(ask.routing.experts_TK.shape, self._exact)
 

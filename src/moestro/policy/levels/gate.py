@@ -26,6 +26,9 @@ class Gate:
         self._exact = table.exact
         self._thresholds = {QUALITIES[name]: pair for name, pair in THRESHOLDS.items()}
 
+    def step(self, _budget_T: np.ndarray) -> None:
+        pass
+
     def choose(self, ask: LevelAsk) -> np.ndarray:
         weights_TK, held_TK = ask.routing.weights_TK, ask.held_E[ask.routing.experts_TK]
         order_TK = np.argsort(-weights_TK, axis=1, kind="stable")

@@ -30,6 +30,9 @@ class Learned:
         self._steps = 0
         self._gains_LES: np.ndarray | None = None
 
+    def step(self, _budget_T: np.ndarray) -> None:
+        pass
+
     def choose(self, ask: LevelAsk) -> np.ndarray:
         layer, experts_TK = ask.routing.layer, ask.routing.experts_TK
         if layer == 0:

@@ -24,12 +24,22 @@ _AIM = 0.9
 _LEAST_PRICE = 1e-300
 """Of rows that may lose nothing: what they need is always too dear to be given up."""
 
+_MOST_PRICE = 8
+"""In budgets for all of a token's bytes. A budget that is hard to use up would raise the price until planes that are
+used again and again are not worth their reading: with this, less is read and less lost (docs/benchmarks/memory-budget).
+"""
+
 _PACE = 0.2
 _REPRICE = 16
 
 
 class Ledger:
-    """Accounts of the rows of the step under way, and a price for each budget in use."""
+    """Accounts of the rows of the step under way, and a price for each budget in use.
+
+    Attributes:
+        cost_LES: nats that a row loses without the planes of levels 1, 2, ... of an expert that is all of its layer.
+        per_byte_LES: the same per byte, and what the planes above cost if that is more.
+    """
 
     def __init__(self, table: LevelTable) -> None:
         assert table.sensitivity_L is not None
@@ -37,40 +47,50 @@ class Ledger:
         above_LED = np.maximum(table.errors_LED - table.errors_LED[:, :, -1:], 0)
         falling_LED = np.maximum.accumulate(above_LED[:, :, ::-1], axis=2)[:, :, ::-1]
         nats_LED = table.sensitivity_L[:, None, None] * falling_LED
-        self._cost_LES = nats_LED[:, :, :-1] - nats_LED[:, :, 1:]  # of giving up the planes of levels 1, 2, ...
+        self.cost_LES = np.ascontiguousarray(nats_LED[:, :, :-1] - nats_LED[:, :, 1:], dtype=np.float64)
         self._bytes_LS = np.diff(table.bytes_LD, axis=1)
         # Planes are given up from the top, so none is cheaper than those above it.
-        per_byte_LES = self._cost_LES / self._bytes_LS[:, None, :]
-        self._per_byte_LES = np.maximum.accumulate(per_byte_LES[:, :, ::-1], axis=2)[:, :, ::-1]
+        per_byte_LES = self.cost_LES / self._bytes_LS[:, None, :]
+        falling_LES = np.maximum.accumulate(per_byte_LES[:, :, ::-1], axis=2)[:, :, ::-1]
+        self.per_byte_LES = np.ascontiguousarray(falling_LES)
+        self._token_bytes = float(table.picks * table.bytes_LD[:, -1].sum())
+        self._budget_T = np.zeros(0)
         self._left_T = np.zeros(0)
         self._prices: dict[float, float] = {}
         self._refused: set[float] = set()
         self._steps = 0
         self._gains_LES: np.ndarray | None = None
 
-    def choose(self, ask: LevelAsk) -> np.ndarray:
-        layer, experts_TK = ask.routing.layer, ask.routing.experts_TK
-        if layer == 0 or len(self._left_T) != len(experts_TK):
-            self._begin(ask.budget_T)
-        levels_TK = np.full(experts_TK.shape, self._table.exact)
-        if ask.budget_T.any():
-            self._give_up(ask, shares(ask.routing.weights_TK), levels_TK)
-        if layer == len(self._bytes_LS) - 1:
-            self._settle(ask.budget_T)
-        return levels_TK
-
-    def gains(self) -> np.ndarray | None:
-        return self._gains_LES
-
-    def _begin(self, budget_T: np.ndarray) -> None:
-        self._left_T = budget_T.astype(np.float64)
+    def step(self, budget_T: np.ndarray) -> None:
+        if self._budget_T.any():
+            self._settle(self._budget_T)
+        self._budget_T, self._left_T = budget_T, budget_T.astype(np.float64)
         self._refused.clear()
         for budget in np.unique(budget_T[budget_T > 0]).tolist():
             self._prices.setdefault(budget, self._first_price(budget))
 
+    def choose(self, ask: LevelAsk) -> np.ndarray:
+        assert len(self._left_T) == len(ask.budget_T), "of another step"
+        levels_TK = np.full(ask.routing.experts_TK.shape, self._table.exact)
+        if ask.budget_T.any():
+            self._give_up(ask, shares(ask.routing.weights_TK), levels_TK)
+        return levels_TK
+
+    def terms(self) -> tuple[float, float]:
+        """Of a step of one row: the price, and what the row may still lose."""
+        (left,) = self._left_T.tolist()
+        return self._prices.get(float(self._budget_T[0]), 0.0), left
+
+    def spent(self, left: float) -> None:
+        """The one row of a step has lost some of what it might, so that so much is left."""
+        self._left_T[:] = left
+
+    def gains(self) -> np.ndarray | None:
+        return self._gains_LES
+
     def _first_price(self, budget: float) -> float:
         """If half of a token's bytes had to be read, all of them at the same cost."""
-        return 2 * budget / float(self._table.picks * self._table.bytes_LD[:, -1].sum())
+        return 2 * budget / self._token_bytes
 
     def _give_up(self, ask: LevelAsk, share_TK: np.ndarray, levels_TK: np.ndarray) -> None:
         """Lower levels, the cheapest plane first."""
@@ -80,7 +100,7 @@ class Ledger:
         staying: set[int] = set()
         for cost, expert, number in self._offers(ask, lacking, share_TK):
             rows_R, places_R = users[expert]
-            cost_R = self._cost_LES[layer, expert, number] * share_TK[rows_R, places_R]
+            cost_R = self.cost_LES[layer, expert, number] * share_TK[rows_R, places_R]
             if expert in staying:
                 continue
             if cost > 1 or (cost_R > self._left_T[rows_R]).any():
@@ -103,7 +123,7 @@ class Ledger:
         price_T = np.array([self._prices.get(budget, 0.0) for budget in ask.budget_T.tolist()])
         weights_TK = share_TK / np.maximum(price_T, _LEAST_PRICE)[:, None]
         weight_E = np.bincount(experts_TK.ravel(), weights_TK.ravel(), minlength=len(ask.held_E))
-        costs_JS = weight_E[lacking, None] * self._per_byte_LES[layer, lacking]
+        costs_JS = weight_E[lacking, None] * self.per_byte_LES[layer, lacking]
         absent_JS = np.arange(costs_JS.shape[1]) >= ask.held_E[lacking, None]
         costs_JS, absent_JS = costs_JS[:, ::-1], absent_JS[:, ::-1]  # of equal costs the top plane's comes first
         places = np.flatnonzero(absent_JS)
@@ -112,12 +132,13 @@ class Ledger:
         return list(zip(costs_JS.ravel()[places].tolist(), experts.tolist(), numbers.tolist(), strict=True))
 
     def _settle(self, budget_T: np.ndarray) -> None:
-        """All layers have asked: move the prices by what was spent of each budget."""
+        """A step has ended: move the prices by what was spent of each budget."""
         self._steps += 1
         for budget in np.unique(budget_T[budget_T > 0]).tolist():
             spent = 1 - float(self._left_T[budget_T == budget].mean()) / budget
             if spent > _AIM or budget in self._refused:
-                self._prices[budget] *= float(np.exp(_PACE * (_AIM - spent)))
+                price = self._prices[budget] * float(np.exp(_PACE * (_AIM - spent)))
+                self._prices[budget] = min(price, _MOST_PRICE * budget / self._token_bytes)
         if not budget_T.all():
             self._gains_LES = None
         elif self._gains_LES is None or self._steps % _REPRICE == 0:
@@ -125,7 +146,7 @@ class Ledger:
 
     def _worth(self, price: float) -> np.ndarray:
         """A plane that would be read is worth its reading; one that would be given up, the error that it spares."""
-        spared_LES = self._cost_LES / self._table.picks / (price * self._bytes_LS[:, None, :])
+        spared_LES = self.cost_LES / self._table.picks / (price * self._bytes_LS[:, None, :])
         return np.minimum.accumulate(np.minimum(spared_LES, 1), axis=2)
 
 

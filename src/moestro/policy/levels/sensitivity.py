@@ -22,6 +22,9 @@ class Sensitivity:
         self._exact, self._sensitivity_L = table.exact, table.sensitivity_L
         self._uses = len(table.sensitivity_L) * table.picks
 
+    def step(self, _budget_T: np.ndarray) -> None:
+        pass
+
     def choose(self, ask: LevelAsk) -> np.ndarray:
         routing = ask.routing
         cost_TK = self._sensitivity_L[routing.layer] * shares(routing.weights_TK)

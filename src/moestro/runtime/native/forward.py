@@ -16,6 +16,7 @@ import torch
 from moestro import _native
 from moestro.errors import PlaneReadError
 from moestro.memory.lending import Fetches
+from moestro.runtime.allowance import PassAllowance
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.dense import LookupWeight
 from moestro.runtime.experts import RoutedExperts
@@ -64,6 +65,7 @@ class NativeForward:
         self._fetching = PassFetching(experts)
         self._variants: dict[int, OpenVariant] = {}
         self._decoder = self._make_decoder(rows)
+        self._allowance = PassAllowance(experts, self._decoder, picks=blueprint.experts_per_token)
 
     @property
     def kernel_seconds(self) -> float:
@@ -105,13 +107,16 @@ class NativeForward:
         self._experts.learn()
         self._begin(batch)
         try:
-            return self._run(batch, last, fetches=self._replay is None and self._fetching.begins(batch))
+            fetches = self._replay is None and self._fetching.begins(batch)
+            spends = self._replay is None and self._allowance.begins(batch)
+            assert not (fetches and spends)
+            return self._run(batch, last, fetches=fetches, spends=spends)
         except BaseException:
             self._fetching.give_up()
             raise
 
-    def _run(self, batch: PackedBatch, last: int, *, fetches: bool) -> torch.Tensor | None:
-        """As `_layers`, of a pass that has begun; `fetches`: slots are lent."""
+    def _run(self, batch: PackedBatch, last: int, *, fetches: bool, spends: bool) -> torch.Tensor | None:
+        """As `_layers`, of a pass that has begun; `fetches`: slots are lent; `spends`: it has an allowance."""
         decoder, experts, spans = self._decoder, self._experts, self._experts.spans
         foresight = experts.foresight
         if self._early is not None and foresight is not None:
@@ -121,6 +126,8 @@ class NativeForward:
         while True:
             if fetches and done:
                 self._fetching.goes_on()
+            if spends and done:
+                self._allowance.goes_on()
             computed_s = decoder.experts_seconds
             spans.begin(Part.DENSE)
             awaited = -1 if foresight is None else foresight.awaited
@@ -132,6 +139,8 @@ class NativeForward:
             spans.end(Event.DENSE, done, reached, computed_s)
             if taken is not None:
                 self._count_fetched(batch, done, reached, taken)
+            elif spends:
+                self._allowance.count(done, ids_LTK[done:reached], weights_LTK[done:reached])
             elif reached > done:
                 experts.count_known(done, ids_LTK[done:reached], weights_LTK[done:reached])
             if reached >= last:
