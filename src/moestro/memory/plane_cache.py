@@ -122,17 +122,13 @@ class PlaneCache:
 
     def offsets(self, chain: Chain) -> tuple[int, ...] | None:
         """Where the planes of a chain lie in the buffer; None when some are not in memory."""
-        with self._lock:
-            planes = [self._planes.by_key.get(key) for key in self.slots_of(chain)]
-            if any(plane is None or plane.ticket is not None for plane in planes):
-                return None
-            return tuple(offset for plane in planes if plane is not None for offset in plane.offsets())
+        (found,) = self.parts([chain])
+        return found if len(found) == len(chain) else None
 
     def parts(self, chains: Sequence[Chain]) -> list[tuple[int, ...]]:
-        """Where the planes of each chain lie in the buffer, from the first on, as far as they are in memory; of nothing
-        where planes share slots."""
+        """Where the planes of each chain lie in the buffer, from the first on, as far as they are in memory."""
         with self._lock:
-            return [() if self._joined else tuple(self._offsets_of(keys)) for keys in chains]
+            return [tuple(self._offsets_of(self.slots_of(keys))) for keys in chains]
 
     def _offsets_of(self, keys: Chain) -> Iterator[int]:
         for plane in map(self._planes.by_key.get, keys):

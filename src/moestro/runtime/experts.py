@@ -15,8 +15,6 @@ import torch
 
 from moestro import _native
 from moestro.errors import PlaneReadError
-from moestro.hf.skeleton import Skeleton, is_experts_module
-from moestro.kernels.base import Kernels
 from moestro.keys import FIRST_DELTA, PlaneKey
 from moestro.memory.plane_cache import PlaneCache
 from moestro.memory.plane_stream import PlaneStream
@@ -25,17 +23,14 @@ from moestro.policy.observation import Routing
 from moestro.runtime.arriving import Arriving
 from moestro.runtime.batch import PackedBatch
 from moestro.runtime.deltas import StepDeltas
-from moestro.runtime.expert_layers import LayerExperts, RawExperts, packed_layer
-from moestro.runtime.expert_spec import is_raw
+from moestro.runtime.expert_layers import LayerExperts
 from moestro.runtime.foresight import LayerForesight
 from moestro.runtime.grouping import Grouping
 from moestro.runtime.levels import LayerLevels
 from moestro.runtime.narrow import plain
 from moestro.runtime.open_variant import OpenVariant
 from moestro.runtime.read_order import ReadOrder
-from moestro.runtime.slots import SlotViews
 from moestro.spans import Event, Part, Spans
-from moestro.store.layout import Layout
 
 KNOWN_ROWS = 16
 """Most rows of a step whose experts are computed without asking the plane cache: with more, what it costs is little."""
@@ -394,32 +389,3 @@ def combine(out_PH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     sum_TH = torch.empty((tokens, out_PH.shape[1]))
     _native.combine(out_PH.data_ptr(), weights_TK.data_ptr(), sum_TH.data_ptr(), tokens, picks, sum_TH.shape[1])
     return sum_TH
-
-
-def open_experts(
-    *,
-    skeleton: Skeleton,
-    kernels: Kernels,
-    planes: PlaneCache,
-    layouts: Sequence[Layout],
-    level: int,
-    arena: torch.Tensor,
-) -> RoutedExperts:
-    """The experts of a model at a level.
-
-    Args:
-        layouts: of each MoE layer, up to the planes of `level`.
-        arena: the bytes in which `planes` holds planes.
-    """
-    views = SlotViews(arena_bytes=arena, layouts=layouts)
-    modules = [module for module in skeleton.model.modules() if is_experts_module(module)]
-    layers: list[LayerExperts] = []
-    chains: list[list[Chain]] = []
-    for layer, (module, layout) in enumerate(zip(modules, layouts, strict=True)):
-        experts = range(skeleton.expert_layers[layer].num_experts)
-        chains.append([tuple((layer, expert, plane) for plane in range(len(layout.planes))) for expert in experts])
-        if is_raw(layout):
-            layers.append(RawExperts(kernels, module, views, layer))
-        else:
-            layers.append(packed_layer(kernels, module, layout, arena, level=level, experts=len(experts), layer=layer))
-    return RoutedExperts(planes, layers, chains, level=level, arena=arena.data_ptr())

@@ -35,7 +35,6 @@ from moestro.runtime.bit_router import LevelScores, open_bit_router
 from moestro.runtime.dense import place_dense
 from moestro.runtime.dense_file import read_dense
 from moestro.runtime.expert_spec import is_raw
-from moestro.runtime.experts import open_experts
 from moestro.runtime.fetching import lend_slots
 from moestro.runtime.foresight import Chosen, LayerForesight, make_foresight, open_history, stored_nets_bytes
 from moestro.runtime.history import History
@@ -46,6 +45,7 @@ from moestro.runtime.lookahead import Gates, has_gates
 from moestro.runtime.lookup import RowsOnDisk
 from moestro.runtime.model_shape import ModelShape, Sizes
 from moestro.runtime.native import Blueprint, NativeForward, describe
+from moestro.runtime.open_experts import open_experts
 from moestro.runtime.plan import Plan, compute_threads, make_plan, probe_for
 from moestro.runtime.probe import Probe
 from moestro.runtime.read_order import ReadOrder
