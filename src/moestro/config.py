@@ -44,8 +44,8 @@ class RuntimeOptions:
     )
     prefetch: str = option(
         "auto",
-        "Read experts ahead of the router when that pays: auto (but for tokens that are decoded one by one, where"
-        " experts take one slot each), on or off.",
+        "Read experts ahead of the router when that pays: auto (but for tokens that are decoded one by one in compiled"
+        " code, which then does not come back for it), on or off.",
     )
     learn: str = option(
         "auto", "Remember in the store which experts requests used (on, off); auto: if policy or predictor go by it."
