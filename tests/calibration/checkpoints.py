@@ -9,6 +9,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from families import save_checkpoint
+from moestro.calibration import pack
+from moestro.config import PackOptions
 
 LETTERS = [chr(code) for code in range(33, 127)] + [" "]
 
@@ -30,3 +32,10 @@ def write_text(path: Path, documents: int = 6, length: int = 60, seed: int = 0) 
     texts = ["".join(rng.choice(LETTERS) for _ in range(length)) for _ in range(documents)]
     path.write_text("\n\f\n".join(texts))
     return path
+
+
+def packed_with_errors(family: str, folder: Path) -> Path:
+    """A store of a small random model, beside its checkpoint, that knows its errors and its layers' sensitivities."""
+    save_with_tokenizer(family, folder / "checkpoint")
+    options = PackOptions(calibrate=str(write_text(folder / "text.txt")))
+    return pack(folder / "checkpoint", folder / "store", options=options).path

@@ -10,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.checkpoints import save_with_tokenizer, write_text
+from calibration.checkpoints import packed_with_errors
 from moestro import _native
-from moestro.calibration import pack
-from moestro.config import PackOptions
 from moestro.kernels.cpu import CpuKernels
 from moestro.policy.levels import LevelAsk, LevelTable
 from moestro.policy.levels.ledger import Ledger
@@ -31,10 +29,7 @@ BUDGET = 0.06
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    save_with_tokenizer(request.param, folder / "checkpoint")
-    options = PackOptions(calibrate=str(write_text(folder / "text.txt")))
-    return pack(folder / "checkpoint", folder / "store", options=options).path
+    return packed_with_errors(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def _decode(opened: OpenModel, tokens: int, budget: float) -> list[torch.Tensor]:

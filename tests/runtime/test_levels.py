@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.checkpoints import save_with_tokenizer, write_text
+from calibration.checkpoints import packed_with_errors
 from moestro.calibration import pack
 from moestro.config import PackOptions, SamplingParams
 from moestro.engine.engine import Engine
@@ -24,10 +24,7 @@ GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose layers' sensitivities are known."""
-    folder = tmp_path_factory.mktemp(request.param)
-    save_with_tokenizer(request.param, folder / "checkpoint")
-    options = PackOptions(calibrate=str(write_text(folder / "text.txt")))
-    return pack(folder / "checkpoint", folder / "store", options=options).path
+    return packed_with_errors(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def _run(opened: OpenModel, qualities: list[str], policy: str) -> list[Sequence]:
