@@ -55,8 +55,7 @@ bool Allowance::choose(int64_t moe, const RoutedRows &routed, int64_t *levels) {
 
 bool Allowance::compute(int64_t moe, const RoutedRows &routed, float *outputs, float *sums) {
   const HeldExperts &held = held_[static_cast<size_t>(moe)];
-  int64_t *levels = chosen_ + moe * routed.picks;
-  if (!allows() || held.levelled == nullptr || routed.rows != 1) return false;
+  if (!(price_ > 0) || held.levelled == nullptr || routed.rows != 1) return false;
   std::vector<int64_t> chosen(static_cast<size_t>(routed.picks)), groups(chosen.size(), -1);
   if (!choose(moe, routed, chosen.data())) return false;
   for (size_t k = 0; k < chosen.size(); ++k) {
@@ -64,7 +63,7 @@ bool Allowance::compute(int64_t moe, const RoutedRows &routed, float *outputs, f
     groups[k] = routed.ids[k] * levels_ + chosen[k] - 1;
     std::copy_n(held.planes + routed.ids[k] * kPlanes, kPlanes, held.levelled->planes + groups[k] * kPlanes);
   }
-  std::copy(chosen.begin(), chosen.end(), levels);
+  std::copy(chosen.begin(), chosen.end(), chosen_ + moe * routed.picks);
   RoutedRows grouped = routed;
   grouped.ids = groups.data();
   run_listed(*held.levelled, grouped, outputs, sums);

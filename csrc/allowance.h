@@ -30,7 +30,6 @@ public:
   // are written to `levels` [layers, picks], where they are chosen here.
   void begin(double price, double left, int64_t *levels);
 
-  bool allows() const { return price_ > 0; }
   double left() const { return left_; }
 
   // Computes experts of MoE layer `moe` for one row at the levels that are in memory. False, and nothing is done or

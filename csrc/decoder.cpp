@@ -281,7 +281,7 @@ bool Decoder::run_experts(int64_t moe) {
 
 // As `run_experts`, at lower levels where that is allowed.
 bool Decoder::run_lower(int64_t moe) {
-  if (allowance_ == nullptr || !allowance_->allows() || step_.rows != 1 || !step_.runs.empty()) return false;
+  if (allowance_ == nullptr || !step_.runs.empty()) return false;
   const Timer timer(experts_seconds_);
   return allowance_->compute(moe, routed_rows(moe), workspace_.outputs, workspace_.hidden);
 }

@@ -24,7 +24,6 @@ class PassAllowance:
         self._levels_LK = np.zeros((len(experts.chains), picks), dtype=np.int64)
         self._native: _native.Allowance | None = None
         self._held: list[np.ndarray] = []  # kept, as the decoder knows addresses only
-        self._ledger: Ledger | None = None
 
     def begins(self, batch: PackedBatch) -> bool:
         """A forward pass begins; whether it may give something up on its way."""
@@ -37,41 +36,43 @@ class PassAllowance:
             self._native = self._open(levels, levels.ledger)
         if self._native is None:
             return False
-        self._ledger = levels.ledger
         self._levels_LK[:] = len(levels.bits)
-        self._native.begin(*levels.ledger.terms(), self._levels_LK.ctypes.data)
+        self.goes_on()
         if experts.foresight is not None:
             experts.foresight.hurry()
         return True
 
     def goes_on(self) -> None:
-        """The decoder, which has come back, goes on with the pass."""
-        assert self._native is not None
-        assert self._ledger is not None
-        self._native.begin(*self._ledger.terms(), self._levels_LK.ctypes.data)
+        """The decoder goes on with the pass, whatever the ledger has decided meanwhile."""
+        allowance, _, ledger = self._opened()
+        allowance.begin(*ledger.terms(), self._levels_LK.ctypes.data)
 
     def count(self, first: int, index_LTK: np.ndarray, weights_LTK: np.ndarray) -> None:
         """The pass has gone through layers from `first` on, of this routing, and come back."""
-        levels, end = self._experts.levels, first + len(index_LTK)
-        assert self._native is not None
-        assert self._ledger is not None
-        assert levels is not None
-        self._ledger.spent(self._native.left)
-        chosen_LTK = self._levels_LK[first:end, None]
+        allowance, levels, ledger = self._opened()
+        ledger.spent(allowance.left)
+        chosen_LTK = self._levels_LK[first : first + len(index_LTK), None]
         levels.applied_D += np.bincount(chosen_LTK.ravel(), minlength=len(levels.applied_D))
         if len(index_LTK):
             self._experts.count_known(first, index_LTK, weights_LTK, chosen_LTK == 0)
 
+    def _opened(self) -> tuple[_native.Allowance, LayerLevels, Ledger]:
+        levels = self._experts.levels
+        assert self._native is not None
+        assert levels is not None
+        assert levels.ledger is not None
+        return self._native, levels, levels.ledger
+
     def _open(self, levels: LayerLevels, ledger: Ledger) -> _native.Allowance | None:
         """None where experts of some layer are not computed by level."""
         layers = [self._experts.held_by_level(layer) for layer in range(len(self._experts.chains))]
+        found = [layer for layer in layers if layer is not None]
+        if len(found) < len(layers):
+            return None
+        self._held = [held_EP for held_EP, _ in found]
         costs, per_byte = ledger.cost_LES, ledger.per_byte_LES
         allowance = _native.Allowance(costs.ctypes.data, per_byte.ctypes.data, *costs.shape)
-        for number, layer in enumerate(layers):
-            if layer is None:
-                return None
-            held_EP, levelled = layer
-            self._held.append(held_EP)
+        for number, (held_EP, levelled) in enumerate(found):
             allowance.hold(number, levelled, held_EP.ctypes.data, len(held_EP), levels.depths(number))
         self._decoder.spend(allowance)
         return allowance

@@ -109,7 +109,7 @@ class RoutedExperts:
                 sum_TH = self._from_known(layer, hidden_TH, index_TK, weights_TK)
                 if sum_TH is None:
                     sum_TH = self._streamed(layer, hidden_TH, index_TK, weights_TK, owners)
-                    self._note_held(layer, np.unique(index_TK.numpy()).tolist())
+                    self._note_held(layer, index_TK.numpy())
                 return sum_TH
         finally:
             self.seconds += time.perf_counter() - started
@@ -134,17 +134,17 @@ class RoutedExperts:
         by the thread that has planes evicted."""
         while self._arrived:
             layer, expert, _ = self._arrived.popleft()
-            self._note_held(layer, [expert])
+            self._note_held(layer, np.array([expert]))
             offsets = self.planes.offsets(self.chains[layer][expert])
             if offsets is not None and self.exact:
                 self._layers[layer].learn(expert, offsets)
 
-    def _note_held(self, layer: int, experts: Sequence[int]) -> None:
-        """Have the layer know which planes of these are in memory, where some may be without the others."""
+    def _note_held(self, layer: int, ids: np.ndarray) -> None:
+        """Have the layer know which planes of these experts are in memory, where some may be without the others."""
         if self.levels is None or self.planes.joined:
             return
         chains = self.chains[layer]
-        experts = [expert for expert in experts if expert < len(chains)]
+        experts = [expert for expert in np.unique(ids).tolist() if expert < len(chains)]
         self._layers[layer].hold(experts, self.planes.parts([chains[expert] for expert in experts]))
 
     def _gone(self, key: PlaneKey) -> None:
