@@ -270,6 +270,10 @@ void Decoder::route(const Layer &layer, int64_t moe) {
   project(workspace_.hidden, {{router, workspace_.scratch, &VariantLayer::router}});
   kernels().rows->route({workspace_.scratch, step_.rows, router.outputs, workspace_.picks, layer.routing,
                          workspace_.ids + place, workspace_.weights + place});
+  if (step_.given_ids == nullptr) return;
+  const int64_t places = step_.rows * workspace_.picks;
+  std::copy_n(step_.given_ids + place, places, workspace_.ids + place);
+  std::copy_n(step_.given_weights + place, places, workspace_.weights + place);
 }
 
 bool Decoder::run_experts(int64_t moe) {

@@ -46,6 +46,9 @@ struct Step {
   // base are looked up by others (null: by the same).
   std::vector<RowRun> runs = {};
   const int64_t *variant_ids = nullptr;
+  // What every MoE layer routes [MoE layers, rows, picks], whatever its router says; null: what the router says.
+  const int64_t *given_ids = nullptr;
+  const float *given_weights = nullptr;
 };
 
 class Decoder {

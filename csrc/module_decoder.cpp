@@ -120,13 +120,16 @@ void bind_variant(nb::module_ &m) {
 
 void begin(Decoder &decoder, uintptr_t token_ids, int64_t rows, uintptr_t block_table, int64_t sequences,
            int64_t max_blocks, uintptr_t row_sequence, uintptr_t row_position,
-           const std::vector<std::tuple<int32_t, int64_t, int64_t>> &runs, uintptr_t variant_ids) {
+           const std::vector<std::tuple<int32_t, int64_t, int64_t>> &runs, uintptr_t variant_ids, uintptr_t given_ids,
+           uintptr_t given_weights) {
   Step step{};
   step.token_ids = pointer<const int64_t>(token_ids);
   step.block_table = pointer<const int32_t>(block_table);
   step.row_sequence = pointer<const int32_t>(row_sequence);
   step.row_position = pointer<const int32_t>(row_position);
   step.variant_ids = pointer<const int64_t>(variant_ids);
+  step.given_ids = pointer<const int64_t>(given_ids);
+  step.given_weights = pointer<const float>(given_weights);
   for (const auto &[slot, first, end] : runs) step.runs.push_back({slot, first, end});
   step.rows = rows;
   step.sequences = sequences;
@@ -181,7 +184,8 @@ void add_decoder(nb::module_ &m) {
       .def_prop_ro("seen_rows", &Decoder::seen_rows)
       .def("set_variant", &Decoder::set_variant, arg("slot"), arg("variant").none())
       .def("begin", &begin, arg("token_ids"), arg("rows"), arg("block_table"), arg("sequences"), arg("max_blocks"),
-           arg("row_sequence"), arg("row_position"), arg("runs") = nb::list(), arg("variant_ids") = 0, release())
+           arg("row_sequence"), arg("row_position"), arg("runs") = nb::list(), arg("variant_ids") = 0,
+           arg("given_ids") = 0, arg("given_weights") = 0, release())
       .def(
           "run",
           [](Decoder &decoder, uintptr_t delta, int64_t stop) { return decoder.run(pointer<const float>(delta), stop); },

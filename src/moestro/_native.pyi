@@ -593,13 +593,16 @@ class Decoder:
         row_position: int,
         runs: Sequence[tuple[int, int, int]] = ...,
         variant_ids: int = 0,
+        given_ids: int = 0,
+        given_weights: int = 0,
     ) -> None:
         """Begin a step; ValueError when a token, sequence, position, block or fine-tune does not exist.
 
         Rows of `runs`, (slot, first, end) ascending and not empty, are those of fine-tunes, the others the base's; all
         rows of a sequence are of one. A row's bits depend on its own fine-tune only. `variant_ids`: int64 [rows], by
         which the embeddings that fine-tunes change are looked up, where `token_ids` are places in a table of some rows
-        (0: by `token_ids`).
+        (0: by `token_ids`). `given_ids`, int64 [MoE layers, rows, picks], and `given_weights`, fp32: what layers route,
+        whatever their routers say (0: what these say); they exist, and stay until the step ends.
         """
 
     def know(self, moe_layer: int, experts: KnownExperts) -> None:

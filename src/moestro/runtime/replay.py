@@ -46,9 +46,15 @@ class Replay:
 
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Experts of the step's rows in a layer, int64 [T, K], and their weights, fp32 [T, K], which add up to 1."""
-        weights_TK = self._weights_NLK[self._rows, layer].astype(np.float32)
-        weights_TK /= np.maximum(weights_TK.sum(-1, keepdims=True), 1.0)
-        return self._experts_NLK[self._rows, layer].astype(np.int64), weights_TK
+        ids_LTK, weights_LTK = self.layers()
+        return ids_LTK[layer], weights_LTK[layer]
+
+    def layers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all layers, [L, T, K]."""
+        ids_LTK = self._experts_NLK[self._rows].swapaxes(0, 1).astype(np.int64, order="C")
+        weights_LTK = self._weights_NLK[self._rows].swapaxes(0, 1).astype(np.float32, order="C")
+        weights_LTK /= np.maximum(weights_LTK.sum(-1, keepdims=True), 1.0)
+        return ids_LTK, weights_LTK
 
 
 def _check(trace: Trace, experts: Sequence[int], picks: Sequence[int]) -> None:

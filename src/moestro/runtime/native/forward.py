@@ -59,11 +59,10 @@ class NativeForward:
         embedding: Any = blueprint.embedding.weight
         self._lookup = embedding.matrix if isinstance(embedding, LookupWeight) else None
         self._token_ids = torch.empty(0, dtype=torch.int64)  # those of the step, kept while the decoder reads them
-        self._rows = rows
         self._replay: Replay | None = None
         self._early: AskedEarly | None = None
         self._fetching = PassFetching(experts)
-        self._variants: dict[int, OpenVariant] = {}
+        self._given: tuple[np.ndarray, np.ndarray] | None = None  # likewise: what replaces the step's routing
         self._decoder = self._make_decoder(rows)
         self._allowance = PassAllowance(experts, self._decoder, picks=blueprint.experts_per_token)
 
@@ -107,8 +106,7 @@ class NativeForward:
         self._experts.learn()
         self._begin(batch)
         try:
-            fetches = self._replay is None and self._fetching.begins(batch)
-            spends = self._replay is None and self._allowance.begins(batch)
+            fetches, spends = self._fetching.begins(batch), self._allowance.begins(batch)
             assert not (fetches and spends)
             return self._run(batch, last, fetches=fetches, spends=spends)
         except BaseException:
@@ -145,8 +143,6 @@ class NativeForward:
                 experts.count_known(done, ids_LTK[done:reached], weights_LTK[done:reached])
             if reached >= last:
                 return delta_TH
-            if self._replay is not None:
-                ids_LTK[reached], weights_LTK[reached] = self._replay.layer(reached)
             ids_TK, weights_TK = torch.from_numpy(ids_LTK[reached]), torch.from_numpy(weights_LTK[reached])
             delta_TH = experts(reached, self._hidden_RH[: batch.rows], ids_TK, weights_TK, batch.requests_of)
             assert delta_TH.dtype is torch.float32
@@ -164,24 +160,16 @@ class NativeForward:
     def entered(self, variant: OpenVariant) -> None:
         """A variant has come into memory: rows of it may follow."""
         assert variant.slot is not None
-        self._variants[variant.slot] = variant
-        self._set_variant(variant.slot, variant)
+        self._decoder.set_variant(variant.slot, native_variant(self._blueprint, Changes(variant.changed)))
 
     def leaving(self, variant: OpenVariant, *, is_gone: bool) -> None:  # noqa: ARG002
         """It leaves: no row of it may follow."""
         assert variant.slot is not None
-        del self._variants[variant.slot]
         self._decoder.set_variant(variant.slot, None)
 
-    def _set_variant(self, slot: int, variant: OpenVariant) -> None:
-        self._decoder.set_variant(slot, native_variant(self._blueprint, Changes(variant.changed)))
-
     def replay_routing(self, replay: Replay) -> None:
-        """As of `ModelRunner`. From now on the decoder comes back at every layer's experts, which takes longer."""
+        """As of `ModelRunner`."""
         self._replay = replay
-        self._decoder = self._make_decoder(self._rows)
-        for slot, variant in self._variants.items():
-            self._set_variant(slot, variant)
 
     def _begin(self, batch: PackedBatch) -> None:
         sequences, most_blocks = batch.block_table_SM.shape
@@ -190,6 +178,8 @@ class NativeForward:
             places = math.prod(shape)
             self._routing = self._ids[:places].reshape(shape), self._weights[:places].reshape(shape)
         self._token_ids = batch.token_ids_T if self._lookup is None else self._lookup.places(batch.token_ids_T)
+        self._given = None if self._replay is None else self._replay.layers()
+        given_ids, given_weights = (0, 0) if self._given is None else (one.ctypes.data for one in self._given)
         self._decoder.begin(
             self._token_ids.data_ptr(),
             batch.rows,
@@ -200,6 +190,8 @@ class NativeForward:
             batch.position32_T.data_ptr(),
             runs=batch.runs,
             variant_ids=batch.token_ids_T.data_ptr(),
+            given_ids=given_ids,
+            given_weights=given_weights,
         )
 
     def _make_decoder(self, rows: int) -> _native.Decoder:
@@ -228,10 +220,10 @@ class NativeForward:
         for index, layer in enumerate(blueprint.layers):
             decoder.add(_layer(layer, *self._kv.pools(index)))
         for moe_layer, known in enumerate(self._experts.known):
-            if known is not None and self._replay is None:
+            if known is not None:
                 decoder.know(moe_layer, known)
         lending = self._experts.planes.lending
-        if lending is not None and self._replay is None:
+        if lending is not None:
             decoder.fetch(lending.fetching)
         foresight = self._experts.foresight
         if foresight is not None and foresight.gates is not None:
