@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from families import save_checkpoint
+from moestro.config import PackOptions
 from moestro.errors import TraceError
 from moestro.runtime.batch import Segment
 from moestro.runtime.open import OpenModel
 from moestro.runtime.replay import Replay
+from moestro.store.pack import pack
 from moestro.trace import Recorder, Trace
 from opening import Feed, open_store
 from packing import pack_raw
@@ -38,14 +40,14 @@ def _replay(opened: OpenModel, trace: Trace) -> Replay:
     return Replay(trace, experts=experts, picks=[trace.picks] * len(experts))
 
 
-def _run(opened: OpenModel) -> tuple[torch.Tensor, Trace]:
-    """Logits of two requests, prompts and then some tokens together, and what was routed."""
+def _run(opened: OpenModel, prompts: dict[int, list[int]] = PROMPTS) -> tuple[torch.Tensor, Trace]:
+    """Logits of requests, prompts and then some tokens together, and what was routed."""
     opened.runner.recorder = recorder = Recorder(8, keep=True)
     feed = Feed(opened)
-    logits = list(feed.step(PROMPTS).values())
+    logits = list(feed.step(prompts).values())
     for token in NEXT:
-        logits += feed.step({request: [token] for request in PROMPTS}).values()
-    for request in PROMPTS:
+        logits += feed.step({request: [token] for request in prompts}).values()
+    for request in prompts:
         recorder.end(request)
     return torch.cat(logits), recorder.trace()
 
@@ -87,6 +89,25 @@ def test_both_paths_replay_alike(stores: dict[str, Path]) -> None:
         with open_store(stores["qwen3_moe"], native=native, max_sequences=2) as opened:
             opened.runner.replay_routing(_replay(opened, _other(own)))
             found.append(_run(opened)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, {0: PROMPTS[0]}])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_compiled_passes_run_what_is_replayed(share: float, prompts: dict[int, list[int]], tmp_path: Path) -> None:
+    save_checkpoint("qwen3_moe", tmp_path / "checkpoint")
+    store = pack(tmp_path / "checkpoint", tmp_path / "store", options=PackOptions(calibration=False)).path
+    with open_store(store, max_sequences=2) as opened:
+        _, own = _run(opened, prompts)
+    found = []
+    for native in (True, False):
+        with open_store(store, native=native, max_sequences=2, share=share) as opened:
+            opened.runner.replay_routing(_replay(opened, _other(own)))
+            logits, seen = _run(opened, prompts)
+            np.testing.assert_array_equal(seen.experts_NLK, _other(own).experts_NLK)
+            found.append(logits)
+            if opened.runner.native is not None:
+                assert opened.runner.native.experts_seconds > 0, "the decoder came back for all experts"
     torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
