@@ -1,10 +1,10 @@
 #include "decoder.h"
 
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
 #include <string>
 
+#include "clock.h"
 #include "dispatch.h"
 #include "unpack.h"
 
@@ -65,15 +65,14 @@ QuantisedRows rows_of(const QuantisedRows &all, int64_t first, int64_t rows) {
 // Adds the time until it goes to a sum of seconds.
 class Timer {
 public:
-  explicit Timer(double &sum) : sum_(sum), start_(Clock::now()) {}
-  ~Timer() { sum_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
+  explicit Timer(double &sum) : sum_(sum), start_(now()) {}
+  ~Timer() { sum_ += now() - start_; }
   Timer(const Timer &) = delete;
   Timer &operator=(const Timer &) = delete;
 
 private:
-  using Clock = std::chrono::steady_clock;
   double &sum_;
-  Clock::time_point start_;
+  double start_;
 };
 
 } // namespace
@@ -352,9 +351,9 @@ void Decoder::ask_router(size_t layer, int64_t *ids, int64_t candidates) {
 }
 
 int64_t Decoder::run(const float *delta, int64_t stop) {
-  if (!fetches()) return run_on(delta, stop);
+  if (!fetches()) return run_on(delta, stop, false);
   try {
-    const int64_t reached = run_on(delta, stop);
+    const int64_t reached = run_on(delta, stop, true);
     fetching_->stop(known_);
     return reached;
   } catch (...) {
@@ -363,8 +362,7 @@ int64_t Decoder::run(const float *delta, int64_t stop) {
   }
 }
 
-int64_t Decoder::run_on(const float *delta, int64_t stop) {
-  const bool fetch = fetches();
+int64_t Decoder::run_on(const float *delta, int64_t stop, bool fetch) {
   delta_ = delta;
   while (next_layer_ < layers_.size()) {
     layer_ = next_layer_++;

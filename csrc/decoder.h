@@ -92,8 +92,8 @@ public:
 
   // Goes on with the step up to the next experts that are not known, or those of MoE layer `stop`, and returns the
   // number of their MoE layer; their input is in workspace.hidden, their ids and weights at their place. Returns the
-  // number of MoE layers at the end. `delta` [rows, width]: their weighted sums, to go on with (null at the start of a step); it lives until the next
-  // call of run() or logits() has returned.
+  // number of MoE layers at the end. `delta` [rows, width]: their weighted sums, to go on with (null at the start of a
+  // step); it lives until the next call of run() or logits() has returned.
   int64_t run(const float *delta, int64_t stop = -1);
 
   // out [count, vocabulary]: logits of some of the step's rows, in any order, after all layers.
@@ -135,7 +135,7 @@ private:
   void run_mlp(const Mlp &mlp);
   void run_layer(const Layer &layer, const float *delta);
   void route(const Layer &layer, int64_t moe);
-  int64_t run_on(const float *delta, int64_t stop);
+  int64_t run_on(const float *delta, int64_t stop, bool fetch);
   bool run_experts(int64_t moe);
   bool run_lower(int64_t moe);
   RoutedRows routed_rows(int64_t moe) const;

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "clock.h"
 #include "combine.h"
 
 namespace moestro {
@@ -111,15 +112,6 @@ void run_jobs(const KnownExperts &experts, const RoutedRows &routed, const Jobs 
 
 constexpr std::chrono::milliseconds kLookUpEvery{50};
 
-class Seconds {
-public:
-  double now() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
-
-private:
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point start_ = Clock::now();
-};
-
 constexpr int64_t kLeftOut = -1;
 
 void check_ids(const KnownExperts &experts, const RoutedRows &routed) {
@@ -188,14 +180,14 @@ void run_listed(const KnownExperts &experts, const RoutedRows &routed, float *ou
 bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arrivals, float *outputs, float *sums,
                   Course &course, const std::function<void()> &look_up) {
   check_ids(experts, routed);
-  const Seconds seconds;
+  const double start = now();
   std::vector<int32_t> left = places_by_expert(routed);
   leave_out(experts, routed, left, outputs);
   std::vector<char> here(static_cast<size_t>(experts.count), 0);
   std::vector<Arrival> arrived;
   while (!left.empty()) {
     arrived.clear();
-    const double idle_since = seconds.now();
+    const double idle_since = now() - start;
     auto news = arrivals.take(arrived, std::chrono::milliseconds(0));
     const bool waits = news == Arrivals::News::none;
     while (news == Arrivals::News::none) {
@@ -203,7 +195,7 @@ bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arr
       if (news == Arrivals::News::none) look_up();
     }
     if (news == Arrivals::News::failure) return false;
-    const double begun = seconds.now();
+    const double begun = now() - start;
     if (waits) course.waited.push_back({idle_since, begun, arrived.back().expert, arrived.back().begun});
     for (const Arrival &arrival : arrived) {
       note(experts, arrival, here);
@@ -216,7 +208,7 @@ bool run_arriving(KnownExperts &experts, const RoutedRows &routed, Arrivals &arr
     const Jobs jobs(experts, routed, {left.begin(), still});
     left.erase(left.begin(), still);
     run_jobs(experts, routed, jobs, outputs, {});
-    course.computed.push_back({begun, seconds.now(), static_cast<int64_t>(jobs.levels.size())});
+    course.computed.push_back({begun, now() - start, static_cast<int64_t>(jobs.levels.size())});
   }
   combine(outputs, routed.weights, sums, routed.rows, routed.picks, experts.shape.down.rows);
   return true;
