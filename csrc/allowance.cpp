@@ -48,7 +48,7 @@ bool Allowance::choose(int64_t moe, const RoutedRows &routed, int64_t *levels) {
       lost += costs_[place] * share;
     }
   }
-  if (lost > left_) return false;
+  if (!(lost <= left_)) return false; // nor where it is not a number
   left_ -= lost;
   return true;
 }

@@ -90,3 +90,14 @@ def test_of_two_planes_the_cheaper_goes() -> None:
         levels_TK = ledger.choose(LevelAsk(routing, np.array([0.06]), np.zeros(3, dtype=np.int64)))
     # Expert 1's upper plane spares 0.1 for half of the row's weight, expert 0's as many bytes and 0.49.
     assert levels_TK.tolist() == [[2, 1]]
+
+
+def test_weights_that_are_not_numbers_give_nothing_up_and_break_no_price() -> None:
+    chance, ledger, budget_T = np.random.default_rng(1), Ledger(_table()), np.array([0.3])
+    ledger.step(budget_T)
+    for layer in range(LAYERS):
+        experts_TK = _routing(chance, layer, 1).experts_TK
+        nan = Routing.of(layer, experts_TK, np.full((1, PICKS), np.nan, np.float32), (), experts=EXPERTS)
+        assert (ledger.choose(LevelAsk(nan, budget_T, np.zeros(EXPERTS, dtype=np.int64))) == EXACT).all()
+    ledger.step(budget_T)
+    assert np.isfinite(ledger.terms()).all()

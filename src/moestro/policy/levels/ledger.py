@@ -103,7 +103,8 @@ class Ledger:
             cost_R = self.cost_LES[layer, expert, number] * share_TK[rows_R, places_R]
             if expert in staying:
                 continue
-            if cost > 1 or (cost_R > self._left_T[rows_R]).any():
+            # Said so that weights that are not numbers, of a broken model, give nothing up.
+            if not (cost <= 1 and (cost_R <= self._left_T[rows_R]).all()):
                 staying.add(expert)
                 self._refused.update(ask.budget_T[rows_R].tolist())
                 if len(staying) == len(lacking):
