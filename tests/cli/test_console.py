@@ -39,6 +39,25 @@ def test_progress_is_plain_lines_without_a_terminal(
     assert lines[1].endswith(" 0 s left")
 
 
+def test_what_is_being_done_is_said_when_it_begins(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress_bar("packing") as report:
+        report(1 << 20, 9 << 20, "dense weights")
+        report(1 << 20, 9 << 20, "looking")
+        report(1 << 20, 9 << 20, "looking")
+        report(3 << 20, 9 << 20, "experts")
+        report(5 << 20, 9 << 20, "experts")
+    assert capsys.readouterr().err.splitlines() == [
+        "packing: dense weights: 1.00 MiB of 9.00 MiB, 102 KiB/s, 80 s left",
+        "packing: looking: 1.00 MiB of 9.00 MiB",
+        "packing: experts: 3.00 MiB of 9.00 MiB, 205 KiB/s, 30 s left",
+        "packing: experts: 5.00 MiB of 9.00 MiB, 205 KiB/s, 20 s left",
+    ]
+
+
 def test_quick_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress_bar("packing") as report:
         report(1, 2)

@@ -64,9 +64,10 @@ def output_metrics(work: ExpertWork, sequences: Sequence[Sequence[int]]) -> list
     model = _GradientModel(work)
     batches = cut_batches(sequences)
     sums = [torch.zeros((model.width, model.width)) for _ in range(model.layers)]
-    jobs = [partial(model.metrics, number, ids_BN) for number, ids_BN in enumerate(batches)]
     work.say("looking at what errors do")
-    for found in in_order(jobs):
+    jobs = [partial(model.metrics, number, ids_BN) for number, ids_BN in enumerate(batches)]
+    for number, found in enumerate(in_order(jobs), start=1):
+        work.say(f"looking at what errors do, {number} of {len(jobs)} pieces of text")
         for total_HH, one_HH in zip(sums, found, strict=True):
             total_HH += one_HH
     rows = sum(ids_BN.numel() for ids_BN in batches)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -17,10 +17,13 @@ from moestro.cli.boundary import say
 from moestro.memory.budget import format_bytes
 
 Row = tuple[str, str] | tuple[str, str, str]
-Report = Callable[[int, int], None]
-"""(bytes done, bytes in all)"""
-
 _PLAIN_SECONDS = 5.0
+
+
+class Report(Protocol):
+    """Takes bytes done, bytes in all, and what is being done, where that changes."""
+
+    def __call__(self, done: int, total: int, stage: str = "") -> None: ...
 
 
 def output() -> Console:
@@ -75,9 +78,9 @@ def progress_bar(label: str) -> Iterator[Report]:
     progress = Progress(*columns, console=console, transient=True)
     task = progress.add_task(label, total=None)
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, stage: str = "") -> None:
         progress.start()  # at the first report, so that nothing is drawn when there is nothing to do
-        progress.update(task, completed=done, total=total)
+        progress.update(task, completed=done, total=total, description=f"{label}: {stage}" if stage else label)
 
     try:
         yield report
@@ -86,20 +89,27 @@ def progress_bar(label: str) -> Iterator[Report]:
 
 
 class _PlainProgress:
-    """A line every few seconds."""
+    """A line every few seconds and for all that is said to begin; none about work that is quickly done. What time is
+    left is judged by the speed of what is being done now."""
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._start = self._last = time.monotonic()
+        self._start = self._begun = self._heard = self._last = time.monotonic()
+        self._stage, self._done, self._before = "", 0, 0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, stage: str = "") -> None:
         now = time.monotonic()
-        if now - self._last < _PLAIN_SECONDS or not done:
+        begins = stage != self._stage and done == self._done
+        if stage != self._stage:
+            self._stage, self._begun, self._before = stage, self._heard, self._done
+        self._done, self._heard = done, now
+        more = done - self._before
+        if now - (self._start if begins else self._last) < _PLAIN_SECONDS or not (more or begins):
             return
         self._last = now
-        speed = done / (now - self._start)
-        say(
-            self._label,
-            f"{format_bytes(done)} of {format_bytes(total)}, {format_bytes(int(speed))}/s, "
-            f"{(total - done) / speed:.0f} s left",
-        )
+        line = f"{stage}: " if stage else ""
+        line += f"{format_bytes(done)} of {format_bytes(total)}"
+        if more:
+            speed = more / max(now - self._begun, 1e-9)
+            line += f", {format_bytes(int(speed))}/s, {(total - done) / speed:.0f} s left"
+        say(self._label, line)

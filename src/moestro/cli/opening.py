@@ -27,7 +27,7 @@ def locate_store(model: str, *, auto_pack: bool, raw: bool = False) -> Path:
             auto_pack=auto_pack,
             pack=pack_apart,
             options=PackOptions(levels="raw") if raw else AUTOMATIC,
-            progress=lambda step: report(step.done_bytes, step.total_bytes),
+            progress=lambda step: report(step.done_bytes, step.total_bytes, step.stage),
         )
 
 
@@ -44,4 +44,4 @@ def open_llm(model: str, options: RuntimeOptions) -> LLM:
     from moestro import LLM
 
     with progress_bar("packing") as report:
-        return LLM(model, options=options, progress=lambda step: report(step.done_bytes, step.total_bytes))
+        return LLM(model, options=options, progress=lambda step: report(step.done_bytes, step.total_bytes, step.stage))

@@ -41,7 +41,7 @@ def pack(
     with progress_bar("packing") as bar:
 
         def report(step: PackProgress) -> None:
-            bar(step.done_bytes, step.total_bytes)
+            bar(step.done_bytes, step.total_bytes, step.stage)
 
         if random:
             packed = pack_random(source, store, options=options, seed=seed, progress=report)

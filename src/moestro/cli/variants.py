@@ -46,7 +46,7 @@ def add(
     with progress_bar("adding") as bar:
 
         def report(step: PackProgress) -> None:
-            bar(step.done_bytes, step.total_bytes)
+            bar(step.done_bytes, step.total_bytes, step.stage)
 
         variant = add_variant(opened, name, checkpoint, base=base, options=options, progress=report)
     print_table(f"added {name}", [*_rows(opened, variant), ("time", f"{time.monotonic() - started:.1f} s")])
