@@ -2,11 +2,12 @@
 
     python benchmarks/memory_budget.py --store NAME=STORE[:QUALITY] ... --gguf FILE --bench LLAMA_BENCH
         [--shares 1,0.75,0.5,0.25] [--rounds 3] [--prompt 128] [--tokens 32] [--peer-tokens 16] [--text FILE]
-        [--out docs/benchmarks/memory-budget.json]
+        [--read-ahead 128] [--out docs/benchmarks/memory-budget.json]
 
 A share is one of the GGUF file's bytes. moestro is told the share less what its process takes before any weight (its
 floor, measured first) and a margin; llama.cpp maps its file and does not repack it (a repacked copy cannot be dropped
-and read again: with it llama.cpp is killed where memory is less than the file). Files are evicted from the page cache
+and read again: with it llama.cpp is killed where memory is less than the file). With `--read-ahead` it runs once more,
+with its disk reading so many KiB ahead, for which one has to be root. Files are evicted from the page cache
 before each run. Every round runs every contender once at every share; a process warms up first (moestro: one answer;
 llama-bench: its own warm-up). Reported are medians over rounds and the ratio of medians; `roofline` is that of the
 bytes that moestro moved, at the speeds of disk, memory and processor measured in the same process. Rounds can be run
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cgroup import Cgroup, evict
+from read_ahead import read_ahead
 
 MARGIN = 24 << 20
 """Left for what the kernel charges to a process beside its own memory: stacks, page tables, files just read."""
@@ -33,24 +35,29 @@ MARGIN = 24 << 20
 
 @dataclass(frozen=True)
 class Contender:
-    """`quality` is empty for llama.cpp."""
+    """`quality` is empty for llama.cpp; `read_ahead` in KiB, None as it is."""
 
     name: str
     path: Path
     quality: str
+    read_ahead: int | None = None
 
 
 def main() -> None:
     arguments = _arguments()
     contenders = [_contender(one) for one in arguments.store]
     peer = Contender("llama.cpp", arguments.gguf, "")
+    peers = [peer]
+    if arguments.read_ahead is not None:
+        name = f"llama.cpp, read-ahead of {arguments.read_ahead} KiB"
+        peers.append(Contender(name, arguments.gguf, "", arguments.read_ahead))
     floor = process_floor(contenders[0].path)
     samples = _earlier(arguments.out)
     for number in range(arguments.rounds):
         for share in (float(text) for text in arguments.shares.split(",")):
             limit = int(share * arguments.gguf.stat().st_size)
-            for one in [*contenders, peer]:
-                run = _llama_bench(one, limit, arguments) if one is peer else _moestro(one, limit, floor, arguments)
+            for one in [*contenders, *peers]:
+                run = _moestro(one, limit, floor, arguments) if one.quality else _llama_bench(one, limit, arguments)
                 samples.setdefault(f"{share:.0%}", {}).setdefault(one.name, []).append(run)
                 print(f"round {number + 1}  {share:.0%}  {one.name}: {_words(run)}", file=sys.stderr, flush=True)
     summary = {share: {name: _median(runs) for name, runs in by_name.items()} for share, by_name in samples.items()}
@@ -102,7 +109,8 @@ def _moestro(one: Contender, limit: int, floor: int, arguments: argparse.Namespa
 def _llama_bench(one: Contender, limit: int, arguments: argparse.Namespace) -> dict[str, Any]:
     evict(one.path)
     command = [arguments.bench, "-m", str(one.path), "-p", str(arguments.prompt), "-n", str(arguments.peer_tokens)]
-    out, peak = _limited([*command, "-t", str(os.cpu_count()), "--repack", "0", "-r", "1", "-o", "json"], limit)
+    with read_ahead(one.path, one.read_ahead):
+        out, peak = _limited([*command, "-t", str(os.cpu_count()), "--repack", "0", "-r", "1", "-o", "json"], limit)
     runs = json.loads(out)
     rate = {"decode" if run["n_gen"] else "prompt": run["avg_ts"] for run in runs}
     return {**rate, "peak": peak}
@@ -166,6 +174,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32, help="decoded by moestro")
     parser.add_argument("--peer-tokens", type=int, default=16, help="decoded by llama.cpp, which is slow when limited")
+    parser.add_argument("--read-ahead", type=int, metavar="KIB", help="run llama.cpp with this read-ahead, too")
     parser.add_argument("--text", type=Path, help="prompts are cut from it (default: random tokens)")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

@@ -23,6 +23,16 @@ LAYERS, EXPERTS, ACTIVE = 16, 64, 8
 HIDDEN, WIDTH, HEADS, VOCABULARY, CONTEXT = 2048, 1024, 16, 50304, 4096
 Q4_0, F32 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.F32
 
+CODES = np.arange(16, dtype=np.uint8)
+CODES[0] = 8
+"""Codes of 4 bits, of which any is as likely, for those that are drawn: 0, for -8, has nothing opposite to it. With it
+weights had a mean, which all tokens share and layers amplify: routers picked nearly the same experts for all tokens."""
+
+PAIRS = (CODES[:, None] << 4 | CODES).ravel()
+"""The same for the two codes of a byte."""
+
+CODE_DEVIATION = float(np.std(CODES - 8.0))
+
 Shape = tuple[int, ...]
 Type = gguf.GGMLQuantizationType
 Tensor = tuple[str, Shape, Type, float]
@@ -57,11 +67,11 @@ def values(
     deviation = factor / shape[-1] ** 0.5
     if kind == F32:
         return (deviation * random.standard_normal(shape)).astype(np.float32)
-    # A Q4_0 block: an fp16 scale, then 32 codes of 4 bits that stand for -8 to 7 (deviation 4.61 if all are as likely).
+    # A Q4_0 block: an fp16 scale, then 32 codes of 4 bits that stand for -8 to 7.
     blocks = int(np.prod(shape)) // 32
     data = np.empty((blocks, 18), dtype=np.uint8)
-    data[:, :2] = np.full(blocks, deviation / 4.61, dtype=np.float16).view(np.uint8).reshape(blocks, 2)
-    data[:, 2:] = np.frombuffer(random.bytes(16 * blocks), dtype=np.uint8).reshape(blocks, 16)
+    data[:, :2] = np.full(blocks, deviation / CODE_DEVIATION, dtype=np.float16).view(np.uint8).reshape(blocks, 2)
+    data[:, 2:] = PAIRS[np.frombuffer(random.bytes(16 * blocks), dtype=np.uint8)].reshape(blocks, 16)
     return data.reshape(*shape[:-1], shape[-1] // 32 * 18)
 
 
