@@ -36,25 +36,24 @@ class Replay:
         self._experts_NLK = trace.experts_NLK
         self._weights_NLK = trace.weights_NLK
         self._starts = trace.offsets_R1[:-1]
-        self._rows = np.zeros(0, dtype=np.int64)
+        self._ids_LTK, self._weights_LTK = np.zeros((0, 0, 0), dtype=np.int64), np.zeros((0, 0, 0), dtype=np.float32)
 
     def begin(self, segments: Sequence[Segment]) -> None:
         """A step over these segments begins."""
         starts, count = self._starts, len(self._experts_NLK)
         places = [starts[one.request % len(starts)] + np.arange(one.start, one.end) for one in segments]
-        self._rows = np.concatenate(places) % count
+        rows_T = np.concatenate(places) % count
+        self._ids_LTK = self._experts_NLK[rows_T].swapaxes(0, 1).astype(np.int64, order="C")
+        self._weights_LTK = self._weights_NLK[rows_T].swapaxes(0, 1).astype(np.float32, order="C")
+        self._weights_LTK /= np.maximum(self._weights_LTK.sum(-1, keepdims=True), 1.0)
 
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Experts of the step's rows in a layer, int64 [T, K], and their weights, fp32 [T, K], which add up to 1."""
-        ids_LTK, weights_LTK = self.layers()
-        return ids_LTK[layer], weights_LTK[layer]
+        return self._ids_LTK[layer], self._weights_LTK[layer]
 
     def layers(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all layers, [L, T, K]."""
-        ids_LTK = self._experts_NLK[self._rows].swapaxes(0, 1).astype(np.int64, order="C")
-        weights_LTK = self._weights_NLK[self._rows].swapaxes(0, 1).astype(np.float32, order="C")
-        weights_LTK /= np.maximum(weights_LTK.sum(-1, keepdims=True), 1.0)
-        return ids_LTK, weights_LTK
+        """Of all layers, [L, T, K]; kept until the next step begins."""
+        return self._ids_LTK, self._weights_LTK
 
 
 def _check(trace: Trace, experts: Sequence[int], picks: Sequence[int]) -> None:

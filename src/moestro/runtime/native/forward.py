@@ -62,7 +62,6 @@ class NativeForward:
         self._replay: Replay | None = None
         self._early: AskedEarly | None = None
         self._fetching = PassFetching(experts)
-        self._given: tuple[np.ndarray, np.ndarray] | None = None  # likewise: what replaces the step's routing
         self._decoder = self._make_decoder(rows)
         self._allowance = PassAllowance(experts, self._decoder, picks=blueprint.experts_per_token)
 
@@ -178,8 +177,11 @@ class NativeForward:
             places = math.prod(shape)
             self._routing = self._ids[:places].reshape(shape), self._weights[:places].reshape(shape)
         self._token_ids = batch.token_ids_T if self._lookup is None else self._lookup.places(batch.token_ids_T)
-        self._given = None if self._replay is None else self._replay.layers()
-        given_ids, given_weights = (0, 0) if self._given is None else (one.ctypes.data for one in self._given)
+        given_ids = given_weights = 0
+        if self._replay is not None:
+            ids_LTK, weights_LTK = self._replay.layers()
+            assert ids_LTK.shape == self._routing[0].shape, "what is replayed is of another step"
+            given_ids, given_weights = ids_LTK.ctypes.data, weights_LTK.ctypes.data
         self._decoder.begin(
             self._token_ids.data_ptr(),
             batch.rows,
