@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -15,6 +15,9 @@ from rich.text import Text
 
 from moestro.cli.boundary import say
 from moestro.memory.budget import format_bytes
+
+if TYPE_CHECKING:
+    from moestro.store.pack import PackProgress
 
 Row = tuple[str, str] | tuple[str, str, str]
 _PLAIN_SECONDS = 5.0
@@ -86,6 +89,13 @@ def progress_bar(label: str) -> Iterator[Report]:
         yield report
     finally:
         progress.stop()
+
+
+@contextmanager
+def pack_bar(label: str) -> Iterator[Callable[[PackProgress], None]]:
+    """`progress_bar` of what writes stores."""
+    with progress_bar(label) as report:
+        yield lambda step: report(step.done_bytes, step.total_bytes, step.stage)
 
 
 class _PlainProgress:

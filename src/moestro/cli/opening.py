@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moestro.cli.console import progress_bar
+from moestro.cli.console import pack_bar
 from moestro.config import PackOptions, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -21,13 +21,13 @@ def locate_store(model: str, *, auto_pack: bool, raw: bool = False) -> Path:
     from moestro.calibration import pack_apart
     from moestro.store.locate import AUTOMATIC, locate
 
-    with progress_bar("packing") as report:
+    with pack_bar("packing") as report:
         return locate(
             model,
             auto_pack=auto_pack,
             pack=pack_apart,
             options=PackOptions(levels="raw") if raw else AUTOMATIC,
-            progress=lambda step: report(step.done_bytes, step.total_bytes, step.stage),
+            progress=report,
         )
 
 
@@ -43,5 +43,5 @@ def open_llm(model: str, options: RuntimeOptions) -> LLM:
     """The model within its budget. Raises MoestroError."""
     from moestro import LLM
 
-    with progress_bar("packing") as report:
-        return LLM(model, options=options, progress=lambda step: report(step.done_bytes, step.total_bytes, step.stage))
+    with pack_bar("packing") as report:
+        return LLM(model, options=options, progress=report)

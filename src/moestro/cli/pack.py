@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from moestro.cli.console import Row, print_table, progress_bar
+from moestro.cli.console import Row, pack_bar, print_table
 from moestro.cli.report import quality_rows
 from moestro.config import PackOptions
 from moestro.errors import PackError
 from moestro.memory.budget import format_bytes
-
-if TYPE_CHECKING:
-    from moestro.store.pack import PackProgress
 
 
 def pack(
@@ -38,11 +35,7 @@ def pack(
     if seed and not random:
         raise PackError("--seed is for --random: weights of a checkpoint are not drawn. Leave it out.")
     started = time.monotonic()
-    with progress_bar("packing") as bar:
-
-        def report(step: PackProgress) -> None:
-            bar(step.done_bytes, step.total_bytes, step.stage)
-
+    with pack_bar("packing") as report:
         if random:
             packed = pack_random(source, store, options=options, seed=seed, progress=report)
         else:

@@ -9,14 +9,13 @@ import typer
 
 from moestro.cli.arguments import AsJson
 from moestro.cli.boundary import EXIT_USER_ERROR, say
-from moestro.cli.console import Row, print_json, print_table, progress_bar
+from moestro.cli.console import Row, pack_bar, print_json, print_table
 from moestro.cli.opening import locate_store
 from moestro.config import VariantOptions
 from moestro.errors import VariantError
 from moestro.memory.budget import format_bytes
 
 if TYPE_CHECKING:
-    from moestro.store.pack import PackProgress
     from moestro.store.reader import Store
     from moestro.store.variant_file import StoredVariant
 
@@ -43,11 +42,7 @@ def add(
 
     started = time.monotonic()
     opened = open_store(store, auto_pack=True)
-    with progress_bar("adding") as bar:
-
-        def report(step: PackProgress) -> None:
-            bar(step.done_bytes, step.total_bytes, step.stage)
-
+    with pack_bar("adding") as report:
         variant = add_variant(opened, name, checkpoint, base=base, options=options, progress=report)
     print_table(f"added {name}", [*_rows(opened, variant), ("time", f"{time.monotonic() - started:.1f} s")])
 
