@@ -27,6 +27,7 @@ namespace {
                                         floats::linear_scratch,                                                        \
                                         floats::attention_scratch,                                                     \
                                         floats::round_columns,                                                         \
+                                        floats::descend,                                                               \
                                         floats::scale_costs,                                                           \
                                         &floats::row_table,                                                            \
                                         &floats::net_table};

@@ -70,6 +70,7 @@ struct KernelTable {
   size_t (*linear_scratch)();
   size_t (*attention_scratch)(int64_t positions, int64_t value_dim);
   void (*round_columns)(const RoundArgs &);
+  void (*descend)(const DescentArgs &);
   void (*scale_costs)(const ScaleCostArgs &);
   const RowTable *rows;
   const NetTable *nets;
@@ -82,6 +83,7 @@ struct KernelTable {
   size_t linear_scratch();                                                                                             \
   size_t attention_scratch(int64_t positions, int64_t value_dim);                                                      \
   void round_columns(const RoundArgs &args);                                                                           \
+  void descend(const DescentArgs &args);                                                                               \
   void scale_costs(const ScaleCostArgs &args);                                                                         \
   }
 MOESTRO_DECLARE_KERNELS(scalar)

@@ -15,6 +15,7 @@
 #include "module_nets.h"
 #include "module_packed.h"
 #include "module_reads.h"
+#include "module_rounding.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -68,66 +69,6 @@ void attention(uintptr_t query, int64_t query_row_stride, int64_t query_head_str
   args.window = window;
   args.softcap = softcap;
   run_attention(args);
-}
-
-void round_columns(uintptr_t targets, int64_t target_level_stride, int64_t target_row_stride,
-                   const std::vector<uintptr_t> &scales, int64_t groups, uintptr_t group_of, int pushed,
-                   uintptr_t pushes, int64_t push_stride, uintptr_t before, uintptr_t changes, uintptr_t codes,
-                   uintptr_t nibbles, const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
-                   bool signs, int64_t rows, int64_t columns) {
-  if (scales.size() != kLevels || steps.size() != kLevels || priorities.size() != kLevels) {
-    throw std::invalid_argument("round_columns: scales, steps and priorities are one for each of the 4 levels");
-  }
-  if (pushed < 0 || pushed > kLevels) throw std::invalid_argument("round_columns: pushed is a number of levels");
-  RoundArgs args{};
-  args.targets = pointer<const float>(targets);
-  args.target_level_stride = target_level_stride;
-  args.target_row_stride = target_row_stride;
-  args.groups = groups;
-  args.group_of = pointer<const int32_t>(group_of);
-  args.pushed = pushed;
-  args.pushes = pointer<const float>(pushes);
-  args.push_stride = push_stride;
-  args.before = pointer<const float>(before);
-  args.changes = pointer<float>(changes);
-  args.codes = pointer<uint8_t>(codes);
-  args.nibbles = pointer<uint8_t>(nibbles);
-  for (int level = 0; level < kLevels; ++level) {
-    args.scales[level] = pointer<const float>(scales[level]);
-    args.steps[level] = steps[level];
-    args.priorities[level] = priorities[level];
-  }
-  args.hi = hi;
-  args.lo = lo;
-  args.signs = signs;
-  args.rows = rows;
-  args.columns = columns;
-  kernels().round_columns(args);
-}
-
-void scale_costs(uintptr_t weights, uintptr_t importance, uintptr_t scales, uintptr_t middles, uintptr_t costs,
-                 const std::vector<float> &steps, const std::vector<float> &priorities, float hi, float lo,
-                 int64_t tries, int64_t rows, int64_t groups, int64_t group) {
-  if (steps.size() != kLevels || priorities.size() != kLevels) {
-    throw std::invalid_argument("scale_costs: steps and priorities are one for each of the 4 levels");
-  }
-  ScaleCostArgs args{};
-  args.weights = pointer<const float>(weights);
-  args.importance = pointer<const float>(importance);
-  args.scales = pointer<const float>(scales);
-  args.middles = pointer<const float>(middles);
-  args.costs = pointer<float>(costs);
-  for (int level = 0; level < kLevels; ++level) {
-    args.steps[level] = steps[level];
-    args.priorities[level] = priorities[level];
-  }
-  args.hi = hi;
-  args.lo = lo;
-  args.tries = tries;
-  args.rows = rows;
-  args.groups = groups;
-  args.group = group;
-  kernels().scale_costs(args);
 }
 
 void combine_outputs(uintptr_t outputs, uintptr_t weights, uintptr_t out, int64_t tokens, int64_t picks,
@@ -193,8 +134,6 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear, release());
   m.def("attention", &attention, release());
   m.def("combine", &combine_outputs, release());
-  m.def("round_columns", &round_columns, release());
-  m.def("scale_costs", &scale_costs, release());
   m.def("set_threads", &set_threads, release(), nb::arg("threads"));
   m.def("get_threads", [] { return pool().threads(); });
   m.def("available_isas", &available_isas);
@@ -212,4 +151,5 @@ NB_MODULE(_native, m) {
   add_decoder(m);
   add_lowest(m);
   add_nets(m);
+  add_rounding(m);
 }

@@ -1,4 +1,4 @@
-// Sixteen rows at a time, one column after another.
+// Eight rows at a time, one column after another.
 #include "rounding.h"
 
 #include <algorithm>
@@ -13,10 +13,12 @@ namespace moestro {
 namespace MOESTRO_ISA {
 namespace {
 
-constexpr int kRows = 16;
+constexpr int kRows = 8;
 constexpr int kCodes = 16;
+constexpr int kPieces = 2;
 
-// Compilers split these as the instruction set needs; every lane is computed by itself, so bits are the same on all.
+// What AVX2 has in one register: compilers split these well where registers are smaller, and badly where these are
+// larger (16 lanes were built one by one in memory). Every lane is computed by itself, so bits are the same on all.
 typedef float Lanes __attribute__((vector_size(4 * kRows)));
 
 // Nearest whole number (ties to even) of one between -2^22 and 2^22: adding 1.5 * 2^23 leaves no room for a fraction.
@@ -37,9 +39,9 @@ MOESTRO_INLINE Lanes quarter_down(const Lanes &x) { return whole(x * 0.25f - 0.3
 struct Nested {
   Lanes step2, step3, step4, coarse, fine;
 
-  MOESTRO_INLINE Nested(const RoundArgs &args, const Lanes *scale)
-      : step2(scale[0] * args.steps[0]), step3(scale[0] * args.steps[1]), step4(scale[0] * args.steps[2]),
-        coarse(args.hi * (scale[0] * args.steps[3])), fine(args.lo * (scale[0] * args.steps[3])) {}
+  MOESTRO_INLINE Nested(const CodeRule &rule, const Lanes *scale)
+      : step2(scale[0] * rule.steps[0]), step3(scale[0] * rule.steps[1]), step4(scale[0] * rule.steps[2]),
+        coarse(rule.hi * (scale[0] * rule.steps[3])), fine(rule.lo * (scale[0] * rule.steps[3])) {}
   MOESTRO_INLINE Lanes at2(const Lanes &code2) const { return (code2 - 1.5f) * step2; }
   MOESTRO_INLINE Lanes at3(const Lanes &code3) const { return (code3 - 3.5f) * step3; }
   MOESTRO_INLINE Lanes at4(const Lanes &code) const { return (code - 7.5f) * step4; }
@@ -49,8 +51,8 @@ struct Nested {
 struct Signs {
   Lanes step2, sign3, sign4, fine;
 
-  MOESTRO_INLINE Signs(const RoundArgs &args, const Lanes *scale)
-      : step2(scale[0] * args.steps[0]), sign3(scale[1]), sign4(scale[2]), fine(scale[3]) {}
+  MOESTRO_INLINE Signs(const CodeRule &rule, const Lanes *scale)
+      : step2(scale[0] * rule.steps[0]), sign3(scale[1]), sign4(scale[2]), fine(scale[3]) {}
   MOESTRO_INLINE Lanes at2(const Lanes &code2) const { return (code2 - 1.5f) * step2; }
   MOESTRO_INLINE Lanes at3(const Lanes &code3) const {
     const Lanes code2 = half_down(code3), bit = code3 - (code2 + code2);
@@ -68,9 +70,9 @@ struct Choice {
 };
 
 template <class Values>
-MOESTRO_INLINE void choose(const RoundArgs &args, const Lanes *target, const Values &values, Choice &choice) {
+MOESTRO_INLINE void choose(const CodeRule &rule, const Lanes *target, const Values &values, Choice &choice) {
   const Lanes zero{}, inverse = values.fine > zero ? 1.0f / values.fine : zero;
-  const float *p = args.priorities;
+  const float *p = rule.priorities;
   Lanes low[kCodes / 2], cost = zero + INFINITY;
   for (int c = 0; c < kCodes / 2; ++c) {
     const Lanes miss2 = target[0] - values.at2(zero + static_cast<float>(c / 2));
@@ -94,33 +96,56 @@ MOESTRO_INLINE void choose(const RoundArgs &args, const Lanes *target, const Val
   choice.value[3] = values.base8(choice.code) + values.fine * (choice.nibble - 7.5f);
 }
 
-MOESTRO_INLINE const float *row_of(const RoundArgs &args, const float *values, int level, int64_t row) {
-  return values + level * args.target_level_stride + row * args.target_row_stride;
-}
-
-// Rows [first, first + rows) of the block; `columns` targets of sixteen rows lie together in scratch.
-void round_rows(const RoundArgs &args, int64_t first, int64_t rows, Lanes *targets) {
-  const int64_t columns = args.columns;
+// The best code of one column for rows from `first` on; the last of the 8 is taken again where there are fewer.
+MOESTRO_INLINE void choose_column(const CodeRule &rule, int64_t group, int64_t first, int64_t rows, const Lanes *target,
+                                  Choice &choice) {
+  Lanes scale[kLevels]{};
   for (int b = 0; b < kLevels; ++b) {
+    if (rule.scales[b] == nullptr) continue;
     for (int64_t r = 0; r < kRows; ++r) {
-      const float *row = row_of(args, args.targets, b, first + std::min(r, rows - 1));
-      for (int64_t k = 0; k < columns; ++k) targets[b * columns + k][r] = row[k];
+      scale[b][r] = rule.scales[b][(first + std::min(r, rows - 1)) * rule.groups + group];
     }
   }
-  Lanes target[kLevels], scale[kLevels]{};
+  if (rule.signs) {
+    choose(rule, target, Signs(rule, scale), choice);
+  } else {
+    choose(rule, target, Nested(rule, scale), choice);
+  }
+}
+
+// Lanes of `columns` columns from rows that follow each other at `stride`.
+MOESTRO_INLINE void gather(const float *values, int64_t stride, int64_t rows, int64_t columns, Lanes *lanes) {
+  for (int64_t r = 0; r < kRows; ++r) {
+    const float *row = values + std::min(r, rows - 1) * stride;
+    for (int64_t k = 0; k < columns; ++k) lanes[k][r] = row[k];
+  }
+}
+
+MOESTRO_INLINE void scatter(const Lanes *lanes, int64_t stride, int64_t rows, int64_t columns, float *values) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < columns; ++k) values[r * stride + k] = lanes[k][r];
+  }
+}
+
+MOESTRO_INLINE bool is_zero(const Lanes &lanes) {
+  const Lanes zero{};
+  return std::memcmp(&lanes, &zero, sizeof lanes) == 0;
+}
+
+// Rows [first, first + rows) of the block; `columns` targets of these rows lie together in scratch.
+void round_rows(const RoundArgs &args, int64_t first, int64_t rows, Lanes *targets) {
+  const int64_t columns = args.columns, row_stride = args.target_row_stride;
+  const auto row_of = [&](const float *values, int level, int64_t row) {
+    return values + level * args.target_level_stride + row * row_stride;
+  };
+  for (int b = 0; b < kLevels; ++b) {
+    gather(row_of(args.targets, b, first), row_stride, rows, columns, targets + b * columns);
+  }
+  Lanes target[kLevels];
   Choice choice{};
   for (int64_t k = 0; k < columns; ++k) {
-    const int64_t group = args.group_of[k];
-    for (int b = 0; b < kLevels; ++b) {
-      target[b] = targets[b * columns + k];
-      if (args.scales[b] == nullptr) continue;
-      for (int64_t r = 0; r < kRows; ++r) scale[b][r] = args.scales[b][(first + std::min(r, rows - 1)) * args.groups + group];
-    }
-    if (args.signs) {
-      choose(args, target, Signs(args, scale), choice);
-    } else {
-      choose(args, target, Nested(args, scale), choice);
-    }
+    for (int b = 0; b < kLevels; ++b) target[b] = targets[b * columns + k];
+    choose_column(args.rule, args.group_of[k], first, rows, target, choice);
     for (int64_t r = 0; r < rows; ++r) {
       args.codes[(first + r) * columns + k] = static_cast<uint8_t>(choice.code[r]);
       args.nibbles[(first + r) * columns + k] = static_cast<uint8_t>(choice.nibble[r]);
@@ -128,7 +153,7 @@ void round_rows(const RoundArgs &args, int64_t first, int64_t rows, Lanes *targe
     const float *push = args.pushes + k * args.push_stride;
     for (int b = 0; b < args.pushed; ++b) {
       Lanes before{};
-      for (int64_t r = 0; r < rows; ++r) before[r] = row_of(args, args.before, b, first + r)[k];
+      for (int64_t r = 0; r < rows; ++r) before[r] = row_of(args.before, b, first + r)[k];
       const Lanes change = choice.value[b] - before;
       for (int64_t r = 0; r < rows; ++r) args.changes[(b * args.rows + first + r) * columns + k] = change[r];
       for (int64_t later = k + 1; later < columns; ++later) targets[b * columns + later] -= change * push[later];
@@ -136,19 +161,58 @@ void round_rows(const RoundArgs &args, int64_t first, int64_t rows, Lanes *targe
   }
 }
 
-void round_task(void *context, int64_t task, char *scratch) {
-  const RoundArgs &args = *static_cast<const RoundArgs *>(context);
-  const int64_t first = task * kRows;
-  round_rows(args, first, std::min<int64_t>(kRows, args.rows - first), reinterpret_cast<Lanes *>(scratch));
+// Rows [first, first + rows). Few codes change, so what a change does to the other columns is looked at only then.
+void descend_rows(const DescentArgs &args, int64_t first, int64_t rows, Lanes *scratch) {
+  const int64_t columns = args.columns, start = first * columns;
+  Lanes *values = scratch, *downhill = scratch + args.pushed * columns;
+  for (int b = 0; b < args.pushed; ++b) {
+    gather(args.values + b * args.values_stride + start, columns, rows, columns, values + b * columns);
+    gather(args.downhill + b * args.downhill_stride + start, columns, rows, columns, downhill + b * columns);
+  }
+  Lanes target[kLevels]{};
+  Choice choice{};
+  for (int64_t k = 0; k < columns; ++k) {
+    const float *curvature = args.hessian + k * columns;
+    for (int b = 0; b < args.pushed; ++b) {
+      target[b] = values[b * columns + k] + downhill[b * columns + k] / curvature[k];
+    }
+    for (int b = args.pushed; b < kLevels; ++b) {
+      gather(args.aims + b * args.aims_stride + start + k, columns, rows, 1, target + b);
+    }
+    choose_column(args.rule, args.group_of[k], first, rows, target, choice);
+    for (int64_t r = 0; r < rows; ++r) {
+      args.codes[start + r * columns + k] = static_cast<uint8_t>(choice.code[r]);
+      args.nibbles[start + r * columns + k] = static_cast<uint8_t>(choice.nibble[r]);
+    }
+    for (int b = 0; b < args.pushed; ++b) {
+      const Lanes change = choice.value[b] - values[b * columns + k];
+      if (is_zero(change)) continue;
+      values[b * columns + k] = choice.value[b];
+      Lanes *row = downhill + b * columns;
+      for (int64_t other = 0; other < columns; ++other) row[other] -= change * curvature[other];
+    }
+  }
+  for (int b = 0; b < args.pushed; ++b) {
+    scatter(values + b * columns, columns, rows, columns, args.values + b * args.values_stride + start);
+    scatter(downhill + b * columns, columns, rows, columns, args.downhill + b * args.downhill_stride + start);
+  }
 }
 
-// Sixteen columns at a time. Errors are counted in scales, so that they are as good for the smallest weights.
+template <class Args, void (*work)(const Args &, int64_t, int64_t, Lanes *)>
+void eight_rows(void *context, int64_t task, char *scratch) {
+  const Args &args = *static_cast<const Args *>(context);
+  const int64_t first = task * kRows;
+  work(args, first, std::min<int64_t>(kRows, args.rows - first), reinterpret_cast<Lanes *>(scratch));
+}
+
+// Sixteen columns at a time, in pieces of eight with sums of their own. Errors are counted in scales, so that they are
+// as good for the smallest weights.
 float scale_cost(const ScaleCostArgs &args, const float *weights, const float *importance, float scale, float middle) {
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
   const float fine = args.steps[3] > 0.0f ? 1.0f / args.steps[3] : 0.0f;
   const float per_lo = args.lo > 0.0f ? 1.0f / args.lo : 0.0f;
   const float *p = args.priorities;
-  Lanes sum{};
+  Lanes sums[kPieces]{};
   for (int64_t k = 0; k < args.group; k += kRows) {
     Lanes weight, matters;
     std::memcpy(&weight, weights + k, sizeof weight);
@@ -161,10 +225,12 @@ float scale_cost(const ScaleCostArgs &args, const float *weights, const float *i
     const Lanes miss4 = relative - args.steps[2] * (code - 7.5f);
     const Lanes miss8 = relative - args.steps[3] * (args.hi * (code - 7.5f) + args.lo * (nibble - 7.5f));
     const Lanes low = p[0] * (miss2 * miss2) + p[1] * (miss3 * miss3);
-    sum += (low + (p[2] * (miss4 * miss4) + p[3] * (miss8 * miss8))) * matters;
+    sums[k / kRows % kPieces] += (low + (p[2] * (miss4 * miss4) + p[3] * (miss8 * miss8))) * matters;
   }
   float total = 0.0f;
-  for (int i = 0; i < kRows; ++i) total += sum[i];
+  for (const Lanes &sum : sums) {
+    for (int i = 0; i < kRows; ++i) total += sum[i];
+  }
   return total * (scale * scale);
 }
 
@@ -183,12 +249,18 @@ void cost_task(void *context, int64_t row, char *) {
 } // namespace
 
 void scale_costs(const ScaleCostArgs &args) {
-  pool().run(args.rows, 0, true, cost_task, const_cast<ScaleCostArgs *>(&args));
+  run_here(args.rows, 0, cost_task, const_cast<ScaleCostArgs *>(&args));
 }
 
 void round_columns(const RoundArgs &args) {
   const size_t scratch = sizeof(Lanes) * kLevels * static_cast<size_t>(args.columns);
-  pool().run((args.rows + kRows - 1) / kRows, scratch, true, round_task, const_cast<RoundArgs *>(&args));
+  run_here((args.rows + kRows - 1) / kRows, scratch, eight_rows<RoundArgs, round_rows>, const_cast<RoundArgs *>(&args));
+}
+
+void descend(const DescentArgs &args) {
+  const size_t scratch = sizeof(Lanes) * 2 * static_cast<size_t>(args.pushed) * static_cast<size_t>(args.columns);
+  run_here((args.rows + kRows - 1) / kRows, scratch, eight_rows<DescentArgs, descend_rows>,
+           const_cast<DescentArgs *>(&args));
 }
 
 } // namespace MOESTRO_ISA

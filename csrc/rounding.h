@@ -7,12 +7,21 @@ namespace moestro {
 
 constexpr int kLevels = 4; // 2, 3, 4 and 8 bits
 
-// One block of columns, in the order in which they are rounded. Strides count elements.
-struct RoundArgs {
-  const float *targets; // [kLevels, rows, columns]: distance of what each level aims at from the middle of its group
-  int64_t target_level_stride, target_row_stride;
+// What codes stand for, and how much an error matters at each level.
+struct CodeRule {
   const float *scales[kLevels]; // [rows, groups]; nested codes use the first, sign planes one for each plane
   int64_t groups;
+  float steps[kLevels];      // of the levels, in scales
+  float priorities[kLevels]; // weights of the levels' squared errors in the choice
+  float hi, lo;
+  bool signs; // planes of residual signs instead of nested integers
+};
+
+// One block of columns, in the order in which they are rounded. Strides count elements.
+struct RoundArgs {
+  CodeRule rule;
+  const float *targets; // [kLevels, rows, columns]: distance of what each level aims at from the middle of its group
+  int64_t target_level_stride, target_row_stride;
   const int32_t *group_of; // [columns]
   // Of so many levels, the first, changes move the targets of later columns: by -pushes[k, later] for one in column k.
   int pushed;
@@ -21,10 +30,20 @@ struct RoundArgs {
   const float *before; // what changes are counted from, strides as targets'
   float *changes;      // [pushed, rows, columns], contiguous: the new values less those before
   uint8_t *codes, *nibbles; // [rows, columns], contiguous
-  float steps[kLevels];     // of the levels, in scales
-  float priorities[kLevels]; // weights of the levels' squared errors in the choice
-  float hi, lo;
-  bool signs; // planes of residual signs instead of nested integers
+  int64_t rows, columns;
+};
+
+// Codes of whole rows that are chosen again, one column after another, all others given. Rows are contiguous.
+struct DescentArgs {
+  CodeRule rule;
+  const int32_t *group_of; // [columns]
+  int pushed;              // of so many levels, the first, errors have a part in other columns
+  const float *hessian;    // [columns, columns]
+  const float *aims;       // [kLevels, rows, columns], used where nothing is pushed
+  float *values;           // [pushed, rows, columns]: what codes stand for, before and after
+  float *downhill;         // [pushed, rows, columns]: half of what the cost falls by as a value grows, before and after
+  int64_t aims_stride, values_stride, downhill_stride; // from one level to the next, in elements
+  uint8_t *codes, *nibbles; // [rows, columns]
   int64_t rows, columns;
 };
 

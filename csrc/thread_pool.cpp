@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -61,6 +62,16 @@ private:
 
 ThreadPool *g_pool = nullptr;
 
+size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Null for no bytes.
+char *allocated(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  char *memory = static_cast<char *>(std::aligned_alloc(kAlignment, aligned(bytes)));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
 } // namespace
 
 ThreadPool &pool() {
@@ -74,6 +85,12 @@ ThreadPool &pool() {
   }();
   (void)made;
   return *g_pool;
+}
+
+void run_here(int64_t tasks, size_t scratch_bytes, ThreadPool::Task task, void *context) {
+  const std::unique_ptr<char, decltype(&std::free)> scratch(allocated(scratch_bytes), &std::free);
+  const StandardFloats floats;
+  for (int64_t i = 0; i < tasks; ++i) task(context, i, scratch.get());
 }
 
 ThreadPool::~ThreadPool() {
@@ -116,13 +133,11 @@ void ThreadPool::stop_workers() {
 }
 
 void ThreadPool::grow(Scratch &scratch, size_t bytes) {
-  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   if (scratch.bytes >= bytes) return;
   std::free(scratch.memory);
   scratch = Scratch{};
-  scratch.memory = static_cast<char *>(std::aligned_alloc(kAlignment, bytes));
-  if (scratch.memory == nullptr) throw std::bad_alloc();
-  scratch.bytes = bytes;
+  scratch.memory = allocated(bytes);
+  scratch.bytes = aligned(bytes);
 }
 
 void ThreadPool::reserve(size_t bytes, int threads) {

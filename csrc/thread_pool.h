@@ -77,4 +77,8 @@ private:
 // The process-wide pool. A forked child gets a fresh one (the parent's workers do not exist there).
 ThreadPool &pool();
 
+// As ThreadPool::run on the calling thread alone, with scratch of this call: for callers that are several at a time, each
+// with work of its own. Throws std::bad_alloc.
+void run_here(int64_t tasks, size_t scratch_bytes, ThreadPool::Task task, void *context);
+
 } // namespace moestro

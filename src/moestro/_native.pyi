@@ -72,12 +72,27 @@ def scale_costs(
     group: int,
     /,
 ) -> None: ...
+
+class CodeRule:
+    """What codes stand for: scales are addresses that have to outlive it, as csrc/rounding.h has them."""
+
+    def __init__(
+        self,
+        scales: list[int],
+        groups: int,
+        steps: list[float],
+        priorities: list[float],
+        hi: float,
+        lo: float,
+        signs: bool,
+        /,
+    ) -> None: ...
+
 def round_columns(
+    rule: CodeRule,
     targets: int,
     target_level_stride: int,
     target_row_stride: int,
-    scales: list[int],
-    groups: int,
     group_of: int,
     pushed: int,
     pushes: int,
@@ -86,11 +101,23 @@ def round_columns(
     changes: int,
     codes: int,
     nibbles: int,
-    steps: list[float],
-    priorities: list[float],
-    hi: float,
-    lo: float,
-    signs: bool,
+    rows: int,
+    columns: int,
+    /,
+) -> None: ...
+def descend(
+    rule: CodeRule,
+    group_of: int,
+    pushed: int,
+    hessian: int,
+    aims: int,
+    aims_stride: int,
+    values: int,
+    values_stride: int,
+    downhill: int,
+    downhill_stride: int,
+    codes: int,
+    nibbles: int,
     rows: int,
     columns: int,
     /,

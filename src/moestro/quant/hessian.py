@@ -52,10 +52,10 @@ def compensation(hessian_KK: torch.Tensor | None, columns: int) -> Compensation 
     damped_KK = damped(hessian_KK, columns, DAMPING)
     order_K = damped_KK.diagonal().argsort(descending=True, stable=True)
     damped_KK = damped_KK[order_K][:, order_K]
-    return Compensation(order_K, damped_KK.float().contiguous(), _feedback(damped_KK).float().contiguous())
+    return Compensation(order_K, damped_KK.float().contiguous(), feedback(damped_KK).float().contiguous())
 
 
-def _feedback(matrix_KK: torch.Tensor) -> torch.Tensor:
+def feedback(matrix_KK: torch.Tensor) -> torch.Tensor:
     """The upper triangular M, of ones on the diagonal, with M D M^T the positive definite matrix.
 
     For errors e in row form, e M D M^T e^T is a sum over columns of D times the square of e plus what M makes of the

@@ -96,7 +96,7 @@ def _quantise(
     if how is None:
         codes = round_nearest(offsets[-1], rule, group)
     elif rows is not None and rule.pushed:
-        codes = round_coupled(offsets, rule, group, how, rows, sweeps=SWEEPS)
+        codes = round_coupled(offsets, rule, group, how, rows)
     else:
         codes = round_compensated(offsets, rule, group, how, sweeps=SWEEPS)
     return codes, replace(grid, unit=unit)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -42,6 +43,10 @@ class Compensation:
     hessian_KK: torch.Tensor
     feedback_KK: torch.Tensor
 
+    def groups_of(self, group: int) -> torch.Tensor:
+        """The groups that columns are of, in their order, int32."""
+        return (self.order_K // group).to(torch.int32)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -54,13 +59,32 @@ class Rule:
     hi: int
     lo: int
 
+    @cached_property
+    def compiled(self) -> _native.CodeRule:
+        """As compiled code takes it; scales are where they are as long as this rule is."""
+        return _native.CodeRule(
+            [scale.data_ptr() for scale in self._scales],
+            self._scales[0].shape[1],
+            [self.steps.get(level, 0.0) for level in LEVELS],
+            [self.priorities.get(level, 0.0) for level in LEVELS],
+            self.hi,
+            self.lo,
+            len(self._scales) > 1,
+        )
+
+    @cached_property
+    def _scales(self) -> list[torch.Tensor]:
+        return [scale_NG.contiguous() for scale_NG in self.scales_NG]
+
     @property
     def pushed(self) -> int:
         """Of so many levels, the lowest, errors are pushed on."""
         return max((LEVELS.index(level) + 1 for level in self.priorities if level < 8), default=0)
 
     def values(self, codes: Codes, group_of_K: torch.Tensor) -> torch.Tensor:
-        """What nested codes stand for at the levels whose errors are pushed on, [L, N, K]."""
+        """What nested codes stand for at the levels whose errors are pushed on, [L, N, K]: the bits that compiled code
+        has for them."""
+        assert len(self.scales_NG) == 1
         scale_NK = self.scales_NG[0][:, group_of_K]
         centred = ((codes.code_NK >> (4 - bits)).float() - (2**bits - 1) / 2 for bits in LEVELS[: self.pushed])
         steps = (self.steps.get(bits, 0.0) for bits in LEVELS[: self.pushed])
@@ -68,7 +92,7 @@ class Rule:
 
     def rows(self, rows: slice) -> Rule:
         """The rule for some of the rows."""
-        return replace(self, scales_NG=[scale_NG[rows].contiguous() for scale_NG in self.scales_NG])
+        return replace(self, scales_NG=[scale_NG[rows] for scale_NG in self.scales_NG])
 
 
 @dataclass(frozen=True)
@@ -82,7 +106,8 @@ class _Pushes:
 def round_nearest(offset_NK: torch.Tensor, rule: Rule, group: int) -> Codes:
     """Codes of the weights for their own sake. `offset_NK` is their distance from the middles of their groups, fp32."""
     targets_BNK = offset_NK.expand(len(LEVELS), *offset_NK.shape)
-    return _round_block(targets_BNK, rule, torch.arange(offset_NK.shape[1]) // group)[0]
+    group_of_K = (torch.arange(offset_NK.shape[1]) // group).to(torch.int32)
+    return _round_block(targets_BNK, rule, group_of_K)[0]
 
 
 def round_compensated(
@@ -96,71 +121,72 @@ def round_compensated(
     for start in range(0, len(offsets[0]), ROWS):
         rows = slice(start, start + ROWS)
         aims_BNK = torch.stack([offset_NK[rows, compensation.order_K] for offset_NK in offsets])
-        parts.append(RowsRounding(aims_BNK, rule.rows(rows), group, compensation).run(sweeps))
+        parts.append(round_rows(aims_BNK, rule.rows(rows), group, compensation, sweeps=sweeps))
     back_K = compensation.order_K.argsort()
     code_NK, nibble_NK = torch.cat([part.code_NK for part in parts]), torch.cat([part.nibble_NK for part in parts])
     return Codes(code_NK[:, back_K], nibble_NK[:, back_K])
 
 
-class RowsRounding:
-    """Some rows under way, columns in the order of rounding."""
-
-    def __init__(self, aims_BNK: torch.Tensor, rule: Rule, group: int, how: Compensation) -> None:
-        self._aims_BNK, self._rule, self._how = aims_BNK, rule, how
-        self._group_of_K = how.order_K // group
-        columns = aims_BNK.shape[2]
-        self._blocks = [slice(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
-
-    def run(self, sweeps: int) -> Codes:
-        """Codes, after so many sweeps."""
-        codes, errors_LNK = self._first()
-        if not sweeps or not len(errors_LNK):
-            return codes
-        gradient_LNK = (errors_LNK @ self._how.hessian_KK).neg_()
-        values_LNK = errors_LNK.add_(self._aims_BNK[: len(errors_LNK)])
-        for sweep in range(sweeps):
-            codes = self._sweep(values_LNK, gradient_LNK, is_last=sweep + 1 == sweeps)
-        return codes
-
-    def again(self, values_LNK: torch.Tensor) -> Codes:
-        """Codes after one sweep from those that stand for these values, which are brought up to date."""
-        gradient_LNK = (self._aims_BNK[: len(values_LNK)] - values_LNK) @ self._how.hessian_KK
-        return self._sweep(values_LNK, gradient_LNK, is_last=True)
-
-    def _first(self) -> tuple[Codes, torch.Tensor]:
-        """The first codes, and how far their values are from the aims."""
-        pushed, feedback_KK = self._rule.pushed, self._how.feedback_KK
-        targets_BNK = self._aims_BNK.clone()
-        errors_LNK = torch.empty_like(targets_BNK[:pushed])
-        parts = []
-        for block in self._blocks:
-            pushes = _Pushes(feedback_KK[block, block], self._aims_BNK[:pushed, :, block])
-            codes, found_LNK = _round_block(targets_BNK[:, :, block], self._rule, self._group_of_K[block], pushes)
-            parts.append(codes)
-            errors_LNK[:, :, block] = found_LNK
-            targets_BNK[:pushed, :, block.stop :] -= found_LNK @ feedback_KK[block, block.stop :]
-        return _side_by_side(parts), errors_LNK
-
-    def _sweep(self, values_LNK: torch.Tensor, gradient_LNK: torch.Tensor, *, is_last: bool) -> Codes:
-        """Codes chosen again; values and what is left of the gradient are brought up to date."""
-        hessian_KK, pushed = self._how.hessian_KK, len(values_LNK)
-        parts = []
-        for block in self._blocks:
-            diagonal_K = hessian_KK.diagonal()[block]
-            targets_BNK = self._aims_BNK[:, :, block].clone()
-            targets_BNK[:pushed] = values_LNK[:, :, block] + gradient_LNK[:, :, block] / diagonal_K
-            pushes = _Pushes((hessian_KK[block, block] / diagonal_K).contiguous(), values_LNK[:, :, block].contiguous())
-            codes, changes_LNK = _round_block(targets_BNK, self._rule, self._group_of_K[block], pushes)
-            parts.append(codes)
-            values_LNK[:, :, block] += changes_LNK
-            left = slice(block.stop if is_last else 0, None)
-            gradient_LNK[:, :, left] -= changes_LNK @ hessian_KK[block, left]
-        return _side_by_side(parts)
+def round_rows(aims_BNK: torch.Tensor, rule: Rule, group: int, how: Compensation, *, sweeps: int) -> Codes:
+    """As `round_compensated`, columns in the order of rounding."""
+    group_of_K = how.groups_of(group)
+    codes = _pushed_on(aims_BNK, rule, group_of_K, how.feedback_KK)
+    if sweeps and rule.pushed:
+        values_LNK = rule.values(codes, group_of_K)
+        downhill_LNK = (aims_BNK[: rule.pushed] - values_LNK) @ how.hessian_KK
+        for _ in range(sweeps):
+            descend(codes, aims_BNK, values_LNK, downhill_LNK, rule, how, group_of_K)
+    return codes
 
 
-def _side_by_side(parts: Sequence[Codes]) -> Codes:
+def _pushed_on(aims_BNK: torch.Tensor, rule: Rule, group_of_K: torch.Tensor, feedback_KK: torch.Tensor) -> Codes:
+    """Codes of columns one after another, the errors of each pushed into those that come after it."""
+    targets_BNK, pushed = aims_BNK.clone(), rule.pushed
+    parts = []
+    for start in range(0, aims_BNK.shape[2], BLOCK):
+        block, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        pushes = _Pushes(feedback_KK[block, block], aims_BNK[:pushed, :, block])
+        codes, errors_LNK = _round_block(targets_BNK[:, :, block], rule, group_of_K[block], pushes)
+        parts.append(codes)
+        targets_BNK[:pushed, :, after] -= errors_LNK @ feedback_KK[block, after]
     return Codes(
         torch.cat([part.code_NK for part in parts], dim=1), torch.cat([part.nibble_NK for part in parts], dim=1)
+    )
+
+
+def descend(
+    codes: Codes,
+    aims_BNK: torch.Tensor,
+    values_LNK: torch.Tensor,
+    downhill_LNK: torch.Tensor,
+    rule: Rule,
+    how: Compensation,
+    group_of_K: torch.Tensor,
+) -> None:
+    """Choose the codes of these rows again, column by column, all others given.
+
+    `downhill_LNK` is half of what the cost falls by as a value grows. It, the codes and the values they stand for are
+    brought up to date. Work grows with the codes that change.
+    """
+    pushed, rows, columns = values_LNK.shape
+    assert all(one.stride()[1:] == (columns, 1) for one in (aims_BNK, values_LNK, downhill_LNK))
+    assert codes.code_NK.is_contiguous()
+    assert codes.nibble_NK.is_contiguous()
+    _native.descend(
+        rule.compiled,
+        group_of_K.data_ptr(),
+        pushed,
+        how.hessian_KK.data_ptr(),
+        aims_BNK.data_ptr(),
+        aims_BNK.stride(0),
+        values_LNK.data_ptr(),
+        values_LNK.stride(0),
+        downhill_LNK.data_ptr(),
+        downhill_LNK.stride(0),
+        codes.code_NK.data_ptr(),
+        codes.nibble_NK.data_ptr(),
+        rows,
+        columns,
     )
 
 
@@ -175,15 +201,12 @@ def _round_block(
     assert not pushed or before_LNK.stride() == targets_BNK.stride()
     code_NK, nibble_NK = torch.empty((2, rows, columns), dtype=torch.uint8)
     changes_LNK = torch.empty((pushed, rows, columns))
-    scales = [scale.contiguous() for scale in rule.scales_NG]
-    group_of = group_of_K.to(torch.int32)
     _native.round_columns(
+        rule.compiled,
         targets_BNK.data_ptr(),
         targets_BNK.stride(0),
         targets_BNK.stride(1),
-        [scale.data_ptr() for scale in scales] + [0] * (len(LEVELS) - len(scales)),
-        scales[0].shape[1],
-        group_of.data_ptr(),
+        group_of_K.data_ptr(),
         pushed,
         pushes.pushes_KK.data_ptr() if pushes else 0,
         pushes.pushes_KK.stride(0) if pushes else 0,
@@ -191,11 +214,6 @@ def _round_block(
         changes_LNK.data_ptr(),
         code_NK.data_ptr(),
         nibble_NK.data_ptr(),
-        [rule.steps.get(level, 0.0) for level in LEVELS],
-        [rule.priorities.get(level, 0.0) for level in LEVELS],
-        rule.hi,
-        rule.lo,
-        len(scales) > 1,
         rows,
         columns,
     )
