@@ -41,7 +41,7 @@ class _Streamed:
 
     def _outputs(self, layer: int, rows: LayerRows) -> torch.Tensor:
         entry = self.skeleton.expert_layers[layer]
-        math = ExpertMath(self.kernels, self.stream.modules[layer], make_encoding("nested"), (2,), rows.hidden_TH)
+        math = ExpertMath(self.stream.modules[layer], make_encoding("nested"), (2,), rows.hidden_TH)
         output_TH = torch.zeros_like(rows.hidden_TH)
         for expert in range(entry.num_experts):
             own = {p.name: self.state[f"{entry.module}.{p.name}"][expert] for p in entry.params}

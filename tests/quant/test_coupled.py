@@ -32,7 +32,7 @@ def costs(metric: torch.Tensor | None, *, judge: torch.Tensor, hessian: torch.Te
 
 
 @pytest.mark.parametrize("alike", [0.0, 1.0, 10.0])
-@pytest.mark.parametrize("rows", [64, 40])
+@pytest.mark.parametrize("rows", [64, 40, 200])
 def test_what_errors_cost_together_falls_at_each_level(alike: float, rows: int) -> None:
     metric, hessian = gram_of(rows, seed=2, alike=alike), gram_of(96, seed=3)
     alone, coupled = (costs(one, judge=metric, hessian=hessian) for one in (None, metric))

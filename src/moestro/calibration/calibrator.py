@@ -109,7 +109,6 @@ class _Calibration:
         distance = LogitDistance(len(self.windows.sequences))
         self._routing = RoutingLog(self.windows)
         with torch.inference_mode():
-            self._kernels = kernels
             stream = self._stream(skeleton, kernels)
             self._modules = stream.modules
             stream.run(self._process, distance.add)
@@ -163,7 +162,7 @@ class _Calibration:
         options = self.work.plan.options
         encoding = make_encoding(options.encoding)
         levels = options.promised_levels
-        math = ExpertMath(self._kernels, module, encoding, levels, batch.sample, self._metrics[layer])
+        math = ExpertMath(module, encoding, levels, batch.sample, self._metrics[layer])
         for expert, weights, result in in_order(self._jobs(layer, batch, math)):
             batch.add(expert, result)
             if result.encoded is not None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from moestro.kernels.base import Kernels
 from moestro.quant.encoding import Encoding
 from moestro.quant.hessian import gram
 from moestro.store.calibration_facts import rounded
@@ -75,14 +75,13 @@ class ExpertMath:
 
     def __init__(
         self,
-        kernels: Kernels,
         module: nn.Module,
         encoding: Encoding,
         levels: tuple[int, ...],
         sample_SH: torch.Tensor,
         metric_HH: torch.Tensor | None = None,
     ) -> None:
-        self._kernels, self._encoding, self._levels = kernels, encoding, levels
+        self._encoding, self._levels = encoding, levels
         self._experts: Any = module
         self._sample_SH, self._metric_HH = sample_SH, metric_HH
         self._up, self._down = ("gate_up_proj" if self._experts.has_gate else "up_proj"), "down_proj"
@@ -168,7 +167,7 @@ class ExpertMath:
 
     def _slopes(self, weights: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Derivatives [T, G] of the activated values by what the matrix before them gives."""
-        up_TG = self._kernels.linear(hidden_TH, weights[self._up], weights.get(f"{self._up}_bias"))
+        up_TG = functional.linear(hidden_TH, weights[self._up], weights.get(f"{self._up}_bias"))
         with torch.inference_mode(mode=False), torch.enable_grad():
             up_TG = up_TG.clone().requires_grad_(True)
             (slope_TG,) = torch.autograd.grad(self._gating(up_TG).sum(), up_TG)
@@ -202,7 +201,7 @@ class ExpertMath:
         return self._output(weights, self._activated(weights, hidden_TH))
 
     def _activated(self, weights: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
-        up_TG = self._kernels.linear(hidden_TH, weights[self._up], weights.get(f"{self._up}_bias"))
+        up_TG = functional.linear(hidden_TH, weights[self._up], weights.get(f"{self._up}_bias"))
         return self._gating(up_TG).contiguous()
 
     def _gating(self, up_TG: torch.Tensor) -> torch.Tensor:
@@ -211,7 +210,7 @@ class ExpertMath:
         return activated_TI
 
     def _output(self, weights: Mapping[str, torch.Tensor], activated_TI: torch.Tensor) -> torch.Tensor:
-        return self._kernels.linear(activated_TI, weights[self._down], weights.get(f"{self._down}_bias"))
+        return functional.linear(activated_TI, weights[self._down], weights.get(f"{self._down}_bias"))
 
 
 def mixed_hessian(input_TK: torch.Tensor, weights_T: torch.Tensor, sample_SK: torch.Tensor | None) -> torch.Tensor:
