@@ -16,14 +16,13 @@
 #include "module_packed.h"
 #include "module_reads.h"
 #include "module_rounding.h"
+#include "pointer.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
 
 namespace moestro {
 namespace {
-
-template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 void linear(uintptr_t x, int64_t x_stride, uintptr_t weight, int weight_type, uintptr_t bias, int bias_type,
             uintptr_t out, int64_t tokens, int64_t outputs, int64_t inputs) {

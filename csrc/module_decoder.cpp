@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "decoder.h"
+#include "pointer.h"
 #include "signals.h"
 
 namespace nb = nanobind;
@@ -14,8 +15,6 @@ namespace moestro {
 namespace {
 
 using nb::arg;
-
-template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 Weight make_weight(int kind, uintptr_t data, int64_t outputs, int64_t inputs, int32_t group, uintptr_t bias) {
   const auto known = static_cast<Weight::Kind>(kind);

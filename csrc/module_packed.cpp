@@ -16,6 +16,7 @@
 #include "allowance.h"
 #include "dispatch.h"
 #include "known_experts.h"
+#include "pointer.h"
 #include "signals.h"
 #include "thread_pool.h"
 #include "unpack.h"
@@ -25,7 +26,6 @@ namespace nb = nanobind;
 namespace moestro {
 namespace {
 
-template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 template <class T> using List = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Planes = nb::ndarray<const int64_t, nb::shape<-1, kPlanes>, nb::c_contig, nb::device::cpu>;
 using Addresses = std::vector<int64_t>;

@@ -6,14 +6,13 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "pointer.h"
 #include "rounding.h"
 
 namespace nb = nanobind;
 
 namespace moestro {
 namespace {
-
-template <class T> T *pointer(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
 void copy_levels(const std::vector<float> &from, float *to) {
   if (from.size() != kLevels) throw std::invalid_argument("steps and priorities are one for each of the 4 levels");

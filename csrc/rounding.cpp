@@ -127,6 +127,13 @@ MOESTRO_INLINE void scatter(const Lanes *lanes, int64_t stride, int64_t rows, in
   }
 }
 
+MOESTRO_INLINE void put_codes(const Choice &choice, int64_t stride, int64_t rows, uint8_t *codes, uint8_t *nibbles) {
+  for (int64_t r = 0; r < rows; ++r) {
+    codes[r * stride] = static_cast<uint8_t>(choice.code[r]);
+    nibbles[r * stride] = static_cast<uint8_t>(choice.nibble[r]);
+  }
+}
+
 MOESTRO_INLINE bool is_zero(const Lanes &lanes) {
   const Lanes zero{};
   return std::memcmp(&lanes, &zero, sizeof lanes) == 0;
@@ -146,16 +153,13 @@ void round_rows(const RoundArgs &args, int64_t first, int64_t rows, Lanes *targe
   for (int64_t k = 0; k < columns; ++k) {
     for (int b = 0; b < kLevels; ++b) target[b] = targets[b * columns + k];
     choose_column(args.rule, args.group_of[k], first, rows, target, choice);
-    for (int64_t r = 0; r < rows; ++r) {
-      args.codes[(first + r) * columns + k] = static_cast<uint8_t>(choice.code[r]);
-      args.nibbles[(first + r) * columns + k] = static_cast<uint8_t>(choice.nibble[r]);
-    }
+    put_codes(choice, columns, rows, args.codes + first * columns + k, args.nibbles + first * columns + k);
     const float *push = args.pushes + k * args.push_stride;
     for (int b = 0; b < args.pushed; ++b) {
-      Lanes before{};
-      for (int64_t r = 0; r < rows; ++r) before[r] = row_of(args.before, b, first + r)[k];
+      Lanes before;
+      gather(row_of(args.before, b, first) + k, row_stride, rows, 1, &before);
       const Lanes change = choice.value[b] - before;
-      for (int64_t r = 0; r < rows; ++r) args.changes[(b * args.rows + first + r) * columns + k] = change[r];
+      scatter(&change, columns, rows, 1, args.changes + (b * args.rows + first) * columns + k);
       for (int64_t later = k + 1; later < columns; ++later) targets[b * columns + later] -= change * push[later];
     }
   }
@@ -180,10 +184,7 @@ void descend_rows(const DescentArgs &args, int64_t first, int64_t rows, Lanes *s
       gather(args.aims + b * args.aims_stride + start + k, columns, rows, 1, target + b);
     }
     choose_column(args.rule, args.group_of[k], first, rows, target, choice);
-    for (int64_t r = 0; r < rows; ++r) {
-      args.codes[start + r * columns + k] = static_cast<uint8_t>(choice.code[r]);
-      args.nibbles[start + r * columns + k] = static_cast<uint8_t>(choice.nibble[r]);
-    }
+    put_codes(choice, columns, rows, args.codes + start + k, args.nibbles + start + k);
     for (int b = 0; b < args.pushed; ++b) {
       const Lanes change = choice.value[b] - values[b * columns + k];
       if (is_zero(change)) continue;

@@ -91,7 +91,7 @@ class _Coupled:
     def __init__(self, aims_BNK: torch.Tensor, rule: Rule, group: int, how: Compensation, rows: Coupling) -> None:
         _, count, columns = aims_BNK.shape
         self._aims_BNK, self._how, self._rows = aims_BNK, how, rows
-        self._group, self._group_of_K = group, how.groups_of(group)
+        self._group_of_K = how.groups_of(group)
         tiles = _tiles(count)
         self._spans = [_Span.of(tiles[first : first + _SPAN], rule) for first in range(0, len(tiles), _SPAN)]
         self.codes = Codes(*torch.empty((2, count, columns), dtype=torch.uint8))
@@ -110,7 +110,7 @@ class _Coupled:
             moved_LSK -= feedback_NN[before, span.rows].T @ errors_LNK[:, before]
             for tile in span.tiles:
                 moved_BMK = moved_BSK[:, tile.mine].contiguous()
-                codes = round_rows(moved_BMK, tile.rule, self._group, self._how, sweeps=_TILE_SWEEPS)
+                codes = round_rows(moved_BMK, tile.rule, self._group_of_K, self._how, sweeps=_TILE_SWEEPS)
                 values_LMK = tile.rule.values(codes, self._group_of_K)
                 self.codes.code_NK[tile.rows], self.codes.nibble_NK[tile.rows] = codes.code_NK, codes.nibble_NK
                 self._values_LNK[:, tile.rows] = values_LMK

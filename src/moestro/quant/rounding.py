@@ -113,23 +113,25 @@ def round_nearest(offset_NK: torch.Tensor, rule: Rule, group: int) -> Codes:
 def round_compensated(
     offsets: Sequence[torch.Tensor], rule: Rule, group: int, compensation: Compensation, *, sweeps: int
 ) -> Codes:
-    """Codes that push the error of each column into those that come after it, then `sweeps` of coordinate descent.
+    """Codes that push the error of each column into those that come after it, then `sweeps` of coordinate descent (for
+    nested codes).
 
     `offsets` are what each of LEVELS aims at, [N, K], as distances from the middles of groups, fp32.
     """
-    parts = []
+    parts, group_of_K = [], compensation.groups_of(group)
     for start in range(0, len(offsets[0]), ROWS):
         rows = slice(start, start + ROWS)
         aims_BNK = torch.stack([offset_NK[rows, compensation.order_K] for offset_NK in offsets])
-        parts.append(round_rows(aims_BNK, rule.rows(rows), group, compensation, sweeps=sweeps))
+        parts.append(round_rows(aims_BNK, rule.rows(rows), group_of_K, compensation, sweeps=sweeps))
     back_K = compensation.order_K.argsort()
     code_NK, nibble_NK = torch.cat([part.code_NK for part in parts]), torch.cat([part.nibble_NK for part in parts])
     return Codes(code_NK[:, back_K], nibble_NK[:, back_K])
 
 
-def round_rows(aims_BNK: torch.Tensor, rule: Rule, group: int, how: Compensation, *, sweeps: int) -> Codes:
+def round_rows(
+    aims_BNK: torch.Tensor, rule: Rule, group_of_K: torch.Tensor, how: Compensation, *, sweeps: int
+) -> Codes:
     """As `round_compensated`, columns in the order of rounding."""
-    group_of_K = how.groups_of(group)
     codes = _pushed_on(aims_BNK, rule, group_of_K, how.feedback_KK)
     if sweeps and rule.pushed:
         values_LNK = rule.values(codes, group_of_K)
